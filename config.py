@@ -1,0 +1,167 @@
+"""
+Every knob, once: its name, its unit, its rule. A config file assigns names (it is Python, and is executed), the command
+line overrides them with --name=value, the last one wins. Whatever is wrong is refused here, in one line, before
+anything else happens.
+"""
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass
+from typing import NoReturn
+
+from model import GPTConfig
+
+VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
+
+
+def refuse(message) -> NoReturn:
+    """Bad input: one line on standard error (rank 0's), exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def free(**default):
+    """A field that may differ between two launches on one run directory; all others belong to its identity."""
+    return dataclasses.field(metadata={"free": True}, **default)
+
+
+@dataclass(kw_only=True)
+class Config(GPTConfig):
+    vocab_size: int = dataclasses.field(init=False)     # follows from the tokenizer
+    # data
+    data: str = free(default="manual")      # "manual", or .txt and .jsonl files and folders, separated by commas
+    data_dir: str = free()                  # where data.prepare writes the token files
+    tokenizer: str = "bytes"                # bytes (256 + separator) or gpt2 (BPE)
+    train_tokens: int                       # the train file, the fitness set at its front included
+    val_tokens: int
+    fitness_tokens: int                     # held out from training, for the prior: whole documents until at least so many
+    epoch_multiple: int = 16                # an epoch is cut to a multiple of so many sequences
+    # population: trajectories x cycles members, one at the end of every cycle
+    run_dir: str = free()
+    trajectories: int = free()              # free: a finished population may be given more of them
+    cycles: int                             # per trajectory
+    epochs_per_cycle: float = 2.0
+    seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
+    # a cycle
+    schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0, decay constant
+    lr_scale: float = 0.25                  # multiplies the optimizer's peak rates
+    batch_tokens: int                       # tokens per step, over all ranks of a trajectory: in the middle cycles,
+    batch_tokens_ends: int | None = None    # and in the first and last quarter; None: the same
+    micro_batch: int = free()               # sequences per rank and backward pass
+    # chain distillation
+    distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
+    distill_alpha: float = 0.45             # weight of the teacher's term
+    distill_temperature: float = 1.2
+    # running
+    compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
+
+    def __post_init__(self):
+        self.vocab_size = VOCAB_SIZE.get(self.tokenizer, 0)
+        if self.batch_tokens_ends is None:
+            self.batch_tokens_ends = self.batch_tokens
+
+    def identity(self):
+        """What a run directory must agree with: name -> value."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata.get("free")}
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
+MAY_BE_ZERO = {"dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "seed", "distill_alpha"}
+
+
+def rules(c):
+    """(holds, key, what is wrong and how to mend it) for every rule that is not about types."""
+    for key in FIELDS:
+        value = getattr(c, key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low = 0 if key in MAY_BE_ZERO else "more than 0"
+            yield (value >= 0 if low == 0 else value > 0) and value < float("inf"), key, f"must be {low}" + " or more" * (low == 0)
+    yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
+    yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
+    yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
+    yield c.n_layer % 2 == 0, "n_layer", f"must be even (half encoder, half decoder); try {c.n_layer + 1}"
+    yield c.n_embd % c.n_head == 0, "n_embd", f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
+    yield c.n_embd // c.n_head % 2 == 0, "n_head", f"must leave heads of even width for the rotary embedding, n_embd={c.n_embd} does not"
+    yield c.n_embd >= 32, "n_embd", "must be at least 32, the inputs of the value gate"
+    yield c.sequence_len >= 4, "sequence_len", "must be at least 4"
+    yield c.dropout < 1, "dropout", "must be below 1"
+    yield c.distill_alpha <= 1, "distill_alpha", "must be between 0 and 1"
+    yield not c.loop_extra or c.n_layer // 2 <= c.loop_start < c.loop_end <= c.n_layer, "loop_start", \
+        f"looped layers must be decoder layers: {c.n_layer // 2} <= loop_start < loop_end <= {c.n_layer}, or set loop_extra=0"
+    for key in ("batch_tokens", "batch_tokens_ends"):
+        sequences, rest = divmod(getattr(c, key), c.sequence_len)
+        yield not rest, key, f"must be a multiple of sequence_len={c.sequence_len}; try {(sequences + 1) * c.sequence_len}"
+    yield c.fitness_tokens > c.sequence_len, "fitness_tokens", f"must hold a sequence: more than sequence_len={c.sequence_len}"
+    yield c.val_tokens > c.sequence_len, "val_tokens", f"must hold a sequence: more than sequence_len={c.sequence_len}"
+    yield c.train_tokens > c.fitness_tokens, "train_tokens", f"must be more than fitness_tokens={c.fitness_tokens}, which come from it"
+
+
+def typed(key, value):
+    """A value of the field's type: text (from the command line) is read, anything else must fit."""
+    kind = FIELDS[key].type if FIELDS[key].type != int | None else int
+    if isinstance(value, str) and kind is not str:
+        readers = {int: int, float: float, bool: {"true": True, "false": False, "1": True, "0": False}.__getitem__}
+        try:
+            return readers[kind](value.lower() if kind is bool else value)
+        except (ValueError, KeyError):
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if value != "":
+            return value
+    elif kind is float and type(value) is int:
+        return float(value)
+    refuse(f"{key}={value!r}: wants {dict([(int, 'a whole number'), (float, 'a number'), (bool, 'True or False'), (str, 'a text')])[kind]}")
+
+
+def known(name):
+    if name in FIELDS:
+        return name
+    if name == "vocab_size":
+        refuse("vocab_size follows from the tokenizer: set tokenizer instead")
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    refuse(f"unknown config name '{name}'" + (f": did you mean '{near[0]}'?" if near else "; config.py lists the known ones"))
+
+
+def read_file(path):
+    """The names that a config file assigns. It is Python, as nanoGPT's: read it before you run a stranger's."""
+    names = {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            exec(compile(f.read(), path, "exec"), names)
+    except OSError as e:
+        refuse(f"cannot read config {path}: {e.strerror}; configs/tiny.py is an example")
+    except Exception as e:
+        refuse(f"config {path} is not a list of assignments: {type(e).__name__}: {e}")
+    return {k: v for k, v in names.items() if not k.startswith("_")}
+
+
+def from_args(argv, usage):
+    """
+    The checked Config of a command line `CONFIG [--name=value ...]` (argv None: the process's own). usage is the
+    script's docstring, printed by --help. Exits with code 2 on bad input.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & set(argv):
+        print(usage.strip())
+        raise SystemExit(0)
+    paths = [a for a in argv if not a.startswith("--")]
+    if len(paths) != 1:
+        refuse(f"want one config file, such as configs/tiny.py, got {' '.join(paths) or 'none'}; overrides are written --name=value")
+    values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()}
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg[2:].partition("=")
+            known(name)
+            if not equals:
+                refuse(f"{arg} has no value: write --{name}=VALUE")
+            values[name] = typed(name, value)
+    missing = [k for k, f in FIELDS.items() if k not in values and f.default is dataclasses.MISSING]
+    if missing:
+        refuse(f"config {paths[0]} does not set {', '.join(missing)}; configs/tiny.py is an example")
+    config = Config(**values)
+    for holds, key, mend in rules(config):
+        if not holds:
+            refuse(f"{key}={getattr(config, key)!r}: {mend}")
+    return config

@@ -1,0 +1,28 @@
+# The paper's 256 epochs: 2 trajectories x 64 cycles of 2 epochs on 100M tokens of FineWeb (loss 3.0034 there).
+# Not yet run here. torchrun --nproc_per_node=8 train.py configs/1p8b.py, then distill.py and prior.py.
+data = "fineweb"
+tokenizer = "gpt2"
+data_dir = "data/fineweb"
+run_dir = "runs/1p8b"
+train_tokens = 100_000_000
+val_tokens = 10_000_000
+fitness_tokens = 132_000
+epoch_multiple = 16         # the public script's 8 GPUs x 2 sequences
+
+n_layer = 30
+n_head = 16
+n_embd = 2048
+sequence_len = 2048
+loop_start = 15             # layers 15 .. 24 run five times: 70 layer applications
+loop_end = 25
+loop_extra = 4
+
+trajectories = 2
+cycles = 64
+epochs_per_cycle = 2
+lr_scale = 0.25
+batch_tokens = 524_288      # in the middle half of the cycles
+batch_tokens_ends = 393_216
+micro_batch = 2
+distill_from = 8
+compile = True

@@ -1,0 +1,146 @@
+"""
+Token files -> batches in the recipe's order, and the one loop over held-out sequences.
+Shapes: n sequences of T + 1 tokens; inputs are [:, :-1], targets [:, 1:]. Attention crosses document boundaries.
+"""
+import hashlib
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import refuse
+
+
+def file_name(config, ending):
+    """Of a data file: manual_train.pt, text_val.pt, fineweb_train.pt, ..."""
+    return (config.data if config.data in ("manual", "fineweb") else "text") + ending
+
+
+def read_tokens(config, split):
+    """(tokens, doc_starts) as numpy arrays (torch's uint16 can do little), checked, of one split's file."""
+    path = Path(config.data_dir) / file_name(config, f"_{split}.pt")
+    if not path.exists():
+        refuse(f"no data at {path}: run python -m data.prepare on this config first")
+    try:
+        file = torch.load(path, weights_only=True)
+        tokens, starts, bos = file["tokens"].numpy(), file["doc_starts"].numpy(), int(file["bos_id"])
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ValueError):
+        refuse(f"{path} is not a readable token file: delete it, and its .json, and run python -m data.prepare again")
+    if bos != config.vocab_size - 1 or tokens.dtype != np.uint16 or tokens.max(initial=0) > bos:
+        refuse(f"{path} was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the tokenizer or another data_dir")
+    wanted = getattr(config, f"{split}_tokens")
+    if len(tokens) != wanted:
+        refuse(f"{split}_tokens={wanted}: {path} holds {len(tokens)}; set {split}_tokens={len(tokens)} or prepare another data_dir")
+    if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens):
+        refuse(f"{path} has document starts that do not fit its tokens: delete it and prepare it again")
+    return tokens, starts
+
+
+def cut(tokens, sequence_len):
+    """(n, T + 1): non-overlapping sequences in file order, the tail dropped."""
+    n = len(tokens) // (sequence_len + 1)
+    return tokens[:n * (sequence_len + 1)].reshape(n, sequence_len + 1)
+
+
+def split_fitness(tokens, starts, fitness_tokens):
+    """Whole documents from the front until at least fitness_tokens: (fitness, training tokens, training starts)."""
+    ends = np.append(starts[1:], len(tokens))
+    last = min(int(np.searchsorted(ends, fitness_tokens)), len(ends) - 1)
+    end = int(ends[last])
+    return tokens[:end], tokens[end:], starts[last + 1:] - end
+
+
+@dataclass
+class Data:
+    train: np.ndarray           # tokens
+    doc_starts: np.ndarray
+    fit: np.ndarray             # n, T + 1: the fitness set
+    val: np.ndarray             # n, T + 1
+    token_bytes: np.ndarray     # UTF-8 bytes of every token, 0 for the separator
+    fingerprint: str            # SHA-256 of all tokens and document starts
+
+
+def load(config):
+    """The Data of a config. Exits with code 2 where it is missing, damaged or another config's."""
+    digest = hashlib.sha256()
+    splits = {split: read_tokens(config, split) for split in ("val", "train")}
+    for tokens, starts in splits.values():
+        digest.update(np.ascontiguousarray(tokens))
+        digest.update(np.ascontiguousarray(starts))
+    fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
+    if len(cut(train, config.sequence_len)) < config.epoch_multiple:
+        refuse(f"train_tokens={config.train_tokens}: {len(train)} tokens are left beside the fitness set, an epoch wants "
+               f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}; raise train_tokens")
+    return Data(train, starts, cut(fitness, config.sequence_len)[:config.fitness_tokens // (config.sequence_len + 1)],
+                cut(splits["val"][0], config.sequence_len), read_token_bytes(config), digest.hexdigest())
+
+
+def read_token_bytes(config):
+    path = Path(config.data_dir) / file_name(config, "_bytes.npy")
+    if path.exists():
+        return np.load(path)
+    from data.prepare import get_tokenizer      # files of the public script come without
+    return get_tokenizer(config.tokenizer)[1]
+
+
+def text_source(config):
+    """What NAME.json says of the text: {} for files of the public script, which have none."""
+    path = Path(config.data_dir) / file_name(config, ".json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class Batches:
+    """
+    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch permutes
+    the documents (the last epoch's order, again), concatenates them, cuts sequences, permutes those, and cuts their
+    number to a multiple. `position`, the sequences taken so far, is the whole state: set it with seek().
+    """
+
+    def __init__(self, tokens, doc_starts, sequence_len, multiple, seed):
+        self.tokens, self.sequence_len, self.seed = tokens, sequence_len, seed
+        self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
+        self.per_epoch = len(cut(tokens, sequence_len)) // multiple * multiple
+        self.position, self.epoch, self.order, self.sequences = 0, 0, np.arange(len(doc_starts)), None
+
+    def permutation(self, n, salt):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + self.epoch + salt)).numpy()
+
+    def open_epoch(self, epoch):
+        """Epochs count from 1; (n, T + 1) sequences of this one in the order in which steps take them."""
+        if epoch < self.epoch:
+            self.epoch, self.order = 0, np.arange(len(self.starts))
+        while self.epoch < epoch:
+            self.epoch += 1
+            self.order = self.order[self.permutation(len(self.order), 1000)]
+        flat = np.concatenate([self.tokens[self.starts[i]:self.ends[i]] for i in self.order])
+        sequences = cut(flat, self.sequence_len)
+        self.sequences = sequences[self.permutation(len(sequences), 2000)[:self.per_epoch]]
+
+    def take(self, n):
+        """The next n sequences, (n, T + 1) int64; they may straddle two epochs."""
+        parts = []
+        while n > 0:
+            epoch, offset = divmod(self.position, self.per_epoch)
+            if self.epoch != epoch + 1 or self.sequences is None:
+                self.open_epoch(epoch + 1)
+            parts.append(self.sequences[offset:offset + n])
+            self.position += len(parts[-1])
+            n -= len(parts[-1])
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    def seek(self, position):
+        self.position = position
+
+
+@torch.no_grad()
+def score(model, sequences, batch_size):
+    """Natural-log probability of every target of held-out sequences (n, T + 1), in order: (n * T,) float32 on the CPU."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    rows = torch.from_numpy(sequences.astype(np.int64)).split(batch_size)       # the last may be smaller: no padding
+    log_p = [model.log_p(row[:, :-1].to(device), row[:, 1:].to(device)) for row in rows]
+    model.train(training)
+    return torch.cat(log_p).flatten().float().cpu().numpy()

@@ -1,0 +1,179 @@
+"""
+Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...]
+Reads the Python manual that ships with Python (data=manual) or local .txt and .jsonl files, splits whole documents
+into validation and training (the fitness set is the front of the training file), and writes into data_dir:
+  NAME_val.pt, NAME_train.pt   tokens (uint16), doc_starts (int64), bos_id, seq_shuffle_seed, seq_size
+  NAME_bytes.npy               UTF-8 bytes of every token, 0 for the separator
+  NAME.json                    what was read: source, SHA-256 of the text, Python, sizes; written last, it says "whole"
+NAME is manual or text. The format is the public Slowrun script's, so its files and ours are interchangeable.
+"""
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import VOCAB_SIZE, from_args, refuse
+from data.loader import file_name
+
+SHUFFLE_SEED = 0        # of the documents, before the split
+
+
+def manual_documents(about=800):
+    """
+    The Python manual as documents of about `about` characters, cut between paragraphs. A paragraph that stands in
+    several topics (a fifth of the text does), or inside a longer one, is kept once, so that no split holds another's.
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    topics = [re.split(r"\n\s*\n", text.strip("\n")) for text in topics.values()]
+    flat = lambda paragraph: " ".join(paragraph.split())
+    everything = "\n".join(dict.fromkeys(flat(p) for topic in topics for p in topic))
+    documents, seen = [], {""}
+    for topic in topics:
+        document = ""
+        for paragraph in topic:
+            key = flat(paragraph)
+            if key in seen or len(key) >= 40 and everything.count(key) > 1:
+                continue
+            seen.add(key)
+            document += paragraph + "\n\n"
+            if len(document) >= about:
+                documents.append(document)
+                document = ""
+        if document:
+            documents.append(document)
+    return documents
+
+
+def read_text(path):
+    try:
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as e:
+        refuse(f"data: cannot read {path}: {e.strerror}; name .txt or .jsonl files, or folders of them")
+    except UnicodeDecodeError as e:
+        refuse(f"data: {path} is not UTF-8 text (byte {e.start}); convert it, or leave it out")
+    if "\0" in text:
+        refuse(f"data: {path} is binary, not text; leave it out")
+    if not text.strip():
+        refuse(f"data: {path} is empty; leave it out")
+    return text
+
+
+def file_documents(path):
+    """Documents of a .txt file (separated by white-space-only lines; without any, one a line) or a .jsonl (column text)."""
+    text = read_text(path)
+    if path.suffix == ".txt":
+        blank = re.search(r"\n[^\S\n]*\n", text.strip())
+        parts = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank else text.split("\n")
+        return [part for part in parts if part.strip()]
+    documents = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                documents.append(json.loads(line)["text"])
+                documents[-1].encode()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                refuse(f"data: {path} line {number} is no JSON object with a text in its column 'text'; mend or remove the line")
+    return [document for document in documents if document.strip()]
+
+
+def source_documents(source):
+    if source == "manual":
+        return manual_documents()
+    if source == "fineweb":
+        refuse("data=fineweb cannot be prepared yet: use data=manual or local .txt and .jsonl files, or put fineweb_train.pt and fineweb_val.pt there")
+    files = []
+    for path in map(Path, filter(None, source.split(","))):
+        inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+        if not path.exists():
+            refuse(f"data: {path} does not exist; name .txt or .jsonl files, or folders of them, separated by commas")
+        if not inside or inside[0].suffix not in (".txt", ".jsonl"):
+            refuse(f"data: {path} is no .txt or .jsonl file, nor a folder of them")
+        files += inside
+    return [document for path in files for document in file_documents(path)]
+
+
+def get_tokenizer(name):
+    """(encode: text -> list or array of ids, bytes of every id as uint8). The separator is the last id, of 0 bytes."""
+    if name == "bytes":
+        return lambda text: np.frombuffer(text.encode(), np.uint8), np.array([1] * 256 + [0], np.uint8)
+    import tiktoken         # here alone: nothing else needs it
+    try:
+        encoding = tiktoken.get_encoding("r50k_base")       # the ids of "gpt2", from one file instead of two
+    except Exception as e:
+        refuse(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}); connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use tokenizer=bytes")
+    sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(VOCAB_SIZE["gpt2"] - 1)]
+    return encoding.encode_ordinary, np.array(sizes + [0], np.uint8)
+
+
+def take(documents, budget):
+    """(tokens uint16 of the first `budget` tokens, doc_starts int64) from an iterator of documents; the last is cut."""
+    parts, starts, n = [], [], 0
+    for ids in documents:
+        starts.append(n)
+        parts.append(ids[:budget - n])
+        n += len(parts[-1])
+        if n == budget:
+            break
+    return np.concatenate(parts or [np.zeros(0, np.uint16)]), np.array(starts, np.int64)
+
+
+def write(config, splits, token_bytes, about):
+    """Every file whole or not at all: written in a folder of its own under its final name, then moved, the .json last."""
+    target = Path(config.data_dir)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:
+            names = []
+            for split, (tokens, starts) in splits.items():
+                names.append(file_name(config, f"_{split}.pt"))
+                torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts), bos_id=config.vocab_size - 1,
+                                seq_shuffle_seed={"val": 42, "train": 43}[split], seq_size=config.sequence_len + 1),
+                           os.path.join(folder, names[-1]))
+            names += [file_name(config, "_bytes.npy"), file_name(config, ".json")]
+            np.save(os.path.join(folder, names[-2]), token_bytes)
+            Path(folder, names[-1]).write_text(json.dumps(about, indent=1) + "\n")
+            for name in names:
+                os.replace(os.path.join(folder, name), target / name)
+    except OSError as e:
+        refuse(f"data_dir={config.data_dir}: cannot write there: {e.strerror}")
+
+
+def main(argv=None):
+    config = from_args(argv, __doc__)
+    about_path = Path(config.data_dir) / file_name(config, ".json")
+    if config.data == "fineweb" and all((about_path.parent / file_name(config, f"_{s}.pt")).exists() for s in ("val", "train")):
+        return print(f"data: {config.data_dir} holds the FineWeb files already")
+    documents = source_documents(config.data)
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(documents))
+    about = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens,
+                 documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
+    if config.data == "manual":
+        about["python"] = platform.python_version()
+    print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {about['text_sha256']}")
+    if about_path.exists():
+        there = json.loads(about_path.read_text())
+        differ = [k for k in about if k not in ("data", "python") and there.get(k) != about[k]]
+        if differ:
+            refuse(f"data_dir={config.data_dir} holds other data ({', '.join(f'{k} {there.get(k)} there, {about[k]} wanted' for k in differ)}); name another --data_dir")
+        return print(f"data: {config.data_dir} holds it already")
+    encode, token_bytes = get_tokenizer(config.tokenizer)
+    bos = np.array([config.vocab_size - 1], np.uint16)
+    stream = (np.concatenate([bos, np.asarray(encode(documents[i]), np.uint16)]) for i in order)
+    splits = {"val": take(stream, config.val_tokens), "train": take(stream, config.train_tokens)}
+    if len(splits["train"][0]) < config.train_tokens:
+        have = sum(len(tokens) for tokens, _ in splits.values())
+        refuse(f"data={config.data} is too short: val_tokens={config.val_tokens} + train_tokens={config.train_tokens} want "
+               f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; lower them or add text")
+    write(config, splits, token_bytes, about)
+    print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""
+Primitive 2, chain distillation (paper, section 3.2): from cycle distill_from on, every member learns from labels and from
+its frozen predecessor, the member that the same trajectory wrote one cycle before.
+
+One process:  python distill.py configs/tiny.py [--name=value ...]
+Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
+
+Goes on from where train.py stopped, with the same loop, and writes the same files. Run again, it does what is missing.
+"""
+import torch
+import torch.nn.functional as F
+
+from config import from_args
+from model import GPT
+from population import next_command
+from train import run_cycles
+
+
+def distillation_kl(student_logits, teacher_logits, temperature):
+    """T^2 * KL(teacher || student) of (..., V) logits, both softened by T, in nats, mean over all positions."""
+    student = F.log_softmax(student_logits / temperature, dim=-1).flatten(0, -2)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)
+    return temperature ** 2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
+def chain_loss(student, teacher, batch, alpha, temperature):
+    """(1 - alpha) * training loss + alpha * T^2 KL, of sequences (B, T + 1), in nats per token (paper, eq. 6)."""
+    idx, targets = batch[:, :-1], batch[:, 1:]
+    logits, _, loss = student(idx, targets)
+    with torch.no_grad():
+        teacher_logits = teacher(idx)
+    return (1 - alpha) * loss + alpha * distillation_kl(logits, teacher_logits, temperature)
+
+
+def empty_teacher(config, device):
+    """A GPT to load members into, in their own type where the device computes in it, without dropout."""
+    teacher = GPT(config).place(device, config.compile).eval().requires_grad_(False)
+    return teacher.bfloat16() if device.type == "cuda" else teacher
+
+
+def main(argv=None):
+    config = from_args(argv, __doc__)
+    if config.distill_from >= config.cycles:
+        print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{next_command('prior.py', argv)}")
+        return
+    teacher = None
+
+    def loss_for_cycle(run, model, t, cycle):
+        nonlocal teacher                        # one teacher in memory, its weights replaced every cycle
+        teacher = teacher or empty_teacher(config, model.cos.device)
+        teacher.load_state_dict(run.read_member(t, cycle - 1)[0])
+        return lambda student, batch: chain_loss(student, teacher, batch, config.distill_alpha, config.distill_temperature)
+
+    run_cycles(config, config.distill_from, config.cycles, loss_for_cycle, then=next_command("prior.py", argv))
+
+
+if __name__ == "__main__":
+    main()

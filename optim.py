@@ -1,0 +1,138 @@
+"""
+Muon for matrices, AdamW for the rest, as one optimizer: the recipe of the Slowrun record (Muon with Polar Express,
+MuonEq-R, NorMuon and cautious decay). Every rank holds all of it and computes the same step from the reduced gradients.
+"""
+import torch
+
+# Peak rates, before lr_scale.
+MATRIX_LR, EMBEDDING_LR, UNEMBEDDING_LR, SCALAR_LR, IHA_LR = 0.04, 0.15, 0.002, 0.1, 0.02
+WEIGHT_DECAY = 1.3
+
+# One triple (a, b, c) per step: X <- aX + (bA + cA^2)X with A = XX^T brings every singular value close to 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(u):
+    """The nearest (semi-)orthogonal matrix of each matrix of a stack (n, rows, cols), to about 2 %."""
+    X = u.to(torch.bfloat16 if u.is_cuda else torch.float32)    # bf16 is slow on most CPUs
+    X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = X.size(-2) > X.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        A = X.mT @ X if tall else X @ X.mT                      # the smaller of the two Gram matrices
+        B = b * A + c * (A @ A)
+        X = a * X + (X @ B if tall else B @ X)
+    return X.float()
+
+
+def muon_direction(g, m, v, momentum, beta2):
+    """
+    Muon's update before rate and decay, for a stack of gradients g (n, rows, cols). The momentum m (like g) and the
+    second moment v (n, rows, 1), or (n, 1, cols) where rows < cols, are updated in place.
+    """
+    m.lerp_(g, 1 - momentum)
+    u = g.lerp(m, momentum)                                     # Nesterov
+    u = u / u.norm(dim=-1, keepdim=True).clamp(min=1e-7)        # MuonEq-R: rows of equal size go in
+    x = polar_express(u)
+    # NorMuon: entries of equal size along the longer side come out, in all as large as before
+    v.lerp_(x.square().mean(dim=-1 if g.size(-2) >= g.size(-1) else -2, keepdim=True), 1 - beta2)
+    y = x / v.clamp(min=1e-10).sqrt()
+    return y * (x.norm(dim=(-2, -1), keepdim=True) / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+
+def make_groups(named_parameters, lr_scale):
+    """
+    Every parameter in exactly one group, a dict of names, params and rates; lr_scale multiplies all peak rates but that
+    of the head mixes (the recipe's choice). Muon's groups hold matrices of one shape, to be stepped as one stack.
+    """
+    left, groups = dict(named_parameters), []
+
+    def group(names, lr, **rates):
+        if names:
+            groups.append(dict(names=names, params=[left.pop(n) for n in names], lr=lr, **rates))
+
+    def adamw(names, lr, weight_decay=0.0, betas=(0.8, 0.95)):
+        group([n for n in names if n in left], lr, kind="adamw", betas=betas, eps=1e-10, weight_decay=weight_decay)
+
+    adamw(["lm_head.weight"], UNEMBEDDING_LR * lr_scale, WEIGHT_DECAY)
+    adamw(["transformer.wte.weight"], EMBEDDING_LR * lr_scale, WEIGHT_DECAY)
+    adamw(["resid_lambdas", "skip_weights"], 0.01 * SCALAR_LR * lr_scale)
+    adamw(["x0_lambdas"], SCALAR_LR * lr_scale, betas=(0.96, 0.95))
+    adamw([n for n in left if n.endswith("_mix")], IHA_LR)
+    for shape in dict.fromkeys(p.shape for p in left.values()):
+        group([n for n, p in left.items() if p.shape == shape], MATRIX_LR * lr_scale,
+              kind="muon", momentum=0.95, beta2=0.95, weight_decay=WEIGHT_DECAY)
+    return groups
+
+
+class MuonAdamW:
+    """
+    step() applies each group's rates times the current multipliers (set_rates). The state is saved by parameter name:
+    moments only, rates always come from the configuration.
+    """
+
+    def __init__(self, named_parameters, lr_scale):
+        named_parameters = dict(named_parameters)
+        self.groups = make_groups(named_parameters, lr_scale)
+        self.steps, self.lr_multiplier, self.wd_multiplier = 0, 1.0, 1.0
+        owned = [id(p) for g in self.groups for p in g["params"]]
+        assert sorted(owned) == sorted(map(id, named_parameters.values())), "each parameter in exactly one group"
+        for g in self.groups:
+            p, n = g["params"][0], len(g["params"])
+            if g["kind"] == "adamw":
+                g["m"], g["v"] = ([torch.zeros_like(p) for p in g["params"]] for _ in "mv")
+            else:
+                rows, cols = p.shape
+                g["m"] = p.new_zeros(n, rows, cols)
+                g["v"] = p.new_zeros(n, rows, 1) if rows >= cols else p.new_zeros(n, 1, cols)
+
+    def set_rates(self, lr_multiplier, wd_multiplier):
+        self.lr_multiplier, self.wd_multiplier = lr_multiplier, wd_multiplier
+
+    def zero_grad(self):
+        for g in self.groups:
+            for p in g["params"]:
+                p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        self.steps += 1
+        for g in self.groups:
+            lr, decay = g["lr"] * self.lr_multiplier, g["weight_decay"] * self.wd_multiplier
+            (self.adamw if g["kind"] == "adamw" else self.muon)(g, lr, decay)
+
+    def adamw(self, g, lr, decay):
+        b1, b2 = g["betas"]
+        c1, c2 = 1 - b1 ** self.steps, 1 - b2 ** self.steps     # bias corrections
+        for p, m, v in zip(g["params"], g["m"], g["v"]):
+            m.lerp_(p.grad, 1 - b1)
+            v.lerp_(p.grad.square(), 1 - b2)
+            p.mul_(1 - lr * decay)
+            p.addcdiv_(m, (v / c2).sqrt_().add_(g["eps"]), value=-lr / c1)
+
+    def muon(self, g, lr, decay):
+        rows, cols = g["params"][0].shape
+        lr = lr * max(1, rows / cols) ** 0.5
+        grads = torch.stack([p.grad for p in g["params"]])
+        updates = muon_direction(grads, g["m"], g["v"], g["momentum"], g["beta2"])
+        for p, u in zip(g["params"], updates):
+            p.sub_(lr * u + lr * decay * p * (u * p >= 0))      # cautious: decay only where the step shrinks p too
+
+    def moments(self):
+        """Name -> (m, v), views of the state."""
+        return {n: (m, v) for g in self.groups for n, m, v in zip(g["names"], g["m"], g["v"])}
+
+    def state_dict(self):
+        return dict(steps=self.steps, moments=self.moments())
+
+    def load_state_dict(self, state):
+        self.steps, own = state["steps"], self.moments()
+        assert own.keys() == state["moments"].keys(), "moments of other parameters"
+        for name, moments in own.items():
+            for mine, saved in zip(moments, state["moments"][name]):
+                mine.copy_(saved)

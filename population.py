@@ -1,0 +1,227 @@
+"""
+Who trains what on which rank, and where it is kept. World: ranks, grouped by trajectory. Run: the run directory with
+its members (bf16 weights and what they are), resume states, scores and metrics. A member is a state dict and a dict;
+this file knows neither the model nor the data.
+
+`python -m population CONFIG [--name=value ...]` checks a config and prints how many processes run.sh starts for it.
+"""
+import hashlib
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from config import from_args, refuse
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+
+def cannot_share(config, size):
+    """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
+    ranks = size // math.gcd(size, config.trajectories)
+    for key in ("batch_tokens", "batch_tokens_ends"):
+        sequences = getattr(config, key) // config.sequence_len
+        if sequences % (ranks * config.micro_batch):
+            fits = max((m for m in range(1, config.micro_batch) if sequences % (ranks * m) == 0), default=None)
+            mend = f"try --micro_batch={fits}" if fits else "start fewer processes, or raise it"
+            return (f"{key}={getattr(config, key)}: its {sequences} sequences cannot be shared by {ranks} ranks per "
+                    f"trajectory in micro-batches of micro_batch={config.micro_batch}; {mend}")
+
+
+def processes(config):
+    """How many processes to start on this machine: one per GPU, else one per trajectory up to the cores; fewer where
+    those could not share a batch. Exits with code 2 where even one cannot."""
+    most = torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
+    fitting = [size for size in range(1, most + 1) if not cannot_share(config, size)]
+    return fitting[-1] if fitting else refuse(cannot_share(config, 1))
+
+
+@dataclass
+class World:
+    """
+    gcd(ranks, trajectories) groups of equally many ranks; each group takes every groups-th trajectory, one after
+    another. Rank `data_rank` of a group's `data_size` takes its share of every batch; rank 0 of a group writes.
+    """
+    rank: int
+    size: int
+    device: torch.device
+    trajectories: list      # of this rank's group
+    groups: int
+    data_rank: int
+    data_size: int
+    data_group: object      # process group, None in a single process
+
+    @property
+    def lead(self):
+        return self.data_rank == 0
+
+    def barrier(self, everyone=False):
+        """Wait for the ranks of this group, or for all."""
+        if self.size > 1:
+            dist.barrier(group=None if everyone else self.data_group)
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join_world(config):
+    """The World of this process, from torchrun's environment. Exits with code 2 where the ranks cannot share a batch."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    reason = cannot_share(config, size)
+    if reason:
+        refuse(reason)
+    groups = math.gcd(size, config.trajectories)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    data_rank, data_size, data_group = 0, 1, None
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+        mesh = init_device_mesh(kind, (groups, size // groups), mesh_dim_names=("trajectory", "data"))
+        data_rank, data_size, data_group = mesh.get_local_rank("data"), size // groups, mesh.get_group("data")
+    group = rank // (size // groups)
+    return World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size, data_group)
+
+
+# -------------------------------------------------------------------------------------- run directory
+
+def next_command(script, argv):
+    """What to run after this script, on the same arguments (argv None: the process's own)."""
+    return f"next: python {script} {' '.join(sys.argv[1:] if argv is None else argv)}"
+
+
+def write_whole(path, save):
+    """Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as f:
+        save(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_whole(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        refuse(f"{path} is not readable ({type(e).__name__}): restore it, or delete it and run the script that writes it again")
+
+
+def read_tensors(path, mend):
+    """A file of tensors and plain values, the tensors mapped from disk. Exits with code 2 where it is damaged."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as e:
+        refuse(f"{path} is not readable ({type(e).__name__}): {mend}")
+
+
+def code_version():
+    """The commit of this code, '+' where it is changed, or 'unknown' outside a repository."""
+    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")) or "unknown"
+    except OSError:
+        return "unknown"
+
+
+class Run:
+    """
+    The run directory of a config. Opening it writes config.json, or refuses (exit code 2) where one of another config or
+    other data stands there. t and c are trajectory and cycle.
+    """
+
+    def __init__(self, config, data_fingerprint, create=True):
+        self.config, self.path = config, Path(config.run_dir)
+        # through JSON and back, so that what is compared is what a file can hold
+        mine = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
+        self.identity = mine
+        about = self.path / "config.json"
+        if about.exists():
+            theirs = read_json(about).get("identity", {})
+            differ = [f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+            if differ:
+                refuse(f"run_dir={self.path} belongs to another config: {'; '.join(differ)}; name another --run_dir")
+        elif create:
+            try:
+                if os.environ.get("RANK", "0") == "0":
+                    write_json(about, {"identity": mine, "config": vars(config), "code": code_version(), "torch": torch.__version__})
+            except OSError as e:
+                refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
+
+    def member_path(self, t, c):
+        return self.path / f"trajectory_{t:02d}" / f"cycle_{c:03d}.pt"
+
+    def members(self):
+        """The (t, c) of every member that is there, in order."""
+        return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles) if self.member_path(t, c).exists()]
+
+    def save_member(self, t, c, state_dict, **about):
+        """A member: the weights in bf16, and what they are as one JSON text with their own fingerprint."""
+        weights = {name: w.detach().to("cpu", torch.bfloat16, copy=True) for name, w in state_dict.items()}
+        digest = hashlib.sha256()
+        for w in weights.values():
+            digest.update(w.view(torch.int16).numpy())
+        about = dict(trajectory=t, cycle=c, **about, weights_sha256=digest.hexdigest(), identity=self.identity)
+        write_whole(self.member_path(t, c), lambda f: torch.save({"weights": weights, "about": json.dumps(about)}, f))
+
+    def read_member(self, t, c):
+        """(weights: name -> bf16 tensor on disk, about) of a member of this population."""
+        path = self.member_path(t, c)
+        mend = f"delete trajectory_{t:02d} and run train.py and distill.py again, they train what is missing"
+        file = read_tensors(path, mend)
+        try:
+            weights, about = file["weights"], json.loads(file["about"])
+        except (KeyError, TypeError, ValueError):
+            refuse(f"{path} is no member: {mend}")
+        if about.get("identity") != self.identity:
+            refuse(f"{path} is a member of another population: {mend}")
+        return weights, about
+
+    def save_resume(self, t, state):
+        write_whole(self.path / f"trajectory_{t:02d}" / "resume.pt", lambda f: torch.save(state, f))
+
+    def read_resume(self, t):
+        """What save_resume wrote, or None."""
+        path = self.path / f"trajectory_{t:02d}" / "resume.pt"
+        return read_tensors(path, f"delete trajectory_{t:02d} and run train.py and distill.py again") if path.exists() else None
+
+    def scored(self, t, c, about):
+        """Whether the scores of this very member are there."""
+        path = self.path / "scores" / f"{t:02d}_{c:03d}.json"
+        return path.exists() and read_json(path).get("weights_sha256") == about["weights_sha256"]
+
+    def save_scores(self, t, c, about, scores):
+        """split -> (tokens,) float32 log-probabilities; whose they are is written last, and makes them valid."""
+        for split, log_p in scores.items():
+            write_whole(self.path / "scores" / split / f"{t:02d}_{c:03d}.npy", lambda f: np.save(f, log_p))
+        write_json(self.path / "scores" / f"{t:02d}_{c:03d}.json", {"weights_sha256": about["weights_sha256"]})
+
+    def read_scores(self, split, t, c):
+        """(tokens,) float32, mapped from disk."""
+        return np.load(self.path / "scores" / split / f"{t:02d}_{c:03d}.npy", mmap_mode="r")
+
+    def log(self, **record):
+        """One line of metrics.jsonl: a logged step, cycle or score."""
+        with open(self.path / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    print(processes(from_args(None, __doc__)))

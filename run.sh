@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The one command: environment, data, the three primitives, the picture.
+#   ./run.sh [CONFIG] [--name=value ...]    (default configs/tiny.py; relative paths are the caller's)
+#   ./run.sh test                           the same environment, then the tests
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours from any folder, the caller's never
+
+usable='import sys, importlib.util as u
+sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy tiktoken datasets pytest matplotlib tqdm".split())))'
+python=python
+if ! $python -c "$usable" 2>/dev/null; then                 # not the active environment: our own
+    python="$root/.venv/bin/python"
+    if ! "$python" -c "$usable" 2>/dev/null; then
+        for base in python3 python3.14 python3.13 python3.12 python3.11 ""; do
+            [ -n "$base" ] || { echo "error: no Python 3.11 or later on the PATH: install one" >&2; exit 2; }
+            "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+        done
+        echo "environment: making $root/.venv" >&2
+        "$base" -m venv "$root/.venv"
+        "$python" -m pip install -q --disable-pip-version-check -r "$root/requirements.txt"
+    fi
+fi
+[ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
+case "${1-}" in ""|--*) set -- "$root/configs/tiny.py" "$@" ;; esac
+
+processes=$("$python" -m population "$@")                   # checks the config, exits 2 where it is wrong
+launch() { if [ "$processes" -gt 1 ]; then "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"; else "$python" "$@"; fi; }
+"$python" -m data.prepare "$@"
+launch "$root/train.py" "$@"
+launch "$root/distill.py" "$@"
+launch "$root/prior.py" "$@"
+"$python" -m tools.plot "$@"
