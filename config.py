@@ -15,9 +15,12 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
+speaks = os.environ.get("RANK", "0") == "0"         # this process prints; once ranks are grouped, one of each group
+
+
 def refuse(message) -> NoReturn:
-    """Bad input: one line on standard error (rank 0's), exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Bad input: one line on standard error, exit code 2."""
+    if speaks:
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from tqdm import tqdm
+
+import config as settings
 from config import from_args, refuse
 
 
@@ -65,6 +68,17 @@ class World:
     def lead(self):
         return self.data_rank == 0
 
+    def progress(self, iterable=None, **options):
+        """A tqdm bar on rank 0; in a log file a line now and then."""
+        seconds = 0.2 if sys.stderr.isatty() else 30
+        return tqdm(iterable, disable=self.rank > 0, dynamic_ncols=True, mininterval=seconds, **options)
+
+    def mean(self, value):
+        """The mean of a tensor of one element over the ranks of this group, as a float."""
+        if self.data_size > 1:
+            dist.all_reduce(value, group=self.data_group)
+        return value.item() / self.data_size
+
     def barrier(self, everyone=False):
         """Wait for the ranks of this group, or for all."""
         if self.size > 1:
@@ -92,6 +106,7 @@ def join_world(config):
         mesh = init_device_mesh(kind, (groups, size // groups), mesh_dim_names=("trajectory", "data"))
         data_rank, data_size, data_group = mesh.get_local_rank("data"), size // groups, mesh.get_group("data")
     group = rank // (size // groups)
+    settings.speaks = data_rank == 0
     return World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size, data_group)
 
 
@@ -105,7 +120,7 @@ def next_command(script, argv):
 def write_whole(path, save):
     """Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}")
     with open(temporary, "wb") as f:
         save(f)
         f.flush()
@@ -143,25 +158,26 @@ def code_version():
 
 class Run:
     """
-    The run directory of a config. Opening it writes config.json, or refuses (exit code 2) where one of another config or
-    other data stands there. t and c are trajectory and cycle.
+    The run directory of a config; exits with code 2 where one of another config or other data stands there. Nothing is
+    written before claim(). t and c are trajectory and cycle.
     """
 
-    def __init__(self, config, data_fingerprint, create=True):
+    def __init__(self, config, data_fingerprint):
         self.config, self.path = config, Path(config.run_dir)
         # through JSON and back, so that what is compared is what a file can hold
-        mine = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
-        self.identity = mine
+        self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
         about = self.path / "config.json"
-        if about.exists():
-            theirs = read_json(about).get("identity", {})
-            differ = [f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
-            if differ:
-                refuse(f"run_dir={self.path} belongs to another config: {'; '.join(differ)}; name another --run_dir")
-        elif create:
+        mine, theirs = self.identity, read_json(about).get("identity", {}) if about.exists() else self.identity
+        differ = [f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        if differ:
+            refuse(f"run_dir={self.path} belongs to another config: {'; '.join(differ)}; name another --run_dir")
+
+    def claim(self):
+        """Make the directory, with config.json, where there is none; one rank per machine."""
+        about = self.path / "config.json"
+        if not about.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
             try:
-                if os.environ.get("RANK", "0") == "0":
-                    write_json(about, {"identity": mine, "config": vars(config), "code": code_version(), "torch": torch.__version__})
+                write_json(about, {"identity": self.identity, "config": vars(self.config), "code": code_version(), "torch": torch.__version__})
             except OSError as e:
                 refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
 

@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import from_args, refuse
 from data import loader
@@ -129,7 +128,7 @@ def mixture_losses(answers, log_p, token_bytes):
 def score_members(config, data, run, world, members):
     """Each rank scores every size-th member that has no scores yet, on both held-out sets."""
     model = None
-    for t, c in tqdm(members[world.rank::world.size], unit="member", desc="scoring", disable=world.rank > 0, dynamic_ncols=True):
+    for t, c in world.progress(members[world.rank::world.size], unit="member", desc="scoring"):
         weights, about = run.read_member(t, c)
         if run.scored(t, c, about):
             continue
@@ -154,7 +153,7 @@ def report(config, members, answers, gap, text):
 def main(argv=None):
     config = from_args(argv, __doc__)
     data = loader.load(config)
-    run = Run(config, data.fingerprint, create=False)
+    run = Run(config, data.fingerprint)
     members = run.members()
     if not members:
         refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first")

@@ -25,9 +25,13 @@ fi
 case "${1-}" in ""|--*) set -- "$root/configs/tiny.py" "$@" ;; esac
 
 processes=$("$python" -m population "$@")                   # checks the config, exits 2 where it is wrong
-launch() { if [ "$processes" -gt 1 ]; then "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" "$@"; else "$python" "$@"; fi; }
+launch=("$python")
+if [ "$processes" -gt 1 ]; then
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$processes")
+fi
 "$python" -m data.prepare "$@"
-launch "$root/train.py" "$@"
-launch "$root/distill.py" "$@"
-launch "$root/prior.py" "$@"
+"${launch[@]}" "$root/train.py" "$@"
+"${launch[@]}" "$root/distill.py" "$@"
+"${launch[@]}" "$root/prior.py" "$@"
 "$python" -m tools.plot "$@"

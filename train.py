@@ -13,9 +13,7 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from config import from_args, refuse
 from data import loader
@@ -96,80 +94,87 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
     return total, apply_gradients(model, optimizer, *multipliers)
 
 
-# ------------------------------------------------------------------------------------------ trajectories
+# ------------------------------------------------------------------------------------------- the loop
+
+class Trajectory:
+    """One model on its way, and all that is needed to go on bit for bit: its state_dict() is resume.pt."""
+
+    def __init__(self, config, t, data, world, state):
+        self.seed = config.seed + t
+        torch.manual_seed(self.seed)
+        self.model = GPT(config).init_weights().place(world.device, config.compile)
+        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale)
+        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed)
+        self.cycles_done, self.step = 0, 0
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.batches.position, self.cycles_done, self.step = state["position"], state["cycles_done"], state["step"]
+        self.replica = self.model       # what is called: with several ranks, it averages their gradients
+        if world.data_size > 1:
+            self.replica = DistributedDataParallel(self.model, process_group=world.data_group,
+                                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def state_dict(self):
+        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                    position=self.batches.position, cycles_done=self.cycles_done, step=self.step)
+
 
 def seed_step(seed, step, rank):
-    """Dropout depends on seed, step and rank alone, so that a resumed run draws what it would have drawn."""
+    """Dropout depends on seed, step and rank alone: a resumed run draws what it would have drawn."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
-
-
-def start(config, t, world, run):
-    """(model, optimizer, position in the data, first cycle to do, step) of trajectory t, new or from its resume state."""
-    torch.manual_seed(config.seed + t)
-    model = GPT(config).init_weights().place(world.device, config.compile)
-    optimizer = MuonAdamW(model.named_parameters(), config.lr_scale)
-    state = run.read_resume(t)
-    if state is None:
-        return model, optimizer, 0, 0, 0
-    model.load_state_dict(state["weights"])
-    optimizer.load_state_dict(state["optimizer"])
-    return model, optimizer, state["position"], state["cycles_done"], state["step"]
 
 
 def run_cycles(config, first, last, loss_for_cycle, then):
     """
-    Train cycles first .. last - 1 of every trajectory that does not have them yet. loss_for_cycle(run, model, t, cycle)
-    gives the loss function (model, batch) -> nats per token of one cycle; it is called when the cycle starts. `then`
-    says what to run next.
+    Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, model, t, cycle) gives a
+    cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. `then`: what to run next.
     """
     data = loader.load(config)
-    world = join_world(config)
     run = Run(config, data.fingerprint)
-    world.barrier(everyone=True)            # config.json is there
-    batches = lambda t: loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, config.seed + t)
-    lengths = [cycle_length(config, c, batches(0).per_epoch) for c in range(config.cycles)]
+    world = join_world(config)
+    states = {t: run.read_resume(t) for t in world.trajectories}        # mapped from disk, not yet read
+    for t, state in states.items():
+        if first > (state["cycles_done"] if state else 0):
+            refuse(f"run_dir={run.path}: trajectory {t} has not had the {first} cycles before distill_from: run train.py on this config first")
+    run.claim()
     if world.rank == 0:
-        print(f"cycles {first} .. {last - 1} of {config.cycles}, trajectories: {config.trajectories}, ranks: {world.size} in {world.groups} groups, on {world.device.type}")
-    bar = tqdm(total=sum(lengths) * len(world.trajectories), unit="step", disable=world.rank > 0, dynamic_ncols=True)
-    for t in world.trajectories:            # one after another; other groups of ranks take the others
-        model, optimizer, position, done, step = start(config, t, world, run)
-        if done < first:
-            refuse(f"trajectory {t} has {done} of the {first} cycles before distill_from={config.distill_from}: run train.py on this config first")
-        bar.update(step)
-        wrapped = model
-        if world.data_size > 1:
-            wrapped = DistributedDataParallel(model, process_group=world.data_group, gradient_as_bucket_view=True)
-        stream = batches(t)
-        stream.seek(position)
-        for cycle in range(done, last):
+        print(f"cycles {first} .. {last - 1} of {config.cycles}, {config.trajectories} trajectories, "
+              f"{world.groups} at a time, {world.data_size} ranks each, on {world.device.type}", flush=True)
+    lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
+    # of the whole population, so that its ETA is, too
+    bar = world.progress(total=sum(lengths) * len(states), initial=sum(s["step"] for s in states.values() if s), unit="step")
+    for t, state in states.items():             # one after another; other groups of ranks take other trajectories
+        if state and state["cycles_done"] >= last:
+            continue
+        it = Trajectory(config, t, data, world, state)
+        for cycle in range(it.cycles_done, last):
+            tokens = batch_tokens(config, cycle)
             if cycle > 0:
-                perturb(model, noise_scale(cycle, config.cycles), seed=(config.seed + t) * 100_003 + cycle * 31_337)
-            loss_fn = loss_for_cycle(run, model, t, cycle)
-            model.train()
+                perturb(it.model, noise_scale(cycle, config.cycles), seed=it.seed * 100_003 + cycle * 31_337)
+            loss_fn = loss_for_cycle(run, it.model, t, cycle)
             for s in range(lengths[cycle]):
                 began = time.perf_counter()
-                seed_step(config.seed + t, step, world.data_rank)
-                rows = stream.take(batch_tokens(config, cycle) // config.sequence_len)          # of all ranks
+                seed_step(it.seed, it.step, world.data_rank)
+                rows = it.batches.take(tokens // config.sequence_len)           # of all ranks: (n, T + 1)
                 mine = rows[world.data_rank::world.data_size].to(world.device)
                 multipliers = rate_multipliers(config.schedule, s, lengths[cycle])
-                loss, norm = train_step(wrapped, optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
-                if world.data_size > 1:
-                    dist.all_reduce(loss, group=world.data_group)
-                loss = loss.item() / world.data_size
-                step += 1
+                loss, norm = train_step(it.replica, it.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
+                loss, it.step = world.mean(loss), it.step + 1
                 if not math.isfinite(loss):
-                    raise SystemExit(f"trajectory {t}, cycle {cycle}, step {s}: the loss is {loss}; nothing of this cycle is kept")
-                speed = batch_tokens(config, cycle) / (time.perf_counter() - began)
+                    raise SystemExit(f"trajectory {t}, cycle {cycle}, step {s}: the loss is {loss}; this cycle is not kept")
+                speed = tokens / (time.perf_counter() - began) * world.groups
+                bar.set_postfix_str(f"trajectory {t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"trajectory {t} cycle {cycle} loss {loss:.3f}, {speed * world.groups:,.0f} tokens/s", refresh=False)
                 if world.lead:
-                    run.log(kind="step", trajectory=t, cycle=cycle, step=step, loss=loss, grad_norm=norm.item(), tokens_per_s=round(speed))
+                    run.log(kind="step", trajectory=t, cycle=cycle, step=it.step, loss=loss, grad_norm=norm.item(), tokens_per_s=round(speed))
+            it.cycles_done = cycle + 1
             if world.lead:
-                fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
-                run.log(kind="cycle", trajectory=t, cycle=cycle, step=step, fit_loss=fit_loss)
-                run.save_member(t, cycle, model.state_dict(), epochs=(cycle + 1) * config.epochs_per_cycle, fit_loss=fit_loss)
-                run.save_resume(t, dict(weights=model.state_dict(), optimizer=optimizer.state_dict(), position=stream.position, cycles_done=cycle + 1, step=step))
-            world.barrier()
+                fit_loss = -float(loader.score(it.model, data.fit, config.micro_batch).mean())
+                run.log(kind="cycle", trajectory=t, cycle=cycle, step=it.step, fit_loss=fit_loss)
+                run.save_member(t, cycle, it.model.state_dict(), epochs=it.cycles_done * config.epochs_per_cycle, fit_loss=fit_loss)
+                run.save_resume(t, it.state_dict())
+            world.barrier()                     # the member can be read by all its ranks
     bar.close()
     world.barrier(everyone=True)
     world.close()

@@ -45,6 +45,11 @@ def cut(tokens, sequence_len):
     return tokens[:n * (sequence_len + 1)].reshape(n, sequence_len + 1)
 
 
+def per_epoch_of(tokens, sequence_len, multiple):
+    """Sequences of an epoch: as many as can be cut, down to a multiple."""
+    return len(cut(tokens, sequence_len)) // multiple * multiple
+
+
 def split_fitness(tokens, starts, fitness_tokens):
     """Whole documents from the front until at least fitness_tokens: (fitness, training tokens, training starts)."""
     ends = np.append(starts[1:], len(tokens))
@@ -60,6 +65,7 @@ class Data:
     fit: np.ndarray             # n, T + 1: the fitness set
     val: np.ndarray             # n, T + 1
     token_bytes: np.ndarray     # UTF-8 bytes of every token, 0 for the separator
+    sequences_per_epoch: int    # that are trained on
     fingerprint: str            # SHA-256 of all tokens and document starts
 
 
@@ -71,11 +77,12 @@ def load(config):
         digest.update(np.ascontiguousarray(tokens))
         digest.update(np.ascontiguousarray(starts))
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
-    if len(cut(train, config.sequence_len)) < config.epoch_multiple:
+    per_epoch = per_epoch_of(train, config.sequence_len, config.epoch_multiple)
+    if not per_epoch:
         refuse(f"train_tokens={config.train_tokens}: {len(train)} tokens are left beside the fitness set, an epoch wants "
                f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}; raise train_tokens")
     return Data(train, starts, cut(fitness, config.sequence_len)[:config.fitness_tokens // (config.sequence_len + 1)],
-                cut(splits["val"][0], config.sequence_len), read_token_bytes(config), digest.hexdigest())
+                cut(splits["val"][0], config.sequence_len), read_token_bytes(config), per_epoch, digest.hexdigest())
 
 
 def read_token_bytes(config):
@@ -96,13 +103,13 @@ class Batches:
     """
     The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch permutes
     the documents (the last epoch's order, again), concatenates them, cuts sequences, permutes those, and cuts their
-    number to a multiple. `position`, the sequences taken so far, is the whole state: set it with seek().
+    number to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
     def __init__(self, tokens, doc_starts, sequence_len, multiple, seed):
         self.tokens, self.sequence_len, self.seed = tokens, sequence_len, seed
         self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
-        self.per_epoch = len(cut(tokens, sequence_len)) // multiple * multiple
+        self.per_epoch = per_epoch_of(tokens, sequence_len, multiple)
         self.position, self.epoch, self.order, self.sequences = 0, 0, np.arange(len(doc_starts)), None
 
     def permutation(self, n, salt):
@@ -130,9 +137,6 @@ class Batches:
             self.position += len(parts[-1])
             n -= len(parts[-1])
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-    def seek(self, position):
-        self.position = position
 
 
 @torch.no_grad()

@@ -1,0 +1,21 @@
+"""A population small enough to train in a second, for tests that run the scripts."""
+import pytest
+import torch
+
+ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
+MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=600, batch_tokens=128,
+             micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def micro(tmp_path):
+    """micro(name=value, ...) -> the arguments of a script: configs/tiny.py, made micro, in tmp_path."""
+    def argv(**overrides):
+        values = {**MICRO, "data_dir": tmp_path / "data", "run_dir": tmp_path / "run", **overrides}
+        return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    return argv
