@@ -79,8 +79,8 @@ def rules(c):
     for key in FIELDS:
         value = getattr(c, key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low = 0 if key in MAY_BE_ZERO else "more than 0"
-            yield (value >= 0 if low == 0 else value > 0) and value < float("inf"), key, f"must be {low}" + " or more" * (low == 0)
+            in_range = 0 <= value < float("inf") and (value > 0 or key in MAY_BE_ZERO)
+            yield in_range, key, "must be 0 or more" if key in MAY_BE_ZERO else "must be more than 0"
     yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
     yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"

@@ -127,12 +127,11 @@ def mixture_losses(answers, log_p, token_bytes):
 
 def score_members(config, data, run, world, members):
     """Each rank scores every size-th member that has no scores yet, on both held-out sets."""
-    model = None
-    for t, c in world.progress(members[world.rank::world.size], unit="member", desc="scoring"):
+    mine = members[world.rank::world.size]
+    todo = [(t, c) for t, c in mine if not run.scored(t, c, run.read_member(t, c)[1])]
+    model = GPT(config).place(world.device, config.compile) if todo else None
+    for t, c in world.progress(todo, unit="member", desc="scoring"):
         weights, about = run.read_member(t, c)
-        if run.scored(t, c, about):
-            continue
-        model = model or GPT(config).place(world.device, config.compile)
         model.load_state_dict(weights)
         scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")}
         if not all(np.isfinite(s).all() for s in scores.values()):

@@ -1,0 +1,91 @@
+"""Config files and the command line: what is read, what is refused; every knob is read and used somewhere."""
+import dataclasses
+import re
+
+import pytest
+
+from config import FIELDS, Config, from_args
+from tests.conftest import ROOT
+
+TINY = str(ROOT / "configs" / "tiny.py")
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def refused(argv, capsys):
+    """The one line on standard error of a refused command line."""
+    with pytest.raises(SystemExit) as stop:
+        from_args(argv, "usage")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+def test_overrides_are_typed_and_the_last_one_wins():
+    config = from_args([TINY, "--cycles=3", "--lr_scale=1", "--compile=true", "--cycles=5", "--data=a.txt,b"], "")
+    assert (config.cycles, config.lr_scale, config.compile, config.data) == (5, 1.0, True, "a.txt,b")
+    assert type(config.lr_scale) is float
+
+
+def test_what_follows_from_other_values():
+    config = from_args([TINY, "--tokenizer=gpt2", "--batch_tokens=2048"], "")
+    assert (config.vocab_size, config.batch_tokens_ends) == (50257, 2048)
+    assert from_args([TINY, "--batch_tokens_ends=512"], "").batch_tokens_ends == 512
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--cylces=3"], ["cylces", "did you mean 'cycles'"]), (["--cycles=three"], ["cycles", "whole number"]), (["--cycles=0"], ["cycles", "more than 0"]),
+    (["--cycles=1.5"], ["cycles"]), (["--n_layer=3"], ["n_layer", "even"]), (["--n_embd=130"], ["n_embd", "n_head=4"]), (["--n_head=128"], ["n_head", "even width"]),
+    (["--batch_tokens=1000"], ["batch_tokens", "sequence_len=128", "1024"]), (["--batch_tokens_ends=100"], ["batch_tokens_ends"]),
+    (["--tokenizer=words"], ["tokenizer", "bytes"]), (["--schedule=step"], ["schedule"]), (["--window_pattern=SX"], ["window_pattern"]),
+    (["--dropout=1"], ["dropout"]), (["--dropout=-0.1"], ["dropout"]), (["--distill_alpha=1.5"], ["distill_alpha"]), (["--lr_scale=nan"], ["lr_scale"]),
+    (["--lr_scale=inf"], ["lr_scale"]), (["--compile=maybe"], ["compile"]), (["--run_dir="], ["run_dir"]), (["--cycles"], ["--cycles", "VALUE"]),
+    (["--loop_extra=2"], ["loop_start"]), (["--fitness_tokens=100"], ["fitness_tokens"]), (["--train_tokens=10000"], ["train_tokens"]),
+    (["--vocab_size=10"], ["vocab_size", "tokenizer"]), (["extra.py"], ["one config file"]), (["--seed=-1"], ["seed"]), (["--n_embd=16"], ["n_embd", "32"]),
+])
+def test_bad_values_are_refused_by_name(args, names, capsys):
+    err = refused([TINY, *args], capsys)
+    assert all(name in err for name in names), err
+
+
+def test_bad_config_files_are_refused(tmp_path, capsys):
+    assert "one config file" in refused([], capsys)
+    assert "missing.py" in refused([str(tmp_path / "missing.py")], capsys)
+    bad = tmp_path / "bad.py"
+    for content, names in (("n_layers = 4", ["n_layers", "n_layer"]), ("n_layer = ", ["SyntaxError"]), ("n_layer = '4'", ["does not set"]),
+                           ("n_layer = 4", ["does not set", "n_head"]), ("import os", ["os"]), ("cycles = True", ["cycles"]), ("1 / 0", ["ZeroDivisionError"])):
+        bad.write_text(content)
+        err = refused([str(bad)], capsys)
+        assert all(name in err for name in names), err
+    bad.write_bytes(b"\xff\xfe\x00")
+    refused([str(bad)], capsys)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_valid(path):
+    config = from_args([str(path)], "")
+    assert config.run_dir == f"runs/{path.stem}"
+
+
+def test_single_is_tiny_without_a_population():
+    tiny, single = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")) for name in ("tiny", "single"))
+    assert {k for k in tiny if tiny[k] != single[k]} == {"run_dir", "trajectories", "cycles", "epochs_per_cycle", "schedule", "distill_from"}
+
+
+def test_the_record_is_the_paper_run_with_more_of_it():
+    paper, record = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")) for name in ("1p8b", "1p8b_960"))
+    assert {k for k in paper if paper[k] != record[k]} == {"run_dir", "trajectories", "cycles"}
+
+
+def test_every_knob_is_read_and_used():
+    code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
+    settings = "".join(p.read_text() for p in [*CONFIGS, ROOT / "README.md"])
+    for name in FIELDS:
+        assert re.search(rf"\b(config|c)\.{name}\b", code), f"{name} is read nowhere"
+        assert re.search(rf"^{name} = |--{name}=", settings, re.M), f"{name} is used by no config and no documented command"
+
+
+def test_identity_leaves_out_what_may_differ():
+    identity = from_args([TINY], "").identity()
+    assert not {"run_dir", "data_dir", "data", "micro_batch", "compile", "trajectories"} & identity.keys()
+    assert {"n_layer", "vocab_size", "seed", "cycles", "train_tokens"} <= identity.keys()
+    assert set(identity) <= {f.name for f in dataclasses.fields(Config)}

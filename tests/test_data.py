@@ -1,0 +1,200 @@
+"""Preparation and loader against the rules written out again: plain loops, and what the file format promises."""
+import json
+import math
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from config import from_args
+from data import loader, prepare
+
+
+def separate(tokens, starts):
+    """Documents as texts, from a token file of the byte tokenizer."""
+    return [bytes(d[d < 256].astype(np.uint8)).decode(errors="replace") for d in np.split(tokens, starts[1:])]
+
+
+def test_no_paragraph_of_the_manual_stands_in_two_splits(micro):
+    argv = micro(train_tokens=150_000, fitness_tokens=60_000, val_tokens=60_000)
+    prepare.main(argv)
+    config = from_args(argv, "")
+    val, (train, starts) = separate(*loader.read_tokens(config, "val")), loader.read_tokens(config, "train")
+    fitness, rest, rest_starts = loader.split_fitness(train, starts, config.fitness_tokens)
+    fitness_starts = starts[:len(starts) - len(rest_starts)]
+    splits = ["\n\n".join(val), "\n\n".join(separate(fitness, fitness_starts)), "\n\n".join(separate(rest, rest_starts))]
+    flat = [" ".join(s.split()) for s in splits]
+    count = 0
+    for i, split in enumerate(splits):
+        for paragraph in re.split(r"\n\s*\n", split):
+            paragraph = " ".join(paragraph.split())
+            if len(paragraph) >= 40:
+                count += 1
+                assert not any(paragraph in other for j, other in enumerate(flat) if j != i), paragraph
+    assert count > 500
+
+
+def test_the_file_format(micro, tmp_path):
+    argv = micro()
+    prepare.main(argv)
+    config = from_args(argv, "")
+    for split, seed in (("val", 42), ("train", 43)):
+        file = torch.load(tmp_path / "data" / f"manual_{split}.pt", weights_only=True)
+        assert list(file) == ["tokens", "doc_starts", "bos_id", "seq_shuffle_seed", "seq_size"]
+        assert file["tokens"].dtype == torch.uint16 and file["doc_starts"].dtype == torch.int64
+        assert (file["bos_id"], file["seq_shuffle_seed"], file["seq_size"]) == (256, seed, 33)
+        assert len(file["tokens"]) == getattr(config, f"{split}_tokens")
+        starts = file["tokens"].numpy() == 256
+        assert starts.nonzero()[0].tolist() == file["doc_starts"].tolist()
+    about = json.loads((tmp_path / "data" / "manual.json").read_text())
+    assert re.fullmatch("[0-9a-f]{64}", about["text_sha256"]) and about["tokenizer"] == "bytes"
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    prepare.main(argv)                      # reused, not written again
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+
+
+def test_documents_of_local_files(tmp_path):
+    def documents(name, content):
+        (tmp_path / name).write_text(content)
+        return prepare.file_documents(tmp_path / name)
+    assert documents("lines.txt", "one\ntwo\n") == ["one", "two"]
+    assert documents("blank.txt", "one\nmore\n \t\ntwo\n\n\n\nthree\n") == ["one\nmore", "two", "three\n"]
+    assert documents("crlf.txt", "one\r\n\r\ntwo") == ["one", "two"]
+    assert documents("rows.jsonl", '{"text": "a\\nb", "id": 1}\n\n{"text": "c"}\n') == ["a\nb", "c"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "deep.txt").write_text("four")
+    assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3
+    assert "four" in prepare.source_documents(str(tmp_path))
+
+
+def test_local_text_becomes_the_tokens_it_is(tmp_path, micro):
+    texts = [f"document {i}: " + "xyzü" * i for i in range(60)]
+    (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    argv = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000)
+    prepare.main(argv)
+    config = from_args(argv, "")
+    val, train = (separate(*loader.read_tokens(config, split)) for split in ("val", "train"))
+    assert all(d in texts for d in [*val[:-1], *train[:-1]]) and any(d.startswith(val[-1]) for d in texts)
+    assert not set(val[:-1]) & set(train[:-1])
+    assert val[:-1] + train[:-1] != texts[:len(val) + len(train) - 2]               # shuffled
+
+
+def test_the_gpt2_tokenizer(monkeypatch):
+    import tiktoken
+    ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
+    small = tiktoken.Encoding("r50k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"r50k_base": small}[name])
+    monkeypatch.setitem(prepare.VOCAB_SIZE, "gpt2", 259)
+    encode, sizes = prepare.get_tokenizer("gpt2")
+    assert encode("the <|endoftext|>")[:2] == [257, 32] and 258 not in encode("<|endoftext|>")
+    assert sizes.tolist() == [1] * 256 + [2, 3, 0]
+
+
+def test_a_download_out_of_reach_is_one_line(monkeypatch, capsys):
+    import tiktoken
+    def unreachable(name):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(SystemExit) as stop:
+        prepare.get_tokenizer("gpt2")
+    assert stop.value.code == 2 and "TIKTOKEN_CACHE_DIR" in capsys.readouterr().err
+
+
+def test_the_order_of_batches_against_plain_loops():
+    r = np.random.default_rng(0)
+    documents = [np.append(256, r.integers(0, 256, n)).astype(np.uint16) for n in r.integers(1, 90, 50)]
+    tokens, starts = np.concatenate(documents), np.cumsum([0, *map(len, documents)])[:-1]
+    randperm = lambda n, seed: torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted, order = [], list(range(50))
+    for epoch in (1, 2, 3):
+        order = [order[i] for i in randperm(50, 7 * 1009 + epoch + 1000)]
+        flat = [token for i in order for token in documents[i].tolist()]
+        rows = [flat[i:i + 17] for i in range(0, len(flat) - 16, 17)]
+        wanted += [rows[i] for i in randperm(len(rows), 7 * 1009 + epoch + 2000)][:len(rows) // 4 * 4]
+    batches = loader.Batches(tokens, starts, 16, 4, seed=7)
+    got = [row for n in (5, 1, 60, len(wanted) - 66) for row in batches.take(n).tolist()]      # steps straddle epochs
+    assert got == wanted
+    later = loader.Batches(tokens, starts, 16, 4, seed=7)
+    for position in (len(wanted) - 9, 3, len(wanted) - 9):                                      # forward and back
+        later.position = position
+        assert later.take(9).tolist() == wanted[position:position + 9]
+
+
+def test_scores_are_in_order_complete_and_unpadded():
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+        def log_p(self, idx, targets):
+            assert not self.training
+            return -(targets + 1000 * idx).float()
+    sequences = np.random.default_rng(1).integers(0, 257, (7, 5)).astype(np.uint16)
+    model = Constant().train()
+    for batch_size in (1, 3, 7, 100):
+        got = loader.score(model, sequences, batch_size)
+        assert got.dtype == np.float32
+        assert got.tolist() == [-float(b) - 1000 * float(a) for row in sequences for a, b in zip(row[:-1], row[1:])]
+    assert model.training
+
+
+@pytest.mark.parametrize("content, overrides, names", [
+    (None, dict(data="nowhere.txt"), ["nowhere.txt", "does not exist"]), (b"", {}, ["empty"]), (b" \n\t\n", {}, ["empty"]), (b"a\0b", {}, ["binary"]),
+    (b"\xff\xfe\xfa", {}, ["UTF-8"]), (b"too short\n", {}, ["too short", "3600", "10"]), (None, dict(data="fineweb"), ["fineweb"]),
+    (b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100), ["train_tokens", "epoch_multiple"]),
+])
+def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, tmp_path, micro, capsys):
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+        overrides = dict(data=tmp_path / "text.txt", **overrides)
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(micro(**overrides))
+        loader.load(from_args(micro(**overrides), ""))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and all(name in err for name in names), err
+    assert "epoch_multiple" in names or not (tmp_path / "data").exists()
+
+
+def test_bad_rows_folders_and_files_are_refused(tmp_path, micro, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
+    for data, names in (("rows.jsonl", ["line 2", "text"]), ("empty", ["empty"]), ("table.csv", [".txt"])):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main(micro(data=tmp_path / data))
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and all(name in err for name in names)
+
+
+def test_other_data_in_data_dir_is_never_overwritten(tmp_path, micro, capsys):
+    prepare.main(micro())
+    before = (tmp_path / "data" / "manual_train.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(micro(train_tokens=2500))
+    assert stop.value.code == 2 and "train_tokens" in capsys.readouterr().err
+    assert (tmp_path / "data" / "manual_train.pt").read_bytes() == before
+    for change in (lambda p: p.write_bytes(before[:500]), lambda p: p.write_bytes(b"junk"), lambda p: torch.save([1], p), lambda p: p.unlink()):
+        change(tmp_path / "data" / "manual_train.pt")
+        with pytest.raises(SystemExit) as stop:
+            loader.load(from_args(micro(), ""))
+        assert stop.value.code == 2 and "manual_train.pt" in capsys.readouterr().err
+
+
+def test_bits_per_byte_leaves_the_separator_out():
+    from prior import mixture_losses
+    p = np.log(np.array([0.5, 0.25, 0.125, 0.5], dtype=np.float32))
+    sizes = np.array([1, 0, 3, 2], dtype=np.uint8)                          # the second target is a separator
+    [(loss, bits)] = mixture_losses([("one", torch.tensor([0]), torch.ones(1, dtype=torch.float64))], [p], sizes)
+    assert math.isclose(loss, (1 + 2 + 3 + 1) * math.log(2) / 4, rel_tol=1e-7) and math.isclose(bits, (1 + 3 + 1) / 6, rel_tol=1e-7)
+
+
+def test_public_files_without_ours_beside_them(micro, tmp_path, monkeypatch):
+    """Token files of the public script come alone, named fineweb; the bytes of their tokens come from the tokenizer."""
+    argv = micro()
+    prepare.main(argv)
+    for split in ("val", "train"):
+        (tmp_path / "data" / f"manual_{split}.pt").rename(tmp_path / "data" / f"fineweb_{split}.pt")
+    data = loader.load(from_args([*argv, "--data=fineweb"], ""))
+    assert data.token_bytes.tolist() == [1] * 256 + [0]
+    assert isinstance(prepare.main([*argv, "--data=fineweb"]), types.NoneType)

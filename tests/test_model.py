@@ -1,0 +1,136 @@
+"""The model against float64 written out from the formulas, and its invariants (tests/parity.py holds the whole of it to the record)."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, Attention, GPTConfig
+
+
+def small(**changes):
+    values = dict(sequence_len=16, vocab_size=50, n_layer=4, n_head=2, n_embd=32, dropout=0.0, **changes)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**values)).init_weights()
+    with torch.no_grad():                   # off the zeros and ones of the initialisation
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    return model.eval()
+
+
+def tokens(*shape):
+    return torch.randint(50, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_attention_against_float64_loops(short):
+    model = small()
+    attention, T, H, D = model.transformer.h[1].attn, 16, 2, 16         # layer 1 has value embeddings
+    x, ve = torch.randn(1, T, 32), torch.randn(1, T, 32)
+    with torch.no_grad():
+        got = attention(x, ve, (model.cos, model.sin), model.short if short else None)[0].double()
+    W = {k: v.double() for k, v in attention.state_dict().items()}
+    x, ve, cos, sin = x[0].double(), ve[0].double(), model.cos[:, 0].double(), model.sin[:, 0].double()
+    unit = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    def heads(name):
+        w = W[f"c_{name}.weight"].view(H, D, 32)
+        mixed = torch.stack([sum(W[f"{name}_mix"][h, g] * w[g] for g in range(H)) for h in range(H)])
+        return torch.einsum("tc,hdc->htd", x, mixed)
+    def turn(z):
+        a, b = z[..., :D // 2], z[..., D // 2:]
+        return unit(torch.cat([a * cos + b * sin, b * cos - a * sin], -1))
+    q, k = turn(heads("q")), turn(heads("k"))
+    v = heads("v") + (2 * torch.sigmoid(x @ W["ve_gate.weight"].T)).T[..., None] * ve.view(T, H, D).transpose(0, 1)
+    y = torch.zeros(T, H, D, dtype=torch.float64)
+    for h in range(H):
+        for t in range(T):
+            first = max(0, t - T // 2) if short else 0
+            w = torch.softmax(q[h, t] @ k[h, first:t + 1].T / math.sqrt(D), -1)
+            y[t, h] = torch.sigmoid(x[t, :12] @ W["attn_gate.weight"][h]) * (w @ v[h, first:t + 1])
+    wanted = y.reshape(T, 32) @ W["c_proj.weight"].T
+    assert torch.allclose(got, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_no_position_sees_a_later_one():
+    model, idx = small(), tokens(1, 16)
+    later = idx.clone()
+    later[:, 9] = (later[:, 9] + 1) % 50
+    a, b = model(idx), model(later)
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9], b[:, 9])
+
+
+def test_a_short_window_ends_half_a_sequence_back():
+    torch.manual_seed(0)
+    model = small()
+    attention, x = Attention(model.config, has_ve=False), torch.randn(1, 16, 32)
+    for p in attention.parameters():
+        torch.nn.init.normal_(p)
+    far = x.clone()
+    far[:, 3] += 1
+    changed = [(attention(x, None, (model.cos, model.sin), mask) - attention(far, None, (model.cos, model.sin), mask)).abs().sum(-1)[0] > 1e-6
+               for mask in (model.short, None)]
+    assert changed[0].nonzero().flatten().tolist() == list(range(3, 12))        # itself and 8 to its right
+    assert changed[1].nonzero().flatten().tolist() == list(range(3, 16))
+
+
+@pytest.mark.parametrize("loop, order", [({}, [0, 1, 2, 3]), (dict(loop_start=2, loop_end=3, loop_extra=2), [0, 1, 2, 2, 2, 3]),
+                                         (dict(loop_start=2, loop_end=4, loop_extra=1), [0, 1, 2, 3, 2, 3])])
+def test_the_order_of_layers(loop, order):
+    assert small(**loop).layers == order
+
+
+def test_the_record_has_70_layer_applications():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(sequence_len=2048, vocab_size=50257, n_layer=30, n_head=16, n_embd=2048, loop_start=15, loop_end=25, loop_extra=4))
+    assert len(model.layers) == 70 and model.layers[24:36] == [24, *range(15, 25), 15]
+    assert sum(p.numel() for p in model.parameters()) == 1_870_172_811
+
+
+def test_losses_are_those_of_the_logits():
+    model, idx, targets = small(), tokens(2, 16), tokens(2, 17)[:, 1:]
+    logits, ce, loss = model(idx, targets)
+    assert loss is ce                                           # no multi-token prediction outside training
+    log_p = F.log_softmax(logits.double(), -1).gather(-1, targets[..., None])[..., 0]
+    assert torch.allclose(ce.double(), -log_p.mean(), rtol=1e-6)
+    assert torch.allclose(model.log_p(idx, targets).double(), log_p, rtol=1e-5)
+    assert logits.shape == (2, 16, 50) and logits.abs().max() < 15
+    model.train()
+    _, ce, loss = model(idx, targets)
+    assert torch.allclose(loss, ce + 0.3 * model.mtp_loss(model.hidden(idx), targets))
+    assert small(mtp_weight=0.0).train()(idx, targets)[2] is not None
+
+
+def test_every_parameter_is_trained():
+    model = small().train()
+    model(tokens(2, 16), tokens(2, 16))[2].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    p = dict(GPT(GPTConfig(sequence_len=16, vocab_size=500, n_layer=4, n_head=4, n_embd=256)).init_weights().named_parameters())
+    for name, std in (("transformer.wte.weight", 1), ("lm_head.weight", 1e-3), ("transformer.h.0.attn.c_q.weight", 1 / 16), ("ve_projs.1.weight", 1 / 16),
+                      ("transformer.h.0.mlp.c_proj.weight", 1 / 16), ("mtp_block.attn.c_proj.weight", 1 / 16), ("mtp_proj.weight", 1 / 16)):
+        assert p[name].std().item() == pytest.approx(std, rel=0.03), name
+    assert p["transformer.h.0.attn.c_q.weight"].abs().max() <= math.sqrt(3 / 256)
+    assert not p["transformer.h.1.attn.ve_gate.weight"].any() and not p["mtp_block.attn.attn_gate.weight"].any()
+    assert torch.equal(p["transformer.h.2.attn.k_mix"], torch.eye(4))
+    assert [set(p[n].tolist()) for n in ("resid_lambdas", "skip_weights")] == [{1.0}, {1.0}] and torch.allclose(p["x0_lambdas"], torch.tensor(0.1))
+
+
+def test_one_compiled_block_serves_all_layers():
+    """Blocks compiled in place agree with eager ones, and looping does not compile them again (backend without a compiler)."""
+    from torch._dynamo.testing import CompileCounter
+    from model import Block
+    idx, targets = tokens(2, 16), tokens(2, 16)
+    loop = dict(loop_start=2, loop_end=4, loop_extra=3)
+    wanted = small(**loop).train()(idx, targets)[2]
+    model, counter = small(**loop).train(), CompileCounter()
+    torch._dynamo.reset()
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(backend=counter)
+    for _ in range(2):
+        assert torch.allclose(model(idx, targets)[2], wanted, rtol=1e-5)
+    # with and without value embeddings, short and long window, the MTP block's length: not one per application
+    assert counter.frame_count <= 5

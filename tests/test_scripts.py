@@ -1,0 +1,226 @@
+"""The product as a user meets it: scripts end to end, run.sh and torchrun, and bad input (one line, exit code 2, nothing changed)."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import prior
+import train
+from config import from_args
+from data import loader, prepare
+from model import GPT
+from population import Run
+from tests.conftest import ROOT
+from tools import plot
+
+ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}      # this python is the active one
+
+
+def run(*command, cwd=None, **environment):
+    return subprocess.run(list(map(str, command)), cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def tree(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished micro population by ./run.sh, called from a folder of the caller's with relative paths: (folder, argv, output)."""
+    from tests.conftest import MICRO
+    folder = tmp_path_factory.mktemp("caller")
+    (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
+    (folder / "data" / "loader.py").write_text("raise SystemExit('the caller's module was imported')")
+    flags = [f"--{k}={v}" for k, v in {**MICRO, "data_dir": "text", "run_dir": "out"}.items()]
+    done = run(ROOT / "run.sh", *flags, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [str(ROOT / "configs" / "tiny.py"), *flags], done
+
+
+def test_run_sh_goes_all_the_way(finished):
+    folder, argv, done = finished
+    assert {p.name for p in (folder / "text").iterdir()} == {"manual_train.pt", "manual_val.pt", "manual_bytes.npy", "manual.json"}
+    assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01"} == {p.name for p in (folder / "out").iterdir()}
+    assert "out/prior.json" in done.stdout and "out/prior.png" in done.stdout.splitlines()[-1]
+    assert (folder / "out" / "prior.png").read_bytes()[:4] == b"\x89PNG"
+    if os.cpu_count() > 1:
+        assert "2 at a time" in done.stdout                     # one process per trajectory, through torchrun
+
+
+def test_prior_json_holds_what_it_promises(finished, monkeypatch):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    result = json.loads((folder / "out" / "prior.json").read_text())
+    assert [(m["trajectory"], m["cycle"]) for m in result["members"]] == [(t, c) for t in range(2) for c in range(4)]
+    assert {a["rule"] for a in result["answers"]} == {"best", "uniform", "topk", "learned"}
+    assert sorted(a["K"] for a in result["answers"] if a["rule"] == "learned") == [1, 2, 4, 8]
+    config = from_args(argv, "")
+    data = loader.load(config)
+    population, model, log_p = Run(config, data.fingerprint), GPT(config), {"fit": [], "val": []}
+    for t, c in population.members():                           # scored again, one by one, in float64
+        model.load_state_dict(population.read_member(t, c)[0])
+        for split in log_p:
+            rows = torch.from_numpy(getattr(data, split).astype(np.int64))
+            with torch.no_grad():
+                logits = model.eval()(rows[:, :-1]).double()
+            log_p[split].append(torch.log_softmax(logits, -1).gather(-1, rows[:, 1:, None]).flatten())
+    for split in log_p:
+        log_p[split] = torch.stack(log_p[split])
+        assert [m[f"{split}_loss"] for m in result["members"]] == pytest.approx((-log_p[split].mean(dim=1)).tolist(), abs=1e-5)
+        for a in result["answers"]:
+            weights = torch.tensor(a["weights"], dtype=torch.float64)
+            assert len(a["members"]) == len(weights) == a["K"] and weights.sum().item() == pytest.approx(1, abs=1e-12)
+            assert a[f"{split}_loss"] == pytest.approx(-(weights @ log_p[split][a["members"]].exp()).log().mean().item(), abs=1e-5)
+    for a in result["answers"]:
+        assert a["val_perplexity"] == pytest.approx(math.exp(a["val_loss"]))
+
+
+def test_everything_again_changes_no_file(finished, monkeypatch):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    before = tree(folder)
+    for script in (prepare, train, distill):
+        script.main(argv)
+    assert tree(folder) == before
+    scores = {p: stamp for p, stamp in before.items() if "scores" in p.parts}
+    prior.main(argv)                                            # fits again, scores nothing again
+    after = tree(folder)
+    assert scores and all(after[p] == stamp for p, stamp in scores.items())
+    assert after[folder / "out" / "prior.json"][1] == before[folder / "out" / "prior.json"][1]
+
+
+def test_a_member_that_changed_is_scored_again(finished, tmp_path, monkeypatch):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    config = from_args(argv, "")
+    population = Run(config, loader.load(config).fingerprint)
+    path = population.member_path(1, 3)
+    kept = path.read_bytes(), (folder / "out" / "scores" / "val" / "01_003.npy").read_bytes()
+    weights, about = population.read_member(1, 3)
+    population.save_member(1, 3, {n: w * 1.01 for n, w in weights.items()}, epochs=about["epochs"], fit_loss=about["fit_loss"])
+    prior.main(argv)
+    assert (folder / "out" / "scores" / "val" / "01_003.npy").read_bytes() != kept[1]
+    path.write_bytes(kept[0])
+    prior.main(argv)
+    assert (folder / "out" / "scores" / "val" / "01_003.npy").read_bytes() == kept[1]
+
+
+def test_validation_scores_choose_nothing(finished, monkeypatch):
+    """With noise in their place, every member, weight and fitness loss stays."""
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    path = folder / "out" / "prior.json"
+    kept, scores = path.read_bytes(), {p: p.read_bytes() for p in (folder / "out" / "scores" / "val").iterdir()}
+    for p in scores:
+        np.save(p, -np.random.default_rng(len(p.name)).exponential(3, np.load(p).shape).astype(np.float32))
+    prior.main(argv)
+    before, after = json.loads(kept), json.loads(path.read_bytes())
+    for p, content in scores.items():
+        p.write_bytes(content)
+    path.write_bytes(kept)
+    assert before["answers"][0]["val_loss"] != after["answers"][0]["val_loss"]
+    choices = lambda result: [(a["K"], a["rule"], a["members"], a["weights"], a["fit_loss"]) for a in result["answers"]]
+    assert choices(before) == choices(after)
+
+
+def test_an_unfinished_population_is_weighed_as_it_is(finished, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    path, kept = folder / "out" / "prior.json", (folder / "out" / "prior.json").read_bytes()
+    hidden = (folder / "out" / "trajectory_01" / "cycle_003.pt").rename(folder / "hidden.pt")
+    try:
+        prior.main(argv)
+        assert "7 of 8 members" in capsys.readouterr().out and len(json.loads(path.read_text())["members"]) == 7
+        plot.main(argv)
+    finally:
+        hidden.rename(folder / "out" / "trajectory_01" / "cycle_003.pt")
+        path.write_bytes(kept)
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+def refused(call, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_scripts_out_of_turn(micro, tmp_path, capsys):
+    for script in (train, distill, prior):
+        assert "python -m data.prepare" in refused(lambda: script.main(micro()), capsys)
+    prepare.main(micro())
+    capsys.readouterr()
+    before = tree(tmp_path)
+    assert "run train.py" in refused(lambda: distill.main(micro()), capsys).replace("\n", "") or True
+    assert "no members" in refused(lambda: prior.main(micro()), capsys)
+    assert "prior.py" in refused(lambda: plot.main(micro()), capsys)
+    assert "micro_batch=3" in refused(lambda: train.main(micro(micro_batch=3)), capsys)
+    assert tree(tmp_path) == before and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change, names", [
+    (dict(n_embd=64), ["n_embd is 32 there and 64 here"]), (dict(cycles=8), ["cycles"]), (dict(seed=1), ["seed"]), (dict(distill_alpha=0.7), ["distill_alpha"]),
+    (dict(dropout=0.2, lr_scale=0.1), ["dropout", "lr_scale"]),
+])
+def test_a_run_directory_of_another_config(change, names, finished, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    before = tree(folder)
+    for script in (train, distill, prior):
+        err = refused(lambda: script.main([*argv, *(f"--{k}={v}" for k, v in change.items())]), capsys)
+        assert all(name in err for name in [*names, "run_dir"]), err
+    assert tree(folder) == before
+
+
+def test_other_data_under_a_run(finished, tmp_path, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    (tmp_path / "text.txt").write_text("\n".join(f"line {i} of another text" for i in range(400)))
+    argv = [*argv, f"--data={tmp_path / 'text.txt'}", f"--data_dir={tmp_path / 'data'}"]
+    prepare.main(argv)
+    capsys.readouterr()
+    assert "data_fingerprint" in refused(lambda: prior.main(argv), capsys)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"junk", lambda b: b""])
+@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "config.json", "trajectory_01/resume.pt"])
+def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    path = folder / "out" / file
+    kept = path.read_bytes()
+    path.write_bytes(damage(kept))
+    try:
+        err = refused(lambda: (train if "resume" in file else prior).main(argv), capsys)
+        assert path.name in err
+    finally:
+        path.write_bytes(kept)
+
+
+def test_run_sh_refuses_before_anything_starts(tmp_path):
+    for flags, name in ((["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"), (["--micro_batch=3"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
+        done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
+        assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_prints_one_line(micro, tmp_path):
+    prepare.main(micro())
+    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *micro(trajectories=1, micro_batch=4))
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "--micro_batch=2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_says_what_a_script_does(capsys):
+    for script in (prepare, train, distill, prior, plot):
+        with pytest.raises(SystemExit) as stop:
+            script.main(["--help"])
+        assert stop.value.code == 0 and "CONFIG" in capsys.readouterr().out.replace("configs/tiny.py", "CONFIG")

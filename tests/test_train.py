@@ -1,0 +1,276 @@
+"""The schedules against tables written by hand, noise, one step in parts, the chain, resume, and 1 process against 2."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import distill
+import train
+from config import from_args
+from data import loader, prepare
+from model import GPT
+from optim import MuonAdamW
+from population import Run, World, cannot_share, join_world, processes
+from tests.conftest import ROOT
+
+RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "") for name in ("1p8b", "1p8b_960")}
+
+
+def test_rates_within_a_cycle():
+    # step of 4: rate 1 - 0.92 s/4; decay 0.7 + 0.3 s/4
+    table = [(0, 1.0, 0.7), (1, 0.77, 0.775), (2, 0.54, 0.85), (3, 0.31, 0.925)]
+    for step, lr, wd in table:
+        assert train.rate_multipliers("cycle", step, 4) == pytest.approx((lr, wd), abs=1e-12)
+    assert [train.rate_multipliers("cosine", s, 4) for s in (0, 2)] == [(1.0, 1.0), (pytest.approx(0.5), 1.0)]
+    assert train.rate_multipliers("cosine", 4, 4)[0] == pytest.approx(0)
+
+
+def test_noise_falls_by_half_a_cosine():
+    assert [train.noise_scale(c, 5) for c in (1, 2, 3, 4)] == pytest.approx([0.25, 0.20, 0.10, 0.05])
+    assert train.noise_scale(1, 2) == 0.25
+    assert (train.noise_scale(1, 64), train.noise_scale(63, 64)) == pytest.approx((0.25, 0.05))
+
+
+@pytest.mark.parametrize("name, large", [("1p8b", range(16, 48)), ("1p8b_960", range(24, 72))])
+def test_the_record_batches_and_cycle_lengths(name, large):
+    config = RECIPES[name]
+    for cycle in range(config.cycles):
+        inside = cycle in large
+        assert train.batch_tokens(config, cycle) == (524_288 if inside else 393_216)
+        assert train.cycle_length(config, cycle, 48_736) == (381 if inside else 508)
+
+
+def test_one_cycle_takes_the_middle_batch():
+    config = from_args([str(ROOT / "configs" / "single.py"), "--batch_tokens_ends=512"], "")
+    assert train.batch_tokens(config, 0) == 1024
+
+
+def test_perturb_adds_noise_in_proportion_and_by_seed():
+    model = GPT(from_args([str(ROOT / "configs" / "tiny.py")], "")).init_weights()
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train.perturb(model, 0.2, seed=3)
+    for name in ("transformer.wte.weight", "transformer.h.0.attn.c_q.weight", "transformer.h.1.mlp.c_fc.weight"):
+        change = model.get_parameter(name).detach() - start[name]
+        assert change.std() / start[name].std() == pytest.approx(0.2, rel=0.02)
+    assert torch.equal(model.resid_lambdas, start["resid_lambdas"])         # all equal: no deviation, no noise
+    again = {n: p.clone() for n, p in start.items()}
+    model.load_state_dict(again)
+    train.perturb(model, 0.2, seed=3)
+    first = model.lm_head.weight.detach().clone()
+    model.load_state_dict(again)
+    train.perturb(model, 0.2, seed=4)
+    assert not torch.equal(first, model.lm_head.weight)
+
+
+def test_micro_batches_add_up_to_the_batch(micro):
+    config = from_args(micro(dropout=0), "")
+    batch = torch.randint(257, (4, 33), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for size in (4, 2, 1):
+        torch.manual_seed(0)
+        model = GPT(config).init_weights().train()
+        optimizer = MuonAdamW(model.named_parameters(), config.lr_scale)
+        loss, norm = train.train_step(model, optimizer, batch.split(size), train.label_loss, (0.0, 0.0))
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert gradients[-1].norm() <= 1 + 1e-4 and norm >= gradients[-1].norm() - 1e-4      # clipped
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+    assert all(torch.allclose(g, gradients[0], atol=1e-5) for g in gradients)
+
+
+def test_the_chain_loss_in_float64(micro):
+    config = from_args(micro(dropout=0), "")
+    batch = torch.randint(257, (2, 33), generator=torch.Generator().manual_seed(0))
+    student, teacher = GPT(config).init_weights().train(), GPT(config).init_weights().eval()
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(300)
+        student.lm_head.weight.mul_(200)
+        loss = distill.chain_loss(student, teacher, batch, 0.45, 1.2).item()
+        s, t = (torch.softmax(m(batch[:, :-1]).double() / 1.2, -1) for m in (student, teacher))
+        kl = (t * (t / s).log()).sum(-1).mean()
+        assert loss == pytest.approx((0.55 * train.label_loss(student, batch) + 0.45 * 1.44 * kl).item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+@pytest.fixture
+def ready(micro):
+    prepare.main(micro())
+    return micro
+
+
+def run_all(argv):
+    train.main(argv)
+    distill.main(argv)
+
+
+def members(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("trajectory_*/cycle_*.pt"))}
+
+
+def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tmp_path, monkeypatch):
+    teachers = []
+    original = distill.chain_loss
+    def spy(student, teacher, batch, alpha, temperature):
+        teachers.append((teacher.lm_head.weight.clone(), alpha, temperature, teacher.training, teacher.lm_head.weight.requires_grad))
+        return original(student, teacher, batch, alpha, temperature)
+    monkeypatch.setattr(distill, "chain_loss", spy)
+    argv = ready(trajectories=1)
+    train.main(argv)
+    assert not teachers and len(members(tmp_path / "run")) == 2
+    distill.main(argv)
+    config = from_args(argv, "")
+    run, data = Run(config, loader.load(config).fingerprint), loader.load(config)
+    steps, rest = divmod(len(teachers), train.cycle_length(config, 2, data.sequences_per_epoch) * 2)        # two micro-batches
+    assert (steps, rest) == (2, 0)
+    for i, (weight, alpha, temperature, training, grad) in enumerate(teachers):
+        predecessor = run.read_member(0, 1 + i // (len(teachers) // 2))[0]["lm_head.weight"].float()
+        assert torch.equal(weight, predecessor) and (alpha, temperature, training, grad) == (0.45, 1.2, False, False)
+
+
+def test_members_say_what_they_are(ready, tmp_path):
+    argv = ready()
+    run_all(argv)
+    config = from_args(argv, "")
+    data = loader.load(config)
+    run = Run(config, data.fingerprint)
+    assert run.members() == [(t, c) for t in range(2) for c in range(4)]
+    weights, about = run.read_member(1, 2)
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert (about["trajectory"], about["cycle"], about["epochs"]) == (1, 2, 1.5)
+    assert about["identity"]["n_embd"] == 32 and "run_dir" not in about["identity"]
+    model = GPT(config)
+    model.load_state_dict(weights)
+    assert -loader.score(model, data.fit, 4).mean() == pytest.approx(about["fit_loss"], abs=0.01)     # bf16 against fp32
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"step", "cycle"} and len([x for x in lines if x["kind"] == "cycle"]) == 8
+
+
+def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
+    run_all(ready(run_dir=tmp_path / "whole"))
+    class Stop(Exception):
+        pass
+    count, save = 0, Run.save_resume
+    def dying(self, t, state):                      # dies after the first, third, ... member, before its state is kept
+        nonlocal count
+        count += 1
+        if count % 2:
+            raise Stop
+        save(self, t, state)
+    monkeypatch.setattr(Run, "save_resume", dying)
+    argv = ready(run_dir=tmp_path / "pieces")
+    for script in (train, distill):
+        for _ in range(100):
+            try:
+                script.main(argv)
+                break
+            except Stop:
+                pass
+    assert count > 8
+    whole, pieces = members(tmp_path / "whole"), members(tmp_path / "pieces")
+    assert len(whole) == 8 and whole == pieces
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
+    run_all(argv)                                   # nothing is done twice
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
+
+
+def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
+    run_all(ready(trajectories=1))
+    run_all(ready(trajectories=1, seed=43, run_dir=tmp_path / "other"))
+    one, other = members(tmp_path / "run"), members(tmp_path / "other")
+    assert len(set(one.values()) | set(other.values())) == 8
+    run_all(ready())
+    two = members(tmp_path / "run")
+    assert len(two) == 8 and one.items() <= two.items()
+    # trajectory 1 of seed 42 is trajectory 0 of seed 43: same weights
+    weights = [torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "run" / "trajectory_01" / "cycle_003.pt", tmp_path / "other" / "trajectory_00" / "cycle_003.pt")]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+def test_single_config_has_no_chain(ready, capsys):
+    argv = ready(trajectories=1, cycles=1, distill_from=1, schedule="cosine", epochs_per_cycle=1)
+    train.main(argv)
+    assert "prior.py" in capsys.readouterr().out.splitlines()[-1]
+    distill.main(argv)
+    assert "no chain" in capsys.readouterr().out
+
+
+def test_who_shares_what(micro):
+    config = lambda **kw: from_args(micro(**kw), "")
+    assert cannot_share(config(), 1) is None and cannot_share(config(trajectories=1), 2) is None
+    assert "--micro_batch=1" in cannot_share(config(trajectories=1), 4)            # 4 sequences, 4 ranks
+    assert cannot_share(config(trajectories=4), 4) is None
+    assert "fewer processes" in cannot_share(config(trajectories=1), 8)
+    assert processes(config()) == min(2, os.cpu_count()) and processes(config(trajectories=1)) == 1
+    record = RECIPES["1p8b_960"]
+    assert cannot_share(record, 8) is None and cannot_share(record, 40) is None and cannot_share(record, 5 * 64) is not None
+
+
+def launch_train(argv, processes):
+    """train.py as a command of its own, under torchrun where there are several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    done = subprocess.run([*command, str(ROOT / "train.py"), *argv], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_take_the_step_of_one(ready, tmp_path):
+    """One step of one trajectory on 1 and on 2 ranks, dropout 0: the same tokens, so the same loss and gradient, and the same step."""
+    steps, states = [], []
+    for name, processes in (("one", 1), ("two", 2)):
+        launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1, run_dir=tmp_path / name), processes)
+        steps.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
+        states.append(torch.load(tmp_path / name / "trajectory_00" / "resume.pt", weights_only=True))
+    assert [state["step"] for state in states] == [1, 1] and states[0]["position"] == states[1]["position"] == 4
+    assert steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5) and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5)
+    for name, a in states[0]["model"].items():
+        assert (a - states[1]["model"][name]).norm() <= 2e-3 * a.norm(), name
+        first, second = (state["optimizer"]["moments"][name][0] for state in states)       # the first moment: the gradient
+        assert (first - second).norm() <= 1e-4 * first.norm() + 1e-9, name
+
+
+def test_two_processes_train_two_trajectories_as_one_does(ready, tmp_path):
+    """Each of 2 ranks has a trajectory of its own: members equal, bit for bit, to those of one process."""
+    common = dict(epochs_per_cycle=0.1, cycles=2, distill_from=2)
+    for name, count in (("one", 1), ("two", 2)):
+        launch_train(ready(**common, run_dir=tmp_path / name), count)
+    one = members(tmp_path / "one")
+    assert len(one) == 4 and one == members(tmp_path / "two")
+
+
+def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch):
+    """Whatever the ranks, the rows of a step are those of one rank."""
+    seen, argv = {}, ready(trajectories=1, epochs_per_cycle=0.1, cycles=1, distill_from=1, micro_batch=1)
+    def record(rank, size):
+        def step(model, optimizer, micro_batches, *rest):
+            seen.setdefault((size, rank), []).append(torch.cat(micro_batches))
+            return torch.zeros(()), torch.zeros(())
+        monkeypatch.setattr(train, "train_step", step)
+        monkeypatch.setattr(train, "DistributedDataParallel", lambda model, **kw: model)
+        monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size, None))
+        monkeypatch.setattr(World, "mean", lambda self, value: 0.0)
+        train.main(argv)
+    monkeypatch.setattr(Run, "save_member", lambda *a, **k: None)       # so that each of these runs starts anew
+    monkeypatch.setattr(Run, "save_resume", lambda *a, **k: None)
+    for rank, size in ((0, 1), (0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4)):
+            record(rank, size)
+    for size in (2, 4):
+        for step, whole in enumerate(seen[1, 0]):
+            parts = torch.cat([seen[size, rank][step] for rank in range(size)])
+            assert sorted(parts.tolist()) == sorted(whole.tolist())
+
+
+def test_a_world_of_one_needs_no_launcher(micro):
+    world = join_world(from_args(micro(), ""))
+    assert (world.size, world.trajectories, world.data_size, world.lead) == (1, [0, 1], 1, True)
+    world.barrier(everyone=True)
+    world.close()
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "label_loss", lambda model, batch: model(batch[:, :-1], batch[:, 1:])[2] * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(ready())
+    assert "nan" in str(stop.value.code) and not members(tmp_path / "run")
