@@ -226,7 +226,9 @@ def test_two_processes_take_the_step_of_one(ready, tmp_path):
     assert [state["step"] for state in states] == [1, 1] and states[0]["position"] == states[1]["position"] == 4
     assert steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5) and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5)
     for name, a in states[0]["model"].items():
-        assert (a - states[1]["model"][name]).norm() <= 2e-3 * a.norm(), name
+        # q and k heads are normalised, so the diagonal of their mix has no gradient but rounding, which AdamW takes for one
+        if not name.endswith(("q_mix", "k_mix")):
+            assert (a - states[1]["model"][name]).norm() <= 2e-3 * a.norm(), name
         first, second = (state["optimizer"]["moments"][name][0] for state in states)       # the first moment: the gradient
         assert (first - second).norm() <= 1e-4 * first.norm() + 1e-9, name
 

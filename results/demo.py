@@ -1,0 +1,76 @@
+"""
+The demo's figures: python results/demo.py [FOLDER]     (about 25 minutes on 2 cores; FOLDER holds the runs, default runs/demo)
+Runs, for three seeds, configs/tiny.py, the same without the chain, and configs/single.py at 8, 16 and 32 epochs, each by
+./run.sh; writes results/demo.md and results/demo.png. Nothing here was tuned on the validation text that it reports.
+"""
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from population import code_version, read_json          # noqa: E402
+from tools.plot import draw                             # noqa: E402
+
+SEEDS = (42, 1042, 2042)
+VARIANTS = {
+    "tiny": ("configs/tiny.py", []), "no_chain": ("configs/tiny.py", ["--distill_from=16"]),
+    **{f"single_{e}": ("configs/single.py", [f"--epochs_per_cycle={e}"]) for e in (8, 16, 32)},
+}
+
+
+def run(folder, name, seed):
+    """prior.json of one variant and seed, and the minutes that ./run.sh took (None where it was there already)."""
+    config, flags = VARIANTS[name]
+    out, minutes = folder / f"{name}_{seed}", None
+    if not (out / "prior.png").exists():
+        began = time.time()
+        subprocess.run([str(ROOT / "run.sh"), config, *flags, f"--seed={seed}", f"--run_dir={out}"], cwd=ROOT, check=True)
+        minutes = (time.time() - began) / 60
+    return read_json(out / "prior.json"), minutes
+
+
+def loss_of(prior, rule, K=None):
+    return next(a["val_loss"] for a in reversed(prior["answers"]) if a["rule"] == rule and K in (None, a["K"]))
+
+
+def row(label, epochs, K, losses):
+    return f"| {label} | {epochs} | {K} | {np.mean(losses):.4f} | {np.std(losses, ddof=1):.4f} | {', '.join(f'{x:.4f}' for x in losses)} |"
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "demo")
+    runs = {name: [run(folder, name, seed) for seed in SEEDS] for name in VARIANTS}
+    priors = {name: [prior for prior, _ in rows] for name, rows in runs.items()}
+    minutes = {name: [m for _, m in rows if m is not None] for name, rows in runs.items()}
+    text = priors["tiny"][0]["text"]
+    lines = ["| answer | epochs in all | K | mean | sd | seeds " + ", ".join(map(str, SEEDS)) + " |", "|---|---|---|---|---|---|"]
+    for e in (8, 16, 32):
+        lines.append(row(f"one model, one cosine over {e} epochs", e, 1, [loss_of(p, "best") for p in priors[f"single_{e}"]]))
+    for name, label in (("tiny", "2 x 16 cycles"), ("no_chain", "2 x 16 cycles without the chain")):
+        lines.append(row(f"{label}: best member", 64, 1, [loss_of(p, "best") for p in priors[name]]))
+        for rule, words in (("uniform", "K lowest losses, equal weights"), ("topk", "K largest weights"), ("learned", "learned prior")):
+            for K in (8, 32):
+                lines.append(row(f"{label}: {words}", 64, K, [loss_of(p, rule, K) for p in priors[name]]))
+    head = f"""# The demo, measured
+
+Printed by `python results/demo.py` at commit {code_version()}: Python {text['python']}, torch {torch.__version__}, {os.cpu_count()} CPU cores
+({platform.machine()}). The Python manual of that Python, SHA-256 of the text {text['text_sha256']}.
+Validation loss in nats per token (a token is a byte), mean and standard deviation over the seeds {', '.join(map(str, SEEDS))};
+members and weights are chosen on the fitness set alone. ./run.sh took {', '.join(f'{np.mean(m):.1f} minutes ({name})' for name, m in minutes.items() if m)}.
+
+"""
+    (ROOT / "results" / "demo.md").write_text(head + "\n".join(lines) + "\n\n![loss against K, and members alone](demo.png)\n")
+    draw(priors["tiny"], ROOT / "results" / "demo.png",
+         [(f"one model, one cosine over {e} epochs", np.mean([loss_of(p, "best") for p in priors[f"single_{e}"]])) for e in (8, 16, 32)])
+    print(head + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
