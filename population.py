@@ -101,7 +101,8 @@ def join_world(config):
     if kind == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+        backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**backend, timeout=timedelta(hours=1))
         mesh = init_device_mesh(kind, (groups, size // groups), mesh_dim_names=("trajectory", "data"))
         data_rank, data_size, data_group = mesh.get_local_rank("data"), size // groups, mesh.get_group("data")
     group = rank // (size // groups)

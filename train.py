@@ -138,6 +138,7 @@ def run_cycles(config, first, last, loss_for_cycle, then):
         if first > (state["cycles_done"] if state else 0):
             refuse(f"run_dir={run.path}: trajectory {t} has not had the {first} cycles before distill_from: run train.py on this config first")
     run.claim()
+    world.barrier(everyone=True)
     if world.rank == 0:
         print(f"cycles {first} .. {last - 1} of {config.cycles}, {config.trajectories} trajectories, "
               f"{world.groups} at a time, {world.data_size} ranks each, on {world.device.type}", flush=True)
