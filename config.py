@@ -8,6 +8,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NoReturn
 
 from model import GPTConfig
@@ -15,12 +16,12 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
-speaks = os.environ.get("RANK", "0") == "0"         # this process prints; once ranks are grouped, one of each group
+prints = os.environ.get("RANK", "0") == "0"         # whether this rank prints; once grouped, the first of each group
 
 
 def refuse(message) -> NoReturn:
     """Bad input: one line on standard error, exit code 2."""
-    if speaks:
+    if prints:
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -101,21 +102,22 @@ def rules(c):
     yield c.train_tokens > c.fitness_tokens, "train_tokens", f"must be more than fitness_tokens={c.fitness_tokens}, which come from it"
 
 
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+
+
 def typed(key, value):
-    """A value of the field's type: text (from the command line) is read, anything else must fit."""
-    kind = FIELDS[key].type if FIELDS[key].type != int | None else int
-    if isinstance(value, str) and kind is not str:
-        readers = {int: int, float: float, bool: {"true": True, "false": False, "1": True, "0": False}.__getitem__}
+    """A value of the field's type: text (from the command line) is read, anything else must fit; an int is a fine float."""
+    kind = int if FIELDS[key].type == int | None else FIELDS[key].type
+    if type(value) is str and kind is bool:
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
+    elif kind is float and type(value) is int or type(value) is str and kind is not str:
         try:
-            return readers[kind](value.lower() if kind is bool else value)
-        except (ValueError, KeyError):
+            value = kind(value)
+        except ValueError:
             pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        if value != "":
-            return value
-    elif kind is float and type(value) is int:
-        return float(value)
-    refuse(f"{key}={value!r}: wants {dict([(int, 'a whole number'), (float, 'a number'), (bool, 'True or False'), (str, 'a text')])[kind]}")
+    if type(value) is not kind or value == "":
+        refuse(f"{key}={value!r}: wants {WORDS[kind]}")
+    return value
 
 
 def known(name):
@@ -138,6 +140,24 @@ def read_file(path):
     except Exception as e:
         refuse(f"config {path} is not a list of assignments: {type(e).__name__}: {e}")
     return {k: v for k, v in names.items() if not k.startswith("_")}
+
+
+def take_actions(argv, **defaults):
+    """
+    (values, the rest of argv) of the --name=value that one script alone knows and that no run remembers, each of its
+    default's type. Exits with code 2 on a value of another type.
+    """
+    values, rest = dict(defaults), []
+    for arg in sys.argv[1:] if argv is None else argv:
+        name, equals, text = arg[2:].partition("=")
+        if not arg.startswith("--") or name not in defaults or not equals:
+            rest.append(arg)
+            continue
+        try:
+            values[name] = type(defaults[name])(text)
+        except ValueError:
+            refuse(f"{name}={text!r}: wants a value such as {defaults[name]!r}")
+    return SimpleNamespace(**values), rest
 
 
 def from_args(argv, usage):

@@ -26,32 +26,35 @@ def distillation_kl(student_logits, teacher_logits, temperature):
 def chain_loss(student, teacher, batch, alpha, temperature):
     """(1 - alpha) * training loss + alpha * T^2 KL, of sequences (B, T + 1), in nats per token (paper, eq. 6)."""
     idx, targets = batch[:, :-1], batch[:, 1:]
-    logits, _, loss = student(idx, targets)
+    logits, loss = student(idx, targets)
     with torch.no_grad():
         teacher_logits = teacher(idx)
     return (1 - alpha) * loss + alpha * distillation_kl(logits, teacher_logits, temperature)
 
 
-def empty_teacher(config, device):
-    """A GPT to load members into, in their own type where the device computes in it, without dropout."""
-    teacher = GPT(config).place(device, config.compile).eval().requires_grad_(False)
-    return teacher.bfloat16() if device.type == "cuda" else teacher
+class Chain:
+    """loss_for_cycle of the chain. One teacher stays in memory, its weights replaced before every cycle."""
+
+    def __init__(self, config):
+        self.config, self.teacher = config, None
+
+    def __call__(self, run, device, t, cycle):
+        c = self.config
+        if self.teacher is None:
+            self.teacher = GPT(c).place(device, c.compile).eval().requires_grad_(False)      # eval: no dropout
+            if device.type == "cuda":
+                self.teacher.bfloat16()         # the members' own type; the CPU computes in float32
+        weights, _ = run.read_member(t, cycle - 1)      # the newest snapshot of this trajectory, before the noise
+        self.teacher.load_state_dict(weights)
+        return lambda student, batch: chain_loss(student, self.teacher, batch, c.distill_alpha, c.distill_temperature)
 
 
 def main(argv=None):
     config = from_args(argv, __doc__)
+    then = next_command("prior.py", argv)
     if config.distill_from >= config.cycles:
-        print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{next_command('prior.py', argv)}")
-        return
-    teacher = None
-
-    def loss_for_cycle(run, model, t, cycle):
-        nonlocal teacher                        # one teacher in memory, its weights replaced every cycle
-        teacher = teacher or empty_teacher(config, model.cos.device)
-        teacher.load_state_dict(run.read_member(t, cycle - 1)[0])
-        return lambda student, batch: chain_loss(student, teacher, batch, config.distill_alpha, config.distill_temperature)
-
-    run_cycles(config, config.distill_from, config.cycles, loss_for_cycle, then=next_command("prior.py", argv))
+        return print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{then}")
+    run_cycles(config, config.distill_from, config.cycles, Chain(config), then)
 
 
 if __name__ == "__main__":

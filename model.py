@@ -1,5 +1,5 @@
 """
-The GPT of the Slowrun record (results/README.md credits it): forward pass, losses, log-probabilities.
+The GPT of the NanoGPT Slowrun record: forward pass, training loss, log-probabilities.
 Imports nothing of ours. Shapes: B sequences, T tokens, C = n_embd, H heads, D = C // H, V = vocab_size.
 """
 import math
@@ -27,7 +27,7 @@ class GPTConfig:
 
 
 def norm(x):
-    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)     # autocast may not widen the residual stream
+    return F.rms_norm(x, (x.size(-1),)).to(x.dtype)     # stays bf16 where autocast would make it fp32
 
 
 def rotary(x, cos, sin):
@@ -62,10 +62,10 @@ class Attention(nn.Module):
         mixes = (self.q_mix, self.k_mix, self.v_mix) if self.iha else (None, None, None)
         q, k, v = (self.heads(x, linear, mix) for linear, mix in zip((self.c_q, self.c_k, self.c_v), mixes))
         if ve is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))         # B, T, H: 1 where nothing is learned
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))         # B, T, H: starts at 1, the gate's weights at 0
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
         q, k = norm(rotary(q, *rope)), norm(rotary(k, *rope))
-        q, k, v = (z.transpose(1, 2).to(v.dtype) for z in (q, k, v))    # B, H, T, D
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                # B, H, T, D
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = y.transpose(1, 2) * torch.sigmoid(self.attn_gate(x[..., :12])).unsqueeze(-1)
         y = self.c_proj(y.flatten(2))                                   # B, T, C
@@ -197,16 +197,19 @@ class GPT(nn.Module):
         return F.cross_entropy(self.logits(norm(h)).flatten(0, 1), targets[:, 1:].flatten())
 
     def forward(self, idx, targets=None):
-        """Logits (B, T, V); with targets (logits, cross-entropy, training loss), means over tokens, in nats."""
+        """
+        Logits (B, T, V) float32; with targets (logits, loss): the cross-entropy, in training with the weighted
+        multi-token-prediction loss, in nats, mean over tokens.
+        """
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
             x = self.hidden(idx)
             logits = self.logits(x)
             if targets is None:
                 return logits
-            loss = ce = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             if self.config.mtp_weight and self.training:
-                loss = ce + self.config.mtp_weight * self.mtp_loss(x, targets)
-            return logits, ce, loss
+                loss = loss + self.config.mtp_weight * self.mtp_loss(x, targets)
+            return logits, loss
 
     def log_p(self, idx, targets):
         """Natural log of the probability given to each target, (B, T) float32."""

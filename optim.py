@@ -19,7 +19,7 @@ POLAR_EXPRESS = (
 
 
 def polar_express(u):
-    """About the nearest (semi-)orthogonal matrix of each of a stack (n, rows, cols): singular values of 0.8 to 1.2."""
+    """Nearly the closest (semi-)orthogonal matrix of each of a stack (n, rows, cols): singular values of 0.8 to 1.2."""
     X = u.to(torch.bfloat16 if u.is_cuda else torch.float32)    # bf16 is slow on most CPUs
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = X.size(-2) > X.size(-1)
@@ -35,7 +35,7 @@ def muon_direction(g, m, v, momentum, beta2):
     Muon's update before rate and decay, for a stack of gradients g (n, rows, cols). The momentum m (like g) and the
     second moment v (n, rows, 1), or (n, 1, cols) where rows < cols, are updated in place.
     """
-    m.lerp_(g, 1 - momentum)
+    m.lerp_(g, 1 - momentum)                                    # m = momentum * m + (1 - momentum) * g
     u = g.lerp(m, momentum)                                     # Nesterov
     u = u / u.norm(dim=-1, keepdim=True).clamp(min=1e-7)        # MuonEq-R: rows of equal size go in
     x = polar_express(u)
@@ -85,7 +85,8 @@ class MuonAdamW:
         for g in self.groups:
             p, n = g["params"][0], len(g["params"])
             if g["kind"] == "adamw":
-                g["m"], g["v"] = ([torch.zeros_like(p) for p in g["params"]] for _ in "mv")
+                g["m"] = [torch.zeros_like(p) for p in g["params"]]
+                g["v"] = [torch.zeros_like(p) for p in g["params"]]
             else:
                 rows, cols = p.shape
                 g["m"] = p.new_zeros(n, rows, cols)
@@ -117,7 +118,7 @@ class MuonAdamW:
 
     def muon(self, g, lr, decay):
         rows, cols = g["params"][0].shape
-        lr = lr * max(1, rows / cols) ** 0.5
+        lr = lr * max(1, rows / cols) ** 0.5                    # tall matrices step further
         grads = torch.stack([p.grad for p in g["params"]])
         updates = muon_direction(grads, g["m"], g["v"], g["momentum"], g["beta2"])
         for p, u in zip(g["params"], updates):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tqdm import tqdm
 
-import config as settings
+import config as config_module
 from config import from_args, refuse
 
 
@@ -70,13 +69,28 @@ class World:
     def progress(self, iterable=None, **options):
         """A tqdm bar on rank 0; in a log file a line now and then."""
         seconds = 0.2 if sys.stderr.isatty() else 30
-        return tqdm(iterable, disable=self.rank > 0, dynamic_ncols=True, mininterval=seconds, **options)
+        return tqdm(iterable, disable=self.rank > 0 or iterable == [], dynamic_ncols=True, mininterval=seconds, **options)
 
     def mean(self, value):
         """The mean of a tensor of one element over the ranks of this group, as a float."""
         if self.data_size > 1:
             dist.all_reduce(value, group=self.data_group)
         return value.item() / self.data_size
+
+    def gather(self, value):
+        """The plain values of all ranks, in their order, on every rank."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def send(self, value, source):
+        """A plain value of rank `source`, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=source)
+        return values[0]
 
     def barrier(self, everyone=False):
         """Wait for the ranks of this group, or for all."""
@@ -106,7 +120,7 @@ def join_world(config):
         mesh = init_device_mesh(kind, (groups, size // groups), mesh_dim_names=("trajectory", "data"))
         data_rank, data_size, data_group = mesh.get_local_rank("data"), size // groups, mesh.get_group("data")
     group = rank // (size // groups)
-    settings.speaks = data_rank == 0
+    config_module.prints = data_rank == 0
     return World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size, data_group)
 
 
@@ -114,7 +128,9 @@ def join_world(config):
 
 def next_command(script, argv):
     """What to run after this script, on the same arguments (argv None: the process's own)."""
-    return f"next: python {script} {' '.join(sys.argv[1:] if argv is None else argv)}"
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks)}" if ranks > 1 and script.endswith(".py") else "python"
+    return f"next: {launcher} {script} {' '.join(sys.argv[1:] if argv is None else argv)}"
 
 
 def write_whole(path, save):
@@ -148,12 +164,15 @@ def read_tensors(path, mend):
 
 
 def code_version():
-    """The commit of this code, '+' where it is changed, or 'unknown' outside a repository."""
-    git = lambda *args: subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout.strip()
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")) or "unknown"
-    except OSError:
-        return "unknown"
+    """SHA-256, shortened, of the Python files of the method: an edited copy is another version."""
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*.py"), *root.glob("data/*.py")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def differences(theirs, mine):
+    """The keys in which two identities differ, with both values; empty where they agree."""
+    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
 
 
 class Run:
@@ -166,20 +185,25 @@ class Run:
         self.config, self.path = config, Path(config.run_dir)
         # through JSON and back, so that what is compared is what a file can hold
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
-        about = self.path / "config.json"
-        mine, theirs = self.identity, read_json(about).get("identity", {}) if about.exists() else self.identity
-        differ = [f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        self.config_path = self.path / "config.json"
+        differ = differences(read_json(self.config_path).get("identity", {}), self.identity) if self.config_path.exists() else ""
         if differ:
-            refuse(f"run_dir={self.path} belongs to another config: {'; '.join(differ)}; name another --run_dir")
+            refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir")
 
     def claim(self):
         """Make the directory, with config.json, where there is none; one rank per machine."""
-        about = self.path / "config.json"
-        if not about.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-            try:
-                write_json(about, {"identity": self.identity, "config": vars(self.config), "code": code_version(), "torch": torch.__version__})
-            except OSError as e:
-                refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return
+        code = code_version()
+        if self.config_path.exists():
+            begun = read_json(self.config_path).get("code")
+            if begun != code:
+                print(f"note: {self.path} was begun by code {begun}, this is {code}; what is there stays, for a fresh start name another --run_dir", file=sys.stderr)
+            return
+        try:
+            write_json(self.config_path, {"identity": self.identity, "config": vars(self.config), "code": code, "torch": torch.__version__})
+        except OSError as e:
+            refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
 
     def member_path(self, t, c):
         return self.path / f"trajectory_{t:02d}" / f"cycle_{c:03d}.pt"
@@ -206,8 +230,9 @@ class Run:
             weights, about = file["weights"], json.loads(file["about"])
         except (KeyError, TypeError, ValueError):
             refuse(f"{path} is no member: {mend}")
-        if about.get("identity") != self.identity:
-            refuse(f"{path} is a member of another population: {mend}")
+        differ = differences(about.get("identity", {}), self.identity)
+        if differ:
+            refuse(f"{path} is a member of another population ({differ}): {mend}")
         return weights, about
 
     def save_resume(self, t, state):
@@ -218,20 +243,46 @@ class Run:
         path = self.path / f"trajectory_{t:02d}" / "resume.pt"
         return read_tensors(path, f"delete trajectory_{t:02d} and run train.py and distill.py again") if path.exists() else None
 
-    def scored(self, t, c, about):
-        """Whether the scores of this very member are there."""
-        path = self.path / "scores" / f"{t:02d}_{c:03d}.json"
-        return path.exists() and read_json(path).get("weights_sha256") == about["weights_sha256"]
+    def score_paths(self, t, c):
+        """split -> the file of one member's scores; "of" says whose they are."""
+        folder, name = self.path / "scores", f"{t:02d}_{c:03d}"
+        return {"fit": folder / "fit" / f"{name}.npy", "val": folder / "val" / f"{name}.npy", "of": folder / f"{name}.json"}
 
-    def save_scores(self, t, c, about, scores):
-        """split -> (tokens,) float32 log-probabilities; whose they are is written last, and makes them valid."""
+    def fingerprint(self, t, c):
+        """SHA-256 of the weights that one member's scores belong to, None without scores."""
+        path = self.score_paths(t, c)["of"]
+        return read_json(path).get("weights_sha256") if path.exists() else None
+
+    def scored(self, t, c):
+        """Whether the scores of this very member are there."""
+        return self.fingerprint(t, c) == self.read_member(t, c)[1]["weights_sha256"]
+
+    def save_scores(self, t, c, scores):
+        """scores: split -> (tokens,) float32 log-probabilities. Whose they are is written last, and makes them valid."""
+        paths = self.score_paths(t, c)
         for split, log_p in scores.items():
-            write_whole(self.path / "scores" / split / f"{t:02d}_{c:03d}.npy", lambda f: np.save(f, log_p))
-        write_json(self.path / "scores" / f"{t:02d}_{c:03d}.json", {"weights_sha256": about["weights_sha256"]})
+            if not np.isfinite(log_p).all():
+                refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: delete trajectory_{t:02d} and train it again")
+            write_whole(paths[split], lambda f: np.save(f, log_p))
+        write_json(paths["of"], {"weights_sha256": self.read_member(t, c)[1]["weights_sha256"]})
 
     def read_scores(self, split, t, c):
         """(tokens,) float32, mapped from disk."""
-        return np.load(self.path / "scores" / split / f"{t:02d}_{c:03d}.npy", mmap_mode="r")
+        path = self.score_paths(t, c)[split]
+        try:
+            scores = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as e:
+            scores = np.array([np.nan]) if path.exists() else refuse(f"{path} is gone: delete {path.parent.parent} and run prior.py again ({e})")
+        if scores.dtype != np.float32 or not np.isfinite(scores).all():
+            refuse(f"{path} is damaged, not a list of log-probabilities: delete {path.parent.parent} and run prior.py again")
+        return scores
+
+    def read_score_files(self, t, c):
+        return {kind: path.read_bytes() for kind, path in self.score_paths(t, c).items()}
+
+    def write_score_files(self, t, c, files):
+        for kind, path in self.score_paths(t, c).items():
+            write_whole(path, lambda f: f.write(files[kind]))
 
     def log(self, **record):
         """One line of metrics.jsonl: a logged step, cycle or score."""

@@ -5,8 +5,9 @@ weighted mean of probabilities, on held-out text (the fitness set), for every in
 One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
 
-Scores every member once (run_dir/scores), fits, and writes run_dir/prior.json: members and their losses; for each K and
-rule the members, weights and losses. All choices are made on the fitness set; validation text only reports.
+Scores every member once (run_dir/scores), fits, and writes run_dir/prior.json: members and their losses; for each rule
+the losses for every K, and for K = 1, 2, 4, ... and all the members and weights; the loss after each cycle. All choices
+are made on the fitness set; validation text only reports.
 """
 import math
 
@@ -47,8 +48,9 @@ def fit_on(P, w):
     loss = lambda w: w.sum() - (w @ P).log().mean()         # its minimum over w >= 0 sums to 1 by itself
     for _ in range(100):
         R = P / (w @ P)
-        s, H = R.mean(dim=1), R @ R.T / R.size(1)           # gradient 1 - s, Hessian H, and H w = s:
-        y = nonnegative_qp(H + 1e-12 * torch.eye(len(w), dtype=H.dtype), 2 * s - 1, w)      # Newton's model
+        s, H = R.mean(dim=1), R @ R.T / R.size(1)           # gradient 1 - s, Hessian H
+        # Newton's model (1-s)'(y-w) + (y-w)'H(y-w)/2 is, since Hw = s, y'Hy/2 - (2s-1)'y and a constant
+        y = nonnegative_qp(H + 1e-12 * torch.eye(len(w), dtype=H.dtype), 2 * s - 1, w)
         slope, t = (1 - s) @ (y - w), 1.0
         if s.max() - 1 < 1e-10 or slope > -1e-16:
             break
@@ -63,117 +65,190 @@ def fit_weights(log_p, tolerance=1e-7):
     """
     The weights w (members,) float64 on the simplex that minimise -mean_t log(sum_i w_i p_i,t), and the proven bound on
     their distance from the optimum in nats: gap = max_i mean_t(p_i,t / mix_t) - 1 <= tolerance (paper, eq. 8; the
-    problem is convex). log_p: (members, tokens) float32 log-probabilities of the targets, read only.
+    problem is convex). log_p: (members, tokens) float32 log-probabilities of the targets, read only; of the members
+    that get no weight at most a block of tokens is copied.
     """
     members, tokens = log_p.shape
-    read = lambda z: z.double().clamp(min=-700)                 # a probability of 0 is merely very small
-    top = read(log_p.max(dim=0).values)                         # a factor per token changes nothing but the range
     blocks = [slice(i, i + BLOCK) for i in range(0, tokens, BLOCK)]
+    largest = to_float64(log_p.max(dim=0).values)                         # a factor per token changes nothing but the range
     w = torch.zeros(members, dtype=torch.float64)
-    w[log_p.clamp(min=-700).mean(dim=1, dtype=torch.float64).argmax()] = 1
+    w[mean_log_p(log_p).argmax()] = 1
     for _ in range(1000):
         support = w > 0
-        mix = w[support] @ (read(log_p[support]) - top).exp()
-        s = sum((read(log_p[:, b]) - top[b]).exp() @ (1 / mix[b]) for b in blocks) / tokens
+        mix = w[support] @ (to_float64(log_p[support]) - largest).exp()
+        s = sum((to_float64(log_p[:, b]) - largest[b]).exp() @ (1 / mix[b]) for b in blocks) / tokens
         gap = s.max().item() - 1
         if gap <= tolerance:
             return w, gap
         better = s.topk(min(32, members)).indices               # members whose share would lower the loss join
         support[better[s[better] > 1]] = True
-        w[support] = fit_on((read(log_p[support]) - top).exp(), w[support])
+        w[support] = fit_on((to_float64(log_p[support]) - largest).exp(), w[support])
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
+
+
+def to_float64(log_p):
+    """In float64, a probability of 0 as a very small one."""
+    return log_p.double().clamp(min=-700)
+
+
+def mean_log_p(log_p):
+    """Of every member, (members,) float64."""
+    return torch.stack([to_float64(row).mean() for row in log_p])
+
+
+# ------------------------------------------------------------------------------------ which K members
+
+def eliminate(log_p, weights):
+    """
+    {K: (members, weights)} for K = 1 .. as many as have weight: from the optimum over all, the member without whom the
+    others' mixture loses least goes, the others are fitted again, and so on; for K = 1 the best member, exactly.
+    """
+    members = weights.nonzero()[:, 0]
+    P = (to_float64(log_p[members]) - to_float64(log_p.max(dim=0).values)).exp()
+    w, found = weights[members], {}
+    while len(members) > 1:
+        found[len(members)] = members, w
+        mix, rest = w @ P, (1 - w).clamp(min=1e-300)
+        without = torch.stack([((mix - w_i * p) / r).clamp(min=1e-300).log().mean() for w_i, p, r in zip(w, P, rest)])
+        keep = torch.arange(len(w)) != without.argmax()
+        members, P, w = members[keep], P[keep], w[keep] / w[keep].sum()
+        w = fit_on(P, w)
+    found[1] = mean_log_p(log_p).argmax()[None], torch.ones(1, dtype=torch.float64)
+    return found
 
 
 def answers_for(log_p):
     """
-    [(rule, members, weights)] for K = 1, 2, 4, ... and all. best: the lowest fitness loss; uniform: the K lowest, equal
-    weights; topk: the K largest weights of the one fit, renormalised (the paper's); learned: the same K, fitted again.
+    {rule: [(members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness loss;
+    uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the paper's);
+    learned: what elimination leaves. Where K exceeds the members that have weight, others join with weight 0, by loss.
     """
-    count = len(log_p)
-    losses = -log_p.mean(dim=1, dtype=torch.float64)
     weights, gap = fit_weights(log_p)
-    by_loss = losses.argsort(stable=True)
-    by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]     # without weight: by loss
-    answers = [("best", by_loss[:1], torch.ones(1, dtype=torch.float64))]
-    for K in sorted({2 ** i for i in range(count.bit_length())} | {count}):
-        chosen = by_weight[:K]
-        answers += [("uniform", by_loss[:K], torch.full((K,), 1 / K, dtype=torch.float64)),
-                    ("topk", chosen, weights[chosen] / weights[chosen].sum()),
-                    ("learned", chosen, fit_weights(log_p[chosen])[0])]
-    return answers, gap
+    by_loss = mean_log_p(log_p).argsort(descending=True, stable=True)
+    by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
+    left = eliminate(log_p, weights)
+    rules = {"best": [(by_loss[:1], torch.ones(1, dtype=torch.float64))], "uniform": [], "topk": [], "learned": []}
+    for K in range(1, len(log_p) + 1):
+        rules["uniform"].append((by_loss[:K], torch.full((K,), 1 / K, dtype=torch.float64)))
+        rules["topk"].append((by_weight[:K], weights[by_weight[:K]] / weights[by_weight[:K]].sum()))
+        members, w = left[min(K, max(left))]
+        idle = by_loss[~torch.isin(by_loss, members)][:K - len(members)]
+        rules["learned"].append((torch.cat([members, idle]), torch.cat([w, torch.zeros(len(idle), dtype=torch.float64)])))
+    return rules, gap
+
+
+def growing(members, log_p):
+    """[(cycle, members, weights)]: the learned prior over the members up to each cycle."""
+    grown = []
+    for cycle in sorted({c for _, c in members}):
+        there = torch.tensor([i for i, (_, c) in enumerate(members) if c <= cycle])
+        grown.append((cycle, there, fit_weights(log_p[there])[0]))
+    return grown
 
 
 # -------------------------------------------------------------------------------------------- the losses
 
-def mixture_losses(answers, log_p, token_bytes):
+def mixture_losses(mixtures, log_p, token_bytes, documents):
     """
-    [(loss in nats per token, bits per byte)] of each answer's mixture. log_p: a list of (tokens,) arrays, one a member;
-    token_bytes (tokens,): bytes of each target; the separator has none and is left out of the bits.
+    Of each mixture (members, weights): the nats in every document (mixtures, documents) and bits per byte (mixtures,).
+    log_p: a list of (tokens,) arrays, one a member; token_bytes (tokens,): bytes of each target, 0 for the separator,
+    which is left out of the bits; documents (tokens,): the document of each target, from 0.
     """
-    W = torch.zeros(len(answers), len(log_p), dtype=torch.float64)
-    for row, (_, members, weights) in zip(W, answers):
+    W = torch.zeros(len(mixtures), len(log_p), dtype=torch.float64)
+    for row, (members, weights) in zip(W, mixtures):
         row[members] = weights
-    nats, text_nats = torch.zeros(2, len(answers), dtype=torch.float64)
+    nats, text_nats = W.new_zeros(len(W), int(documents.max()) + 1), W.new_zeros(len(W))
     for i in range(0, len(token_bytes), BLOCK):
         p = torch.from_numpy(np.stack([member[i:i + BLOCK] for member in log_p])).double().exp()
-        loss = -(W @ p).clamp(min=1e-12).log()                              # answers, block
-        nats += loss.sum(dim=1)
+        loss = -(W @ p).clamp(min=1e-12).log()                              # mixtures, block
+        nats.index_add_(1, torch.from_numpy(documents[i:i + BLOCK]), loss)
         text_nats += loss[:, torch.from_numpy(token_bytes[i:i + BLOCK] > 0)].sum(dim=1)
-    bits = text_nats / (math.log(2) * max(1, int(token_bytes.sum(dtype=np.int64))))
-    return list(zip((nats / len(token_bytes)).tolist(), bits.tolist()))
+    return nats, text_nats / (math.log(2) * max(1, int(token_bytes.sum(dtype=np.int64))))
+
+
+def paired_error(difference, sizes):
+    """Standard error of the mean difference per token, over documents: (documents,) nats and (documents,) tokens."""
+    residual = difference - difference.sum() / sizes.sum() * sizes          # of a ratio of sums
+    return (residual.square().sum() * len(sizes) / max(1, len(sizes) - 1)).sqrt().item() / sizes.sum().item()
 
 
 # --------------------------------------------------------------------------------------------- the scores
 
-def score_members(config, data, run, world, members):
-    """Each rank scores every size-th member that has no scores yet, on both held-out sets."""
-    mine = members[world.rank::world.size]
-    todo = [(t, c) for t, c in mine if not run.scored(t, c, run.read_member(t, c)[1])]
+def score_members(config, data, run, world):
+    """
+    Score every member that has no scores yet, on both held-out sets, spread over the ranks that can see it: where every
+    node has a disk of its own, rank 0 is sent the others' scores. The (trajectory, cycle) of all members.
+    """
+    seen = world.gather(run.members())
+    members = sorted(set().union(*seen))
+    if not members:
+        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first")
+    sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
+    owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
+    todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]
     model = GPT(config).place(world.device, config.compile) if todo else None
-    for t, c in world.progress(todo, unit="member", desc="scoring"):
-        weights, about = run.read_member(t, c)
-        model.load_state_dict(weights)
-        scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")}
-        if not all(np.isfinite(s).all() for s in scores.values()):
-            refuse(f"{run.member_path(t, c)} gives probabilities that are no numbers: delete its trajectory and train it again")
-        run.save_scores(t, c, about, scores)
+    for member in world.progress(todo, unit="member", desc="scoring"):
+        model.load_state_dict(run.read_member(*member)[0])
+        run.save_scores(*member, {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")})
+    world.barrier(everyone=True)
+    for member in members:
+        if member not in seen[0]:
+            files = world.send(run.read_score_files(*member) if owner[member] == world.rank else None, source=owner[member])
+            if world.rank == 0:
+                run.write_score_files(*member, files)
+    return members
 
 
-def report(config, members, answers, gap, text):
-    """prior.json's content, and its table on standard output."""
-    print(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'perplexity':>10} {'bits/byte':>9}")
-    for a in answers:
-        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
-    total = config.trajectories * config.cycles
-    print(f"{len(members)} of {total} members; losses in nats per token; optimality gap of the fit {gap:.1e} nats")
-    return dict(text=text, epochs=len(members) * config.epochs_per_cycle, gap=gap, members=members, answers=answers)
+# ---------------------------------------------------------------------------------------------- the report
+
+def report(config, result):
+    """The table, on standard output."""
+    print(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
+    for a in result["answers"]:
+        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {a['val_error']:>6.4f} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
+    print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; +- is the standard error, over validation "
+          f"documents, of the difference to the best member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
 def main(argv=None):
     config = from_args(argv, __doc__)
     data = loader.load(config)
     run = Run(config, data.fingerprint)
-    members = run.members()
-    if not members:
-        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first")
     world = join_world(config)
-    score_members(config, data, run, world, members)
-    world.barrier(everyone=True)
+    members = score_members(config, data, run, world)
     world.close()
     if world.rank > 0:
         return
-    log_p = {split: [run.read_scores(split, t, c) for t, c in members] for split in ("fit", "val")}
-    answers, gap = answers_for(torch.from_numpy(np.stack(log_p["fit"])))
-    singles = [("member", torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
-    token_bytes = {split: data.token_bytes[getattr(data, split)[:, 1:]].ravel() for split in log_p}
-    fit, val = (mixture_losses(singles + answers, log_p[split], token_bytes[split]) for split in ("fit", "val"))
-    rows = [dict(fit_loss=f[0], val_loss=v[0], val_perplexity=math.exp(v[0]), val_bits_per_byte=v[1]) for f, v in zip(fit, val)]
-    about = [dict(trajectory=t, cycle=c, **row) for (t, c), row in zip(members, rows)]
-    answers = [dict(K=len(chosen), rule=rule, members=chosen.tolist(), weights=weights.tolist(), **row)
-               for (rule, chosen, weights), row in zip(answers, rows[len(members):])]
-    write_json(run.path / "prior.json", report(config, about, answers, gap, loader.text_source(config)))
-    for row in about:
-        run.log(kind="score", **row)
+    log_p = {split: [run.read_scores(split, *m) for m in members] for split in ("fit", "val")}
+    fit = torch.from_numpy(np.stack(log_p["fit"]))
+    rules, gap = answers_for(fit)
+    grown = growing(members, fit)
+    # everything that is reported, evaluated in one pass over each held-out set
+    mixtures = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
+    mixtures += [(chosen, weights) for _, chosen, weights in grown] + [answer for answers in rules.values() for answer in answers]
+    losses = {}
+    for split in log_p:
+        targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
+        nats, bits = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
+        losses[split] = (nats.sum(dim=1) / len(targets)).tolist()
+    sizes = torch.from_numpy(np.bincount(documents, minlength=nats.size(1))).double()
+    best = nats[len(members) + len(grown)]
+    rows = [dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=paired_error(n - best, sizes))
+            for f, v, b, n in zip(losses["fit"], losses["val"], bits.tolist(), nats)]
+    rows = iter(rows)
+    result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap)
+    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.fingerprint(t, c), **next(rows)) for t, c in members]
+    result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=len(chosen) * config.epochs_per_cycle, **next(rows)) for cycle, chosen, _ in grown]
+    result["answers"], result["losses"], powers = [], {}, {len(members), *(2 ** i for i in range(len(members).bit_length()))}
+    for rule, answers in rules.items():
+        answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **next(rows)) for m, w in answers]
+        result["answers"] += [a for a in answers if a["K"] in powers]
+        result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in losses}      # for every K
+    result["answers"].sort(key=lambda a: a["K"])
+    write_json(run.path / "prior.json", result)
+    report(config, result)
+    for m in result["members"]:
+        run.log(kind="score", **m)
     print(f"wrote {run.path / 'prior.json'}; {next_command('-m tools.plot', argv)}")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one command: environment, data, the three primitives, the picture.
+# The one command: environment, data, the three primitives, two lines of their text, the picture.
 #   ./run.sh [CONFIG] [--name=value ...]    (default configs/tiny.py; relative paths are the caller's)
 #   ./run.sh test                           the same environment, then the tests
 set -euo pipefail
@@ -34,4 +34,5 @@ fi
 "${launch[@]}" "$root/train.py" "$@"
 "${launch[@]}" "$root/distill.py" "$@"
 "${launch[@]}" "$root/prior.py" "$@"
+"$python" -m tools.generate "$@"
 "$python" -m tools.plot "$@"

@@ -36,22 +36,27 @@ def rate_multipliers(schedule, step, length):
 
 
 def noise_scale(cycle, cycles):
-    """Of the noise before `cycle` = 1 .. cycles - 1: half a cosine from first to last (paper, eq. 5)."""
+    """Noise before `cycle` = 1 .. cycles - 1, in standard deviations of a weight: half a cosine down (paper, eq. 5)."""
     progress = (cycle - 1) / max(1, cycles - 2)
     return NOISE_LAST + (NOISE_FIRST - NOISE_LAST) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def batch_tokens(config, cycle):
-    """Tokens per step, constant within a cycle: one value in the middle half of the cycles, another at both ends."""
+def tokens_per_step(config, cycle):
+    """Constant within a cycle: one value in the middle half of the cycles, another in the quarters at both ends."""
     last = config.cycles - 1
-    middle = last == 0 or 1 - abs(2 * cycle / last - 1) >= 0.5
+    middle = last == 0 or last <= 4 * cycle <= 3 * last
     return config.batch_tokens if middle else config.batch_tokens_ends
 
 
 def cycle_length(config, cycle, sequences_per_epoch):
     """Steps of a cycle."""
     tokens = config.epochs_per_cycle * sequences_per_epoch * config.sequence_len
-    return max(1, round(tokens / batch_tokens(config, cycle)))
+    return max(1, round(tokens / tokens_per_step(config, cycle)))
+
+
+def noise_seed(seed, cycle):
+    """The public script's."""
+    return seed * 100_003 + cycle * 31_337
 
 
 @torch.no_grad()
@@ -68,7 +73,7 @@ def perturb(model, scale, seed):
 
 def label_loss(model, batch):
     """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token."""
-    _, _, loss = model(batch[:, :-1], batch[:, 1:])
+    _, loss = model(batch[:, :-1], batch[:, 1:])
     return loss
 
 
@@ -81,13 +86,13 @@ def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
 
 
 def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
-    """One optimizer step over this rank's micro-batches, a tuple of (B, T + 1): (mean loss, gradient norm)."""
+    """One optimizer step over this rank's micro-batches, each (B, T + 1) of equal B. Returns (mean loss, gradient norm)."""
     optimizer.zero_grad()
     total = 0
     for i, batch in enumerate(micro_batches, 1):
         # ranks exchange gradients once, with the last micro-batch
-        wait = model.no_sync() if hasattr(model, "no_sync") and i < len(micro_batches) else contextlib.nullcontext()
-        with wait:
+        sync = model.no_sync() if hasattr(model, "no_sync") and i < len(micro_batches) else contextlib.nullcontext()
+        with sync:
             loss = loss_fn(model, batch) / len(micro_batches)
             loss.backward()
         total = total + loss.detach()
@@ -110,10 +115,10 @@ class Trajectory:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.batches.position, self.cycles_done, self.step = state["position"], state["cycles_done"], state["step"]
-        self.replica = self.model       # what is called: with several ranks, it averages their gradients
+        self.ddp_model = self.model     # with several ranks, the one that averages their gradients
         if world.data_size > 1:
-            self.replica = DistributedDataParallel(self.model, process_group=world.data_group,
-                                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.ddp_model = DistributedDataParallel(self.model, process_group=world.data_group,
+                                                     gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def state_dict(self):
         return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -127,8 +132,8 @@ def seed_step(seed, step, rank):
 
 def run_cycles(config, first, last, loss_for_cycle, then):
     """
-    Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, model, t, cycle) gives a
-    cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. `then`: what to run next.
+    Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
+    a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. `then`: what to run next.
     """
     data = loader.load(config)
     run = Run(config, data.fingerprint)
@@ -140,41 +145,42 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     run.claim()
     world.barrier(everyone=True)
     if world.rank == 0:
-        print(f"cycles {first} .. {last - 1} of {config.cycles}, {config.trajectories} trajectories, "
-              f"{world.groups} at a time, {world.data_size} ranks each, on {world.device.type}", flush=True)
+        print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, "
+              f"ranks for each: {world.data_size}, on {world.device.type}", flush=True)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
-    # of the whole population, so that its ETA is, too
+    # counts all cycles, so that the ETA is that of the population: train.py alone ends early
     bar = world.progress(total=sum(lengths) * len(states), initial=sum(s["step"] for s in states.values() if s), unit="step")
     for t, state in states.items():             # one after another; other groups of ranks take other trajectories
         if state and state["cycles_done"] >= last:
             continue
-        it = Trajectory(config, t, data, world, state)
-        for cycle in range(it.cycles_done, last):
-            tokens = batch_tokens(config, cycle)
+        trajectory = Trajectory(config, t, data, world, state)
+        model = trajectory.model
+        for cycle in range(trajectory.cycles_done, last):
+            tokens = tokens_per_step(config, cycle)
             if cycle > 0:
-                perturb(it.model, noise_scale(cycle, config.cycles), seed=it.seed * 100_003 + cycle * 31_337)
-            loss_fn = loss_for_cycle(run, it.model, t, cycle)
+                perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
+            loss_fn = loss_for_cycle(run, world.device, t, cycle)
             for s in range(lengths[cycle]):
                 began = time.perf_counter()
-                seed_step(it.seed, it.step, world.data_rank)
-                rows = it.batches.take(tokens // config.sequence_len)           # of all ranks: (n, T + 1)
+                seed_step(trajectory.seed, trajectory.step, world.data_rank)
+                rows = trajectory.batches.take(tokens // config.sequence_len)           # of all ranks: (n, T + 1)
                 mine = rows[world.data_rank::world.data_size].to(world.device)
                 multipliers = rate_multipliers(config.schedule, s, lengths[cycle])
-                loss, norm = train_step(it.replica, it.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
-                loss, it.step = world.mean(loss), it.step + 1
+                loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
+                loss, trajectory.step = world.mean(loss), trajectory.step + 1
                 if not math.isfinite(loss):
                     raise SystemExit(f"trajectory {t}, cycle {cycle}, step {s}: the loss is {loss}; this cycle is not kept")
                 speed = tokens / (time.perf_counter() - began) * world.groups
                 bar.set_postfix_str(f"trajectory {t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
                 bar.update()
                 if world.lead:
-                    run.log(kind="step", trajectory=t, cycle=cycle, step=it.step, loss=loss, grad_norm=norm.item(), tokens_per_s=round(speed))
-            it.cycles_done = cycle + 1
+                    run.log(kind="step", trajectory=t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm.item(), tokens_per_s=round(speed))
+            trajectory.cycles_done = cycle + 1
             if world.lead:
-                fit_loss = -float(loader.score(it.model, data.fit, config.micro_batch).mean())
-                run.log(kind="cycle", trajectory=t, cycle=cycle, step=it.step, fit_loss=fit_loss)
-                run.save_member(t, cycle, it.model.state_dict(), epochs=it.cycles_done * config.epochs_per_cycle, fit_loss=fit_loss)
-                run.save_resume(t, it.state_dict())
+                fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
+                run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
+                run.save_member(t, cycle, model.state_dict(), epochs=trajectory.cycles_done * config.epochs_per_cycle, fit_loss=fit_loss)
+                run.save_resume(t, trajectory.state_dict())
             world.barrier()                     # the member can be read by all its ranks
     bar.close()
     world.barrier(everyone=True)
@@ -187,7 +193,7 @@ def main(argv=None):
     config = from_args(argv, __doc__)
     last = min(config.distill_from, config.cycles)
     then = next_command("distill.py" if last < config.cycles else "prior.py", argv)
-    run_cycles(config, 0, last, lambda run, model, t, cycle: label_loss, then)
+    run_cycles(config, 0, last, lambda run, device, t, cycle: label_loss, then)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from config import refuse
+from data.tokenizer import get_tokenizer
 
 
 def file_name(config, ending):
@@ -44,7 +45,13 @@ def cut(tokens, sequence_len):
     return tokens[:n * (sequence_len + 1)].reshape(n, sequence_len + 1)
 
 
-def per_epoch_of(tokens, sequence_len, multiple):
+def documents_of(sequences, doc_starts):
+    """The document, from 0, of every target of (n, T + 1) sequences cut from the front of a file: (n * T,)."""
+    position = np.arange(sequences.size).reshape(sequences.shape)[:, 1:].ravel()
+    return np.searchsorted(doc_starts, position, side="right") - 1
+
+
+def sequences_per_epoch(tokens, sequence_len, multiple):
     """Sequences of an epoch: as many as can be cut, down to a multiple."""
     return len(cut(tokens, sequence_len)) // multiple * multiple
 
@@ -63,6 +70,8 @@ class Data:
     doc_starts: np.ndarray
     fit: np.ndarray             # n, T + 1: the fitness set
     val: np.ndarray             # n, T + 1
+    fit_documents: np.ndarray   # n * T: the document of every target of the fitness set, from 0
+    val_documents: np.ndarray
     token_bytes: np.ndarray     # UTF-8 bytes of every token, 0 for the separator
     sequences_per_epoch: int    # that are trained on
     fingerprint: str            # SHA-256 of all tokens and document starts
@@ -76,26 +85,33 @@ def load(config):
         digest.update(np.ascontiguousarray(tokens))
         digest.update(np.ascontiguousarray(starts))
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
-    per_epoch = per_epoch_of(train, config.sequence_len, config.epoch_multiple)
+    per_epoch = sequences_per_epoch(train, config.sequence_len, config.epoch_multiple)
     if not per_epoch:
         refuse(f"train_tokens={config.train_tokens}: {len(train)} tokens are left beside the fitness set, an epoch wants "
                f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}; raise train_tokens")
-    return Data(train, starts, cut(fitness, config.sequence_len)[:config.fitness_tokens // (config.sequence_len + 1)],
-                cut(splits["val"][0], config.sequence_len), read_token_bytes(config), per_epoch, digest.hexdigest())
+    T = config.sequence_len
+    fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
+    return Data(train, starts, fit, val, documents_of(fit, splits["train"][1]), documents_of(val, splits["val"][1]),
+                read_token_bytes(config), per_epoch, digest.hexdigest())
 
 
 def read_token_bytes(config):
     path = Path(config.data_dir) / file_name(config, "_bytes.npy")
     if path.exists():
-        return np.load(path)
-    from data.prepare import get_tokenizer      # files of the public script come without
-    return get_tokenizer(config.tokenizer)[1]
+        try:
+            return np.load(path)
+        except (ValueError, EOFError, OSError):
+            refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
+    return get_tokenizer(config.tokenizer)[2]       # files of the public script come without
 
 
 def text_source(config):
-    """What NAME.json says of the text: {} for files of the public script, which have none."""
+    """What prepare.py noted of the text (NAME.json); {} for files of the public script, which come without."""
     path = Path(config.data_dir) / file_name(config, ".json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError):
+        refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
 
 
 class Batches:
@@ -108,7 +124,7 @@ class Batches:
     def __init__(self, tokens, doc_starts, sequence_len, multiple, seed):
         self.tokens, self.sequence_len, self.seed = tokens, sequence_len, seed
         self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
-        self.per_epoch = per_epoch_of(tokens, sequence_len, multiple)
+        self.per_epoch = sequences_per_epoch(tokens, sequence_len, multiple)
         self.position, self.epoch, self.order, self.sequences = 0, 0, np.arange(len(doc_starts)), None
 
     def permutation(self, n, salt):

@@ -8,7 +8,6 @@ into validation and training (the fitness set is the front of the training file)
 NAME is manual or text. The format is the public Slowrun script's, so its files and ours are interchangeable.
 """
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -19,18 +18,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import VOCAB_SIZE, from_args, refuse
-from data.loader import file_name
+from config import from_args, refuse
+from data.loader import file_name, text_source
+from data.tokenizer import get_tokenizer
 
 SHUFFLE_SEED = 0        # of the documents, before the split
+ENDINGS = ("_val.pt", "_train.pt", "_bytes.npy", ".json")
 
 
-def manual_documents(about=800):
+def manual_documents(target_size=800):
     """
-    The Python manual as documents of about `about` characters, cut between paragraphs. A paragraph that stands in
+    The Python manual as documents of about target_size characters, cut between paragraphs. A paragraph that stands in
     several topics (a fifth of the text does), or inside a longer one, is kept once, so that no split holds another's.
     """
-    topics = importlib.import_module("pydoc_data.topics").topics
+    from pydoc_data.topics import topics
     topics = [re.split(r"\n\s*\n", text.strip("\n")) for text in topics.values()]
     flat = lambda paragraph: " ".join(paragraph.split())
     everything = "\n".join(dict.fromkeys(flat(p) for topic in topics for p in topic))
@@ -43,7 +44,7 @@ def manual_documents(about=800):
                 continue
             seen.add(key)
             document += paragraph + "\n\n"
-            if len(document) >= about:
+            if len(document) >= target_size:
                 documents.append(document)
                 document = ""
         if document:
@@ -99,19 +100,6 @@ def source_documents(source):
     return [document for path in files for document in file_documents(path)]
 
 
-def get_tokenizer(name):
-    """(encode: text -> list or array of ids, bytes of every id as uint8). The separator is the last id, of 0 bytes."""
-    if name == "bytes":
-        return lambda text: np.frombuffer(text.encode(), np.uint8), np.array([1] * 256 + [0], np.uint8)
-    import tiktoken         # here alone: nothing else needs it
-    try:
-        encoding = tiktoken.get_encoding("r50k_base")       # the ids of "gpt2", from one file instead of two
-    except Exception as e:
-        refuse(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}); connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use tokenizer=bytes")
-    sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(VOCAB_SIZE["gpt2"] - 1)]
-    return encoding.encode_ordinary, np.array(sizes + [0], np.uint8)
-
-
 def take(documents, budget):
     """(tokens uint16 of the first `budget` tokens, doc_starts int64) from an iterator of documents; the last is cut."""
     parts, starts, n = [], [], 0
@@ -124,54 +112,51 @@ def take(documents, budget):
     return np.concatenate(parts or [np.zeros(0, np.uint16)]), np.array(starts, np.int64)
 
 
-def write(config, splits, token_bytes, about):
+def write(config, splits, token_bytes, source):
     """Every file whole or not at all: written in a folder of its own under its final name, then moved, the .json last."""
     target = Path(config.data_dir)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:
-            names = []
             for split, (tokens, starts) in splits.items():
-                names.append(file_name(config, f"_{split}.pt"))
                 torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts), bos_id=config.vocab_size - 1,
                                 seq_shuffle_seed={"val": 42, "train": 43}[split], seq_size=config.sequence_len + 1),
-                           os.path.join(folder, names[-1]))
-            names += [file_name(config, "_bytes.npy"), file_name(config, ".json")]
-            np.save(os.path.join(folder, names[-2]), token_bytes)
-            Path(folder, names[-1]).write_text(json.dumps(about, indent=1) + "\n")
-            for name in names:
-                os.replace(os.path.join(folder, name), target / name)
+                           os.path.join(folder, file_name(config, f"_{split}.pt")))
+            np.save(os.path.join(folder, file_name(config, "_bytes.npy")), token_bytes)
+            Path(folder, file_name(config, ".json")).write_text(json.dumps(source, indent=1) + "\n")
+            for ending in ENDINGS:
+                os.replace(os.path.join(folder, file_name(config, ending)), target / file_name(config, ending))
     except OSError as e:
-        refuse(f"data_dir={config.data_dir}: cannot write there: {e.strerror}")
+        refuse(f"data_dir={config.data_dir}: cannot write there: {e.strerror}; name another --data_dir")
 
 
 def main(argv=None):
     config = from_args(argv, __doc__)
-    about_path = Path(config.data_dir) / file_name(config, ".json")
-    if config.data == "fineweb" and all((about_path.parent / file_name(config, f"_{s}.pt")).exists() for s in ("val", "train")):
+    there = {ending for ending in ENDINGS if (Path(config.data_dir) / file_name(config, ending)).exists()}
+    if config.data == "fineweb" and {"_val.pt", "_train.pt"} <= there:
         return print(f"data: {config.data_dir} holds the FineWeb files already")
     documents = source_documents(config.data)
-    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(documents))
-    about = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens,
-                 documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
+    source = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens,
+                  documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
     if config.data == "manual":
-        about["python"] = platform.python_version()
-    print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {about['text_sha256']}")
-    if about_path.exists():
-        there = json.loads(about_path.read_text())
-        differ = [k for k in about if k not in ("data", "python") and there.get(k) != about[k]]
+        source["python"] = platform.python_version()
+    print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {source['text_sha256']}")
+    if ".json" in there:
+        theirs = text_source(config)
+        differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted" for k in source if k not in ("data", "python") and theirs.get(k) != source[k]]
         if differ:
-            refuse(f"data_dir={config.data_dir} holds other data ({', '.join(f'{k} {there.get(k)} there, {about[k]} wanted' for k in differ)}); name another --data_dir")
-        return print(f"data: {config.data_dir} holds it already")
-    encode, token_bytes = get_tokenizer(config.tokenizer)
-    bos = np.array([config.vocab_size - 1], np.uint16)
-    stream = (np.concatenate([bos, np.asarray(encode(documents[i]), np.uint16)]) for i in order)
+            refuse(f"data_dir={config.data_dir} holds other data ({'; '.join(differ)}); name another --data_dir")
+        if there == set(ENDINGS):
+            return print(f"data: {config.data_dir} holds it already")
+    encode, _, token_bytes = get_tokenizer(config.tokenizer)
+    order = np.random.default_rng(SHUFFLE_SEED).permutation(len(documents))
+    stream = (np.array([config.vocab_size - 1, *encode(documents[i])], np.uint16) for i in order)
     splits = {"val": take(stream, config.val_tokens), "train": take(stream, config.train_tokens)}
     if len(splits["train"][0]) < config.train_tokens:
         have = sum(len(tokens) for tokens, _ in splits.values())
         refuse(f"data={config.data} is too short: val_tokens={config.val_tokens} + train_tokens={config.train_tokens} want "
-               f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; lower them or add text")
-    write(config, splits, token_bytes, about)
+               f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; lower them (and fitness_tokens), or add text")
+    write(config, splits, token_bytes, source)
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}")
 
 

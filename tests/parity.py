@@ -89,7 +89,7 @@ def forward(facts):
     ours, batch = {}, token_batches(facts)[0]
     for name, inputs in VARIANTS.items():
         model = build(facts, facts["seed"], **{key: facts["forward"][name][key] for key in inputs})
-        logits, ce, _ = model(batch[:, :-1], batch[:, 1:])
+        logits, ce = model(batch[:, :-1]), -model.log_p(batch[:, :-1], batch[:, 1:]).mean()
         loss = train.label_loss(model, batch)
         loss.backward()
         parameters = dict(model.named_parameters())
@@ -164,7 +164,8 @@ def distillation(facts):
     f, batch = facts["distillation"], token_batches(facts)[0]
     student, teacher = build(facts, facts["seed"]), build(facts, f["teacher_seed"]).eval()
     with torch.no_grad():
-        logits, ce, loss = student(batch[:, :-1], batch[:, 1:])
+        logits, loss = student(batch[:, :-1], batch[:, 1:])
+        ce = -student.log_p(batch[:, :-1], batch[:, 1:]).mean()
         kl = distill.distillation_kl(logits, teacher(batch[:, :-1]), f["temperature"])
         total = distill.chain_loss(student, teacher, batch, f["alpha"], f["temperature"])
     return dict(cross_entropy=ce.item(), mtp=(loss - ce).item() / f["mtp_weight"], kl_times_T2=kl.item(), loss=total.item())
@@ -225,7 +226,7 @@ def data_order(facts):
 def noise(facts):
     f, model = facts["noise"], build(facts, facts["seed"])
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
-    train.perturb(model, f["scale"], seed=f["seed_t"] * 100_003 + f["cycle"] * 31_337)
+    train.perturb(model, f["scale"], train.noise_seed(f["seed_t"], f["cycle"]))
     change = {n: (p.detach() - start[n]).double() for n, p in model.named_parameters()}
     return dict(parameters={n: dict(norm=size(d), sum=d.sum().item()) for n, d in change.items()})
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import from_args
-from data import loader, prepare
+from data import loader, prepare, tokenizer
 
 
 def separate(tokens, starts):
@@ -86,8 +86,9 @@ def test_the_gpt2_tokenizer(monkeypatch):
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
     small = tiktoken.Encoding("r50k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"r50k_base": small}[name])
-    monkeypatch.setitem(prepare.VOCAB_SIZE, "gpt2", 259)
-    encode, sizes = prepare.get_tokenizer("gpt2")
+    monkeypatch.setitem(tokenizer.VOCAB_SIZE, "gpt2", 259)
+    encode, decode, sizes = tokenizer.get_tokenizer("gpt2")
+    assert decode([258, *encode("the thing")]) == "the thing"
     assert encode("the <|endoftext|>")[:2] == [257, 32] and 258 not in encode("<|endoftext|>")
     assert sizes.tolist() == [1] * 256 + [2, 3, 0]
 
@@ -98,7 +99,7 @@ def test_a_download_out_of_reach_is_one_line(monkeypatch, capsys):
         raise ConnectionError("no route to host")
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     with pytest.raises(SystemExit) as stop:
-        prepare.get_tokenizer("gpt2")
+        tokenizer.get_tokenizer("gpt2")
     assert stop.value.code == 2 and "TIKTOKEN_CACHE_DIR" in capsys.readouterr().err
 
 
@@ -120,6 +121,13 @@ def test_the_order_of_batches_against_plain_loops():
     for position in (len(wanted) - 9, 3, len(wanted) - 9):                                      # forward and back
         later.position = position
         assert later.take(9).tolist() == wanted[position:position + 9]
+
+
+def test_the_document_of_every_target():
+    starts, tokens = np.array([0, 3, 4, 11]), np.arange(17)
+    owner = [max(d for d in range(4) if starts[d] <= i) for i in tokens]
+    sequences = loader.cut(tokens, 4)                           # three of 5 tokens, the first of which is no target
+    assert loader.documents_of(sequences, starts).tolist() == [owner[i] for row in sequences for i in row[1:]]
 
 
 def test_scores_are_in_order_complete_and_unpadded():
@@ -185,8 +193,8 @@ def test_bits_per_byte_leaves_the_separator_out():
     from prior import mixture_losses
     p = np.log(np.array([0.5, 0.25, 0.125, 0.5], dtype=np.float32))
     sizes = np.array([1, 0, 3, 2], dtype=np.uint8)                          # the second target is a separator
-    [(loss, bits)] = mixture_losses([("one", torch.tensor([0]), torch.ones(1, dtype=torch.float64))], [p], sizes)
-    assert math.isclose(loss, (1 + 2 + 3 + 1) * math.log(2) / 4, rel_tol=1e-7) and math.isclose(bits, (1 + 3 + 1) / 6, rel_tol=1e-7)
+    nats, [bits] = mixture_losses([(torch.tensor([0]), torch.ones(1, dtype=torch.float64))], [p], sizes, np.array([0, 1, 1, 1]))
+    assert nats[0].tolist() == pytest.approx([math.log(2), 6 * math.log(2)]) and bits.item() == pytest.approx((1 + 3 + 1) / 6)
 
 
 def test_public_files_without_ours_beside_them(micro, tmp_path, monkeypatch):

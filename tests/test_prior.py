@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prior import answers_for, fit_weights, mixture_losses
+from prior import answers_for, eliminate, fit_weights, growing, mixture_losses, paired_error
 
 
 def log_probabilities(members, tokens, seed=0):
@@ -69,8 +69,8 @@ def test_copies_change_no_loss_and_another_member_never_hurts():
 def test_one_member_is_a_population():
     log_p = log_probabilities(1, 30)
     assert check(log_p).tolist() == [1.0]
-    answers, _ = answers_for(log_p)
-    assert {(rule, len(m)) for rule, m, _ in answers} == {("best", 1), ("uniform", 1), ("topk", 1), ("learned", 1)}
+    rules, _ = answers_for(log_p)
+    assert {rule: [(m.tolist(), w.tolist()) for m, w in answers] for rule, answers in rules.items()} == dict.fromkeys(rules, [([0], [1.0])])
 
 
 def test_a_probability_of_zero_breaks_nothing():
@@ -88,31 +88,82 @@ def test_equal_members_of_equal_loss():
     assert abs(gap) < 1e-12 and w.sum() == pytest.approx(1)
 
 
+def test_elimination_drops_whom_the_mixture_misses_least():
+    log_p = log_probabilities(8, 600, seed=6)
+    left = eliminate(log_p, fit_weights(log_p)[0])
+    assert sorted(left) == list(range(1, max(left) + 1)) and max(left) >= 4
+    assert left[1][0].tolist() == [log_p.double().mean(dim=1).argmax().item()]
+    for K in range(2, max(left)):
+        before, w = left[K + 1]
+        without = {}
+        for i, member in enumerate(before.tolist()):
+            v = w.clone()
+            v[i] = 0
+            without[member] = loss(v / v.sum(), log_p[before])
+        gone = set(before.tolist()) - set(left[K][0].tolist())
+        assert gone == {min(without, key=without.get)}
+        assert loss(left[K][1], log_p[left[K][0]]) == pytest.approx(loss(check(log_p[left[K][0]]), log_p[left[K][0]]), abs=1e-8)      # fitted again
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_elimination_comes_close_to_the_best_of_all_subsets(seed):
+    log_p = log_probabilities(7, 400, seed)
+    rules, _ = answers_for(log_p)
+    for K in (1, 2, 3):
+        subsets = [list(s) for s in itertools.combinations(range(7), K)]
+        best = min(loss(fit_weights(log_p[s])[0], log_p[s]) for s in subsets)
+        paper = loss(rules["topk"][K - 1][1], log_p[rules["topk"][K - 1][0]])
+        mine = loss(rules["learned"][K - 1][1], log_p[rules["learned"][K - 1][0]])
+        assert best - 1e-9 <= mine <= paper + 1e-9
+        assert mine - best <= 0.5 * (paper - best) + 1e-9 or mine - best < 0.01
+
+
 def test_answers_follow_their_rules():
     log_p = log_probabilities(11, 800)
     losses, w = -log_p.double().mean(dim=1), check(log_p)
-    answers, _ = answers_for(log_p)
-    of = {(rule, len(m)): (m, v) for rule, m, v in answers}
-    assert sorted(K for rule, K in of if rule == "learned") == [1, 2, 4, 8, 11]
-    assert of["best", 1][0].tolist() == [losses.argmin()]
-    for K in (1, 2, 4, 8, 11):
-        members, weights = of["uniform", K]
-        assert sorted(members.tolist()) == sorted(losses.argsort()[:K].tolist()) and set(weights.tolist()) == {1 / K}
-        members, weights = of["topk", K]
-        assert w[members].min() >= w[[i for i in range(11) if i not in members]].max() if K < 11 else True
+    rules, gap = answers_for(log_p)
+    assert gap <= 1e-7 and [m.tolist() for m, _ in rules["best"]] == [[losses.argmin()]]
+    support = int((w > 0).sum())
+    assert 3 <= support < 11
+    for K in range(1, 12):
+        for rule in ("uniform", "topk", "learned"):
+            members, weights = rules[rule][K - 1]
+            assert len(set(members.tolist())) == len(weights) == K and abs(weights.sum().item() - 1) < 1e-12
+        members, weights = rules["uniform"][K - 1]
+        assert sorted(members.tolist()) == sorted(losses.argsort()[:K].tolist()) and np.allclose(weights, 1 / K)
+        members, weights = rules["topk"][K - 1]
+        assert all(w[members].min() >= w[i] for i in range(11) if i not in members)
         assert torch.allclose(weights, w[members] / w[members].sum())
-        learned, refitted = of["learned", K]
-        assert learned.tolist() == members.tolist()
-        assert loss(refitted, log_p[members]) <= loss(weights, log_p[members]) + 1e-9
-    # with so many members that no subset of two beats it by brute force over pairs of the same choice
-    assert loss(of["learned", 11][1], log_p[of["learned", 11][0]]) == pytest.approx(loss(w, log_p), abs=1e-7)
+        if K >= support:
+            members, weights = rules["learned"][K - 1]
+            assert loss(weights, log_p[members]) == pytest.approx(loss(w, log_p), abs=1e-7)
+
+
+def test_the_growing_mixture_uses_what_is_there():
+    log_p, members = log_probabilities(6, 300), [(t, c) for t in range(2) for c in range(3)]
+    for cycle, chosen, weights in growing(members, log_p):
+        assert [members[i] for i in chosen] == [(t, c) for t, c in members if c <= cycle]
+        assert torch.allclose(weights, check(log_p[chosen]))
 
 
 def test_mixture_losses_against_the_plain_formula():
     log_p = log_probabilities(5, 20_000)                        # several blocks
-    sizes = np.random.default_rng(0).integers(0, 4, 20_000).astype(np.uint8)
-    answers, _ = answers_for(log_p)
-    for (rule, members, w), (nats, bits) in zip(answers, mixture_losses(answers, list(log_p.numpy()), sizes)):
+    r = np.random.default_rng(0)
+    sizes, documents = r.integers(0, 4, 20_000).astype(np.uint8), np.sort(r.integers(0, 30, 20_000))
+    mixtures = [answer for answers in answers_for(log_p)[0].values() for answer in answers]
+    nats, bits = mixture_losses(mixtures, list(log_p.numpy()), sizes, documents)
+    for (members, w), row, b in zip(mixtures, nats, bits):
         each = -(w @ log_p[members].double().exp()).log()
-        assert nats == pytest.approx(each.mean().item(), rel=1e-12)
-        assert bits == pytest.approx(each[torch.from_numpy(sizes > 0)].sum().item() / (math.log(2) * sizes.sum(dtype=int)), rel=1e-12)
+        assert row.tolist() == pytest.approx([each[documents == d].sum().item() for d in range(30)], rel=1e-12)
+        assert b == pytest.approx(each[torch.from_numpy(sizes > 0)].sum().item() / (math.log(2) * sizes.sum(dtype=int)), rel=1e-12)
+
+
+def test_paired_error_is_the_bootstraps():
+    r = np.random.default_rng(3)
+    sizes = torch.from_numpy(r.integers(50, 400, 60)).double()
+    difference = sizes * torch.from_numpy(r.normal(0.02, 0.05, 60))
+    draws = r.integers(60, size=(4000, 60))
+    means = difference[draws].sum(dim=1) / sizes[draws].sum(dim=1)
+    assert paired_error(difference, sizes) == pytest.approx(means.std().item(), rel=0.06)
+    equal = torch.full((60,), 7.0, dtype=torch.float64)         # equal documents: the textbook's
+    assert paired_error(difference, equal) == pytest.approx(difference.std().item() / 60 ** 0.5 / 7, rel=1e-9)

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -47,10 +48,11 @@ def test_run_sh_goes_all_the_way(finished):
     folder, argv, done = finished
     assert {p.name for p in (folder / "text").iterdir()} == {"manual_train.pt", "manual_val.pt", "manual_bytes.npy", "manual.json"}
     assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01"} == {p.name for p in (folder / "out").iterdir()}
-    assert "results are in out" in done.stdout.splitlines()[-1]
+    best, mixture, where = done.stdout.splitlines()[-3:]
+    assert best.startswith("best member") and mixture.startswith("mixture of") and "results are in out" in where
     assert (folder / "out" / "prior.png").read_bytes()[:4] == b"\x89PNG"
     if os.cpu_count() > 1:
-        assert "2 at a time" in done.stdout                     # one process per trajectory, through torchrun
+        assert "at a time: 2" in done.stdout                     # one process per trajectory, through torchrun
 
 
 def test_prior_json_holds_what_it_promises(finished, monkeypatch):
@@ -58,8 +60,10 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
     monkeypatch.chdir(folder)
     result = json.loads((folder / "out" / "prior.json").read_text())
     assert [(m["trajectory"], m["cycle"]) for m in result["members"]] == [(t, c) for t in range(2) for c in range(4)]
-    assert {a["rule"] for a in result["answers"]} == {"best", "uniform", "topk", "learned"}
+    assert {a["rule"] for a in result["answers"]} >= {"best", "uniform", "topk", "learned"}
     assert sorted(a["K"] for a in result["answers"] if a["rule"] == "learned") == [1, 2, 4, 8]
+    assert {rule: len(of["val"]) for rule, of in result["losses"].items()}.items() >= {"best": 1, "uniform": 8, "topk": 8, "learned": 8}.items()
+    assert [(g["cycle"], g["epochs"]) for g in result["growing"]] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     config = from_args(argv, "")
     data = loader.load(config)
     population, model, log_p = Run(config, data.fingerprint), GPT(config), {"fit": [], "val": []}
@@ -76,6 +80,7 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
         for a in result["answers"]:
             weights = torch.tensor(a["weights"], dtype=torch.float64)
             assert len(a["members"]) == len(weights) == a["K"] and weights.sum().item() == pytest.approx(1, abs=1e-12)
+            assert a[f"{split}_loss"] == result["losses"][a["rule"]][split][a["K"] - 1]
             assert a[f"{split}_loss"] == pytest.approx(-(weights @ log_p[split][a["members"]].exp()).log().mean().item(), abs=1e-5)
     for a in result["answers"]:
         assert a["val_perplexity"] == pytest.approx(math.exp(a["val_loss"]))
@@ -143,6 +148,37 @@ def test_an_unfinished_population_is_weighed_as_it_is(finished, monkeypatch, cap
         path.write_bytes(kept)
 
 
+def test_one_rank_gives_what_two_gave(finished, tmp_path, monkeypatch):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    shutil.copytree(folder / "out", tmp_path / "out", ignore=shutil.ignore_patterns("scores", "prior.json"))
+    prior.main([*argv, f"--run_dir={tmp_path / 'out'}"])
+    one, two = (json.loads((p / "out" / "prior.json").read_text()) for p in (tmp_path, folder))
+    assert one["members"] == two["members"] and one["answers"] == two["answers"]
+
+
+def test_a_disk_per_node(finished, tmp_path):
+    """Each of two ranks sees one trajectory only; rank 0 is sent the scores of the other."""
+    folder, argv, _ = finished
+    for rank in (0, 1):
+        shutil.copytree(folder / "out", tmp_path / f"disk{rank}", ignore=shutil.ignore_patterns("scores", "prior.json", f"trajectory_0{1 - rank}"))
+    script = tmp_path / "node.py"
+    script.write_text("import os, sys, prior\nprior.main([*sys.argv[1:], '--run_dir=' + sys.argv[-1] + os.environ['RANK']])\n".replace("sys.argv[1:]", "sys.argv[1:-1]"))
+    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv, tmp_path / "disk", cwd=folder, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-2000:]
+    apart, together = (json.loads(p.read_text()) for p in (tmp_path / "disk0" / "prior.json", folder / "out" / "prior.json"))
+    assert apart["members"] == together["members"] and apart["answers"] == together["answers"]
+    assert not (tmp_path / "disk1" / "prior.json").exists()
+
+
+def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    plot.main([*argv, "--beside=out"])
+    assert (folder / "out" / "prior.png").stat().st_size > 10_000
+    assert "prior.py" in refused(lambda: plot.main([*argv, "--beside=nowhere"]), capsys)
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 def refused(call, capsys):
@@ -188,6 +224,24 @@ def test_other_data_under_a_run(finished, tmp_path, monkeypatch, capsys):
     prepare.main(argv)
     capsys.readouterr()
     assert "data_fingerprint" in refused(lambda: prior.main(argv), capsys)
+
+
+@pytest.mark.parametrize("content", [b"junk", b"", np.float32(np.nan)])
+def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    path = folder / "out" / "scores" / "fit" / "01_002.npy"
+    kept = path.read_bytes()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        scores = np.load(path)
+        scores[5] = content
+        np.save(path, scores)
+    try:
+        assert "01_002.npy" in refused(lambda: prior.main(argv), capsys)
+    finally:
+        path.write_bytes(kept)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"junk", lambda b: b""])

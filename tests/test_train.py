@@ -39,13 +39,13 @@ def test_the_record_batches_and_cycle_lengths(name, large):
     config = RECIPES[name]
     for cycle in range(config.cycles):
         inside = cycle in large
-        assert train.batch_tokens(config, cycle) == (524_288 if inside else 393_216)
+        assert train.tokens_per_step(config, cycle) == (524_288 if inside else 393_216)
         assert train.cycle_length(config, cycle, 48_736) == (381 if inside else 508)
 
 
 def test_one_cycle_takes_the_middle_batch():
     config = from_args([str(ROOT / "configs" / "single.py"), "--batch_tokens_ends=512"], "")
-    assert train.batch_tokens(config, 0) == 1024
+    assert train.tokens_per_step(config, 0) == 1024
 
 
 def test_perturb_adds_noise_in_proportion_and_by_seed():
@@ -272,7 +272,7 @@ def test_a_world_of_one_needs_no_launcher(micro):
 
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "label_loss", lambda model, batch: model(batch[:, :-1], batch[:, 1:])[2] * float("nan"))
+    monkeypatch.setattr(train, "label_loss", lambda model, batch: model(batch[:, :-1], batch[:, 1:])[1] * float("nan"))
     with pytest.raises(SystemExit) as stop:
         train.main(ready())
     assert "nan" in str(stop.value.code) and not members(tmp_path / "run")

@@ -1,6 +1,7 @@
 """
-The picture of a population: python -m tools.plot CONFIG [--name=value ...]
-Reads run_dir/prior.json, writes run_dir/prior.png: the loss against K for each rule, and each member's against its cycle.
+The picture of a population: python -m tools.plot CONFIG [--name=value ...] [--beside=RUN_DIR,RUN_DIR,...]
+Reads run_dir/prior.json, writes run_dir/prior.png: loss against K for each rule, each member's loss and the mixture's
+after each cycle, the weights, and loss against training epochs, beside the finished runs of other configs.
 """
 from pathlib import Path
 
@@ -10,58 +11,106 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import from_args, refuse
+from config import from_args, refuse, take_actions
 from population import read_json
 
-RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (paper)", "tab:orange"),
-         "learned": ("learned prior: the same K, refitted", "tab:blue")}
+RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
+         "learned": ("learned prior, K members", "tab:blue")}
 
 
-def curve(axes, x, rows, **style):
-    """One line of the mean over repeats (rows), with their standard deviation as bars where there are several."""
+def curve(axes, x, rows, errors=None, **style):
+    """One line: the mean over repeats (rows) with their standard deviation as bars, or a single row with its errors."""
     rows = np.array(rows)
-    axes.errorbar(x, rows.mean(axis=0), rows.std(axis=0, ddof=1) if len(rows) > 1 else None, capsize=3, markersize=4, **style)
+    axes.errorbar(x, rows.mean(axis=0), rows.std(axis=0, ddof=1) if len(rows) > 1 else errors, capsize=3, markersize=4, **style)
 
 
-def draw(priors, path, singles=()):
-    """
-    The figure of one population, or of its repeats with other seeds. priors: contents of prior.json; singles: (label,
-    loss) of models trained alone, as lines to compare with.
-    """
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), constrained_layout=True)
-    answers = lambda rule, key: [[a[key] for a in prior["answers"] if a["rule"] == rule] for prior in priors]
+def loss_against_K(axes, priors):
+    pick = lambda rule, key: [[a[key] for a in prior["answers"] if a["rule"] == rule] for prior in priors]
     for rule, (label, color) in RULES.items():
-        K = answers(rule, "K")[0]
-        curve(left, K, answers(rule, "val_loss"), color=color, marker="o", label=label)
-    left.axhline(np.mean(answers("best", "val_loss")), color="tab:red", ls="--", label="best single member, chosen on the fitness set")
-    for (label, loss), style in zip(singles, ("-", "-.", ":")):
-        left.axhline(loss, color="black", lw=1, ls=style, label=label)
-    left.set_xscale("log", base=2)
-    left.set_xticks(K, [str(k) for k in K])
-    left.set_xlabel("K, members that answer (each costs a forward pass)")
-    left.set_ylabel("validation loss, nats per token")
-    left.set_title("A population against its best member")
+        K = pick(rule, "K")[0]
+        curve(axes, K, pick(rule, "val_loss"), pick(rule, "val_error")[0], color=color, marker="o", label=label)
+    axes.axhline(np.mean(pick("best", "val_loss")), color="tab:red", ls="--", label="best single member, chosen on the fitness set")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(K, [str(k) for k in K])
+    axes.set(xlabel="K, members that answer (each costs a forward pass)", title="A population against its best member")
+
+
+def loss_against_cycle(axes, priors):
+    axes.set_prop_cycle(color=["tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"])
     for t in sorted({m["trajectory"] for m in priors[0]["members"]}):
         mine = [[m for m in prior["members"] if m["trajectory"] == t] for prior in priors]
-        curve(right, [m["cycle"] for m in mine[0]], [[m["val_loss"] for m in members] for members in mine], marker=".", label=f"trajectory {t}")
-    right.axhline(np.mean([losses[-1] for losses in answers("learned", "val_loss")]), color="tab:blue", ls="--", label="learned prior over all members")
-    right.set_xlabel("cycle (the member at its end)")
-    right.set_title("Each member alone")
-    for axes in (left, right):
+        curve(axes, [m["cycle"] for m in mine[0]], [[m["val_loss"] for m in members] for members in mine], marker=".", label=f"member of trajectory {t}, alone")
+    grown = [prior["growing"] for prior in priors]
+    curve(axes, [g["cycle"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown], color="tab:blue", marker="o", label="learned prior over all members so far")
+    if 0 < priors[0]["distill_from"] < len(grown[0]):
+        axes.axvline(priors[0]["distill_from"] - 0.5, color="black", lw=0.8, ls=":", label="chain distillation from here")
+    axes.set(xlabel="cycle", title="Each member alone, and their mixture")
+    zoom(axes, priors)
+
+
+def zoom(axes, priors):
+    """The first members are far above all others: leave them out of the frame."""
+    losses = [m["val_loss"] for prior in priors for m in prior["members"]]
+    low, high = min(g["val_loss"] for prior in priors for g in prior["growing"]), np.percentile(losses, 80)
+    if len(losses) > 4:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+
+
+def weights_by_member(figure, axes, priors):
+    members = priors[0]["members"]
+    grid = np.full((max(m["trajectory"] for m in members) + 1, max(m["cycle"] for m in members) + 1), np.nan)
+    total = np.mean([np.bincount(a["members"], a["weights"], len(members)) for prior in priors for a in prior["answers"][-1:] if a["rule"] == "learned"], axis=0)
+    for m, weight in zip(members, total):
+        grid[m["trajectory"], m["cycle"]] = weight
+    image = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
+    figure.colorbar(image, ax=axes, label="weight")
+    axes.set_yticks(range(len(grid)))
+    axes.set(xlabel="cycle", ylabel="trajectory", title="Weights of the learned prior over all members")
+
+
+def loss_against_epochs(axes, priors, beside):
+    grown = [prior["growing"] for prior in priors]
+    curve(axes, [g["epochs"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown], color="tab:blue", marker="o", label="this population, learned prior")
+    for (label, others), marker in zip(beside.items(), "s^Dv<>P*"):
+        curve(axes, [others[0]["growing"][-1]["epochs"]], [[other["growing"][-1]["val_loss"]] for other in others], color="black", marker=marker, ls="", label=label)
+    axes.set(xlabel="epochs of training, all trajectories together", title="What training buys")
+    zoom(axes, priors)
+
+
+def draw(priors, path, beside):
+    """
+    The figure of one population (bars: standard error of the difference to the best member, over validation documents),
+    or of its repeats with other seeds (bars: their standard deviation). priors: contents of prior.json; beside: label ->
+    those of other runs to compare with.
+    """
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    best, mixed = (np.mean([prior["answers"][i]["val_loss"] for prior in priors]) for i in (0, -1))
+    figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per token; the best one alone: {best:.3f}")
+    loss_against_K(a, priors)
+    loss_against_cycle(b, priors)
+    weights_by_member(figure, c, priors)
+    loss_against_epochs(d, priors, beside)
+    for axes in (a, b, d):
+        axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False, fontsize=8)
-    text, repeats = priors[0]["text"], f"mean and standard deviation over {len(priors)} seeds; " if len(priors) > 1 else ""
-    figure.supxlabel(f"{repeats}text: {text.get('data', 'FineWeb')}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=7)
-    figure.savefig(path, dpi=150)
+    bars = f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else "bars: standard error of the difference to the best member, over validation documents"
+    text = priors[0]["text"]
+    figure.supxlabel(f"{bars}. Text: {text.get('data', 'FineWeb')}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
+def read_prior(folder):
+    path = Path(folder) / "prior.json"
+    return read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
+
+
 def main(argv=None):
+    actions, argv = take_actions(argv, beside="")
     config = from_args(argv, __doc__)
-    path = Path(config.run_dir) / "prior.json"
-    if not path.exists():
-        refuse(f"no {path}: run prior.py on this config first")
-    draw([read_json(path)], path.with_suffix(".png"))
+    beside = {Path(folder).name: [read_prior(folder)] for folder in filter(None, actions.beside.split(","))}
+    draw([read_prior(config.run_dir)], Path(config.run_dir) / "prior.png", beside)
     print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
 
 

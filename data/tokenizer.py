@@ -1,0 +1,21 @@
+"""
+Text <-> token ids. The separator that starts every document is the last id of each tokenizer.
+"""
+import numpy as np
+
+from config import VOCAB_SIZE, refuse
+
+
+def get_tokenizer(name):
+    """(encode: text -> ids, decode: ids -> text, bytes of every id as uint8). The separator is the last id, of 0 bytes."""
+    if name == "bytes":
+        decode = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+        return lambda text: list(text.encode()), decode, np.array([1] * 256 + [0], np.uint8)
+    import tiktoken         # here alone: the byte tokenizer needs no package
+    try:
+        encoding = tiktoken.get_encoding("r50k_base")       # the ids of "gpt2", from one file instead of two
+    except Exception as e:
+        refuse(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}); connect once, set TIKTOKEN_CACHE_DIR to a folder that has them, or use tokenizer=bytes")
+    bos = VOCAB_SIZE["gpt2"] - 1
+    sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(bos)]
+    return encoding.encode_ordinary, lambda ids: encoding.decode([i for i in ids if i != bos]), np.array(sizes + [0], np.uint8)

@@ -1,0 +1,97 @@
+"""
+Text from a population: python -m tools.generate CONFIG [--name=value ...]
+Samples one continuation of a prompt from the best member and one from the mixture of K members, a line each. A mixture
+asks all K members for every token and takes the weighted mean of their probabilities: K passes instead of one.
+
+Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
+            --tokens=80  --temperature=0.8  --top_k=50 (0: no limit)  --sample_seed=0
+            --member=T,C (trajectory and cycle: that member alone, instead of both)
+"""
+from pathlib import Path
+
+import torch
+
+from config import from_args, refuse, take_actions
+from data import loader
+from data.tokenizer import get_tokenizer
+from model import GPT
+from population import Run, join_world, read_json
+
+ACTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="")
+
+
+def next_probabilities(p, temperature, top_k):
+    """Probabilities (V,), sharpened (temperature < 1) and cut to the top_k largest (0: all)."""
+    if temperature == 0:
+        return torch.nn.functional.one_hot(p.argmax(), len(p)).double()
+    p = p.double().clamp(min=1e-300).log().div(temperature).softmax(dim=0)
+    if 0 < top_k < len(p):
+        p = torch.where(p >= p.topk(top_k).values[-1], p, 0)
+    return p / p.sum()
+
+
+@torch.no_grad()
+def sample(models, weights, ids, options, stop):
+    """
+    The ids that follow `ids` (at least one, the separator's), one by one from the mixture of models with weights, until
+    options.tokens of them or the id `stop`.
+    """
+    generator = torch.Generator().manual_seed(options.sample_seed)
+    ids, start = list(ids), len(ids)
+    while len(ids) < start + options.tokens:
+        context = torch.tensor([ids[-models[0].config.sequence_len:]], device=models[0].cos.device)
+        p = sum(w * model(context)[0, -1].softmax(dim=0).double().cpu() for w, model in zip(weights, models))
+        ids.append(torch.multinomial(next_probabilities(p, options.temperature, options.top_k), 1, generator=generator).item())
+        if ids[-1] == stop:
+            break
+    return ids[start:]
+
+
+def choose(options, prior, run):
+    """[(label, members as (trajectory, cycle), weights)] to sample from. Exits with code 2 where they do not exist."""
+    members = [(m["trajectory"], m["cycle"]) for m in prior["members"]]
+    for m in prior["members"]:
+        if run.member_path(m["trajectory"], m["cycle"]).exists() and run.read_member(m["trajectory"], m["cycle"])[1]["weights_sha256"] != m["weights_sha256"]:
+            refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: run prior.py on this config again")
+    if options.member:
+        chosen = tuple(int(n) if n.strip().isdigit() else -1 for n in options.member.split(","))
+        if chosen not in members:
+            refuse(f"member={options.member}: there is no such member; write trajectory,cycle, such as --member={members[-1][0]},{members[-1][1]}")
+        return [(f"member {options.member}", [chosen], [1.0])]
+    Ks = [a["K"] for a in prior["answers"] if a["rule"] == "learned"]
+    K = options.K or max(K for K in Ks if K <= 4)
+    if K not in Ks:
+        refuse(f"K={options.K}: prior.json has answers for K = {', '.join(map(str, Ks))}")
+    picked = []
+    for rule, K in (("best", 1), ("learned", K)):
+        answer = next(a for a in prior["answers"] if a["rule"] == rule and a["K"] == K)
+        pairs = [(members[i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
+        label = "best member" if rule == "best" else f"mixture of {len(pairs)}"
+        picked.append((f"{label} ({len(pairs)} pass{'es' * (len(pairs) > 1)} a token)", *zip(*pairs)))
+    return picked
+
+
+def main(argv=None):
+    options, argv = take_actions(argv, **ACTIONS)
+    config = from_args(argv, __doc__)
+    for name, holds, rule in (("tokens", options.tokens > 0, "more than 0"), ("temperature", 0 <= options.temperature < 100, "between 0 and 100"),
+                              ("top_k", options.top_k >= 0, "0 or more"), ("sample_seed", options.sample_seed >= 0, "0 or more")):
+        if not holds:
+            refuse(f"{name}={getattr(options, name)}: must be {rule}")
+    run = Run(config, loader.load(config).fingerprint)
+    path = Path(config.run_dir) / "prior.json"
+    if not path.exists():
+        refuse(f"no {path}: run prior.py on this config first")
+    picked = choose(options, read_json(path), run)
+    encode, decode, _ = get_tokenizer(config.tokenizer)
+    bos, device = config.vocab_size - 1, join_world(config).device
+    for label, members, weights in picked:
+        models = [GPT(config).place(device).eval() for _ in members]
+        for model, member in zip(models, members):
+            model.load_state_dict(run.read_member(*member)[0])
+        text = decode(sample(models, weights, [bos, *encode(options.prompt)], options, stop=bos))
+        print(f"{label}: {(options.prompt + text)!r}")
+
+
+if __name__ == "__main__":
+    main()
