@@ -201,8 +201,22 @@ def score_members(config, data, run, world):
 
 # ---------------------------------------------------------------------------------------------- the report
 
-def report(config, result):
-    """The table, on standard output."""
+def evaluate(mixtures, reference, log_p, data):
+    """
+    What is reported of each mixture: losses on both held-out sets, perplexity, bits per byte, and the standard error of
+    its difference to the `reference`-th over validation documents. log_p: split -> a list of (tokens,), one a member.
+    """
+    losses = {}
+    for split in ("fit", "val"):
+        targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
+        nats, bits = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
+        losses[split] = (nats.sum(dim=1) / len(targets)).tolist()
+    sizes = torch.from_numpy(np.bincount(documents, minlength=nats.size(1))).double()
+    return [dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=paired_error(n - nats[reference], sizes))
+            for f, v, b, n in zip(losses["fit"], losses["val"], bits.tolist(), nats)]
+
+
+def print_table(config, result):
     print(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
     for a in result["answers"]:
         print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {a['val_error']:>6.4f} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
@@ -220,33 +234,24 @@ def main(argv=None):
     if world.rank > 0:
         return
     log_p = {split: [run.read_scores(split, *m) for m in members] for split in ("fit", "val")}
-    fit = torch.from_numpy(np.stack(log_p["fit"]))
+    fit = torch.from_numpy(np.stack(log_p["fit"]))              # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
-    # everything that is reported, evaluated in one pass over each held-out set
+    # all that is reported, in one pass over each held-out set; the first answer is the best member
     mixtures = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
     mixtures += [(chosen, weights) for _, chosen, weights in grown] + [answer for answers in rules.values() for answer in answers]
-    losses = {}
-    for split in log_p:
-        targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
-        nats, bits = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
-        losses[split] = (nats.sum(dim=1) / len(targets)).tolist()
-    sizes = torch.from_numpy(np.bincount(documents, minlength=nats.size(1))).double()
-    best = nats[len(members) + len(grown)]
-    rows = [dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=paired_error(n - best, sizes))
-            for f, v, b, n in zip(losses["fit"], losses["val"], bits.tolist(), nats)]
-    rows = iter(rows)
-    result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap)
+    rows = iter(evaluate(mixtures, len(members) + len(grown), log_p, data))
+    result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.fingerprint(t, c), **next(rows)) for t, c in members]
     result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=len(chosen) * config.epochs_per_cycle, **next(rows)) for cycle, chosen, _ in grown]
-    result["answers"], result["losses"], powers = [], {}, {len(members), *(2 ** i for i in range(len(members).bit_length()))}
+    kept = {len(members), *(2 ** i for i in range(len(members).bit_length()))}
     for rule, answers in rules.items():
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **next(rows)) for m, w in answers]
-        result["answers"] += [a for a in answers if a["K"] in powers]
-        result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in losses}      # for every K
+        result["answers"] += [a for a in answers if a["K"] in kept]
+        result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
     result["answers"].sort(key=lambda a: a["K"])
     write_json(run.path / "prior.json", result)
-    report(config, result)
+    print_table(config, result)
     for m in result["members"]:
         run.log(kind="score", **m)
     print(f"wrote {run.path / 'prior.json'}; {next_command('-m tools.plot', argv)}")

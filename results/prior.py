@@ -6,6 +6,7 @@ On finished runs of a config (with repeats, of run_dir followed by _SEED), from 
   3. what a fitness set of this size costs against weights fitted on the validation set itself, as a curve over its size
 Writes results/prior_NAME.md. Losing rules live here only; prior.py has the winner.
 """
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import from_args, take_actions                                              # noqa: E402
 from data import loader                                                                  # noqa: E402
-from population import Run, code_version                                                 # noqa: E402
+from population import Run                                                               # noqa: E402
 from prior import eliminate, fit_on, fit_weights, mean_log_p, paired_error               # noqa: E402
+from tests.parity import adamw300                                                        # noqa: E402
 
 
 # ------------------------------------------------- rules: log_p -> [(members, weights) for K = 1 .. all]
@@ -154,6 +156,8 @@ def page(label, config, options):
         answers = rule(fit)
         v, f = losses([answers[K - 1] for K in Ks], val), losses([answers[K - 1] for K in Ks], fit)
         lines.append(f"| {name} | " + " | ".join(f"{x:.4f} ({y:.4f})" for x, y in zip(v, f)) + f" | {honest[name][0]:+.4f} +- {honest[name][1]:.4f} |")
+    script = adamw300(fit.exp())
+    lines += ["", f"The public script's 300 AdamW steps end {losses([(torch.arange(len(fit)), script)], fit)[0] - losses([(torch.arange(len(fit)), fit_weights(fit)[0])], fit)[0]:.1e} nats above the optimum of the fitness set."]
     spread = bootstrap(fit, val, documents, Ks, options.resamples)
     lines += ["", f"Standard deviation of the validation loss over {options.resamples} fitness sets of resampled documents:", "", "| | " + " | ".join(f"K = {K}" for K in Ks) + " |", "|---" * (len(Ks) + 1) + "|"]
     for i, name in enumerate(("K largest weights (paper)", "backward elimination", "their difference")):
@@ -169,8 +173,8 @@ def main(argv=None):
     name, argv = argv[0], argv[1:]
     config = from_args(argv, __doc__)
     runs = [(f"seed {seed}", from_args([*argv, f"--seed={seed}", f"--run_dir={config.run_dir}_{seed}"], __doc__)) for seed in filter(None, options.repeats.split(","))]
-    text = loader.text_source(config)
-    lines = [f"# Which K members, and how sure: {name}", "", f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {code_version()}.",
+    text, commit = loader.text_source(config), subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    lines = [f"# Which K members, and how sure: {name}", "", f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit}.",
              f"Text: {text.get('data')}, SHA-256 {text.get('text_sha256')}. Losses in nats per token.", ""]
     for label, of in runs or [(config.run_dir, config)]:
         lines += page(label, of, options)
