@@ -16,12 +16,12 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
-prints = os.environ.get("RANK", "0") == "0"         # whether this rank prints; once grouped, the first of each group
+prints = False          # whether this rank speaks for itself, beside rank 0: once grouped, the first of each group
 
 
-def refuse(message) -> NoReturn:
-    """Bad input: one line on standard error, exit code 2."""
-    if prints:
+def refuse(message, common=False) -> NoReturn:
+    """Bad input: one line on standard error, exit code 2. common: every rank refuses with it, and rank 0 speaks for all."""
+    if os.environ.get("RANK", "0") == "0" or prints and not common:
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -80,8 +80,8 @@ def rules(c):
     for key in FIELDS:
         value = getattr(c, key)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            in_range = 0 <= value < float("inf") and (value > 0 or key in MAY_BE_ZERO)
-            yield in_range, key, "must be 0 or more" if key in MAY_BE_ZERO else "must be more than 0"
+            in_range = 0 <= value < 2 ** 31 and (value > 0 or key in MAY_BE_ZERO)
+            yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
     yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"

@@ -160,6 +160,8 @@ class GPT(nn.Module):
         if device.type == "cuda":
             self.transformer.wte.bfloat16()
             if compile:             # block by block: looped layers reuse one graph, and DDP overlaps between blocks
+                torch._dynamo.config.recompile_limit = 64       # training, scoring and teaching each have their kinds of block
+                torch._dynamo.config.optimize_ddp = False       # would cut each block at DDP's buckets
                 for block in self.modules():
                     if isinstance(block, Block):
                         block.compile()

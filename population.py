@@ -3,13 +3,16 @@ Who trains what on which rank, and where it is kept. World: ranks, grouped by tr
 its members (bf16 weights and what they are), resume states, scores and metrics. A member is a state dict and a dict;
 this file knows neither the model nor the data.
 
-`python -m population CONFIG [--name=value ...]` checks a config and prints how many processes run.sh starts for it.
+`python -m population CONFIG [--name=value ...]` checks a config and its run directory, and prints how many processes
+run.sh starts for it.
 """
 import hashlib
 import json
 import math
 import os
+import shlex
 import sys
+import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -116,7 +119,7 @@ def join_world(config):
         torch.cuda.set_device(device)
     if size > 1:
         backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**backend, timeout=timedelta(hours=1))
+        dist.init_process_group(**backend, timeout=timedelta(days=30))      # groups of ranks may finish hours apart
         mesh = init_device_mesh(kind, (groups, size // groups), mesh_dim_names=("trajectory", "data"))
         data_rank, data_size, data_group = mesh.get_local_rank("data"), size // groups, mesh.get_group("data")
     group = rank // (size // groups)
@@ -130,7 +133,7 @@ def next_command(script, argv):
     """What to run after this script, on the same arguments (argv None: the process's own)."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks)}" if ranks > 1 and script.endswith(".py") else "python"
-    return f"next: {launcher} {script} {' '.join(sys.argv[1:] if argv is None else argv)}"
+    return f"next: {launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
 def write_whole(path, save):
@@ -150,8 +153,8 @@ def write_json(path, value):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
         refuse(f"{path} is not readable ({type(e).__name__}): restore it, or delete it and run the script that writes it again")
 
 
@@ -177,8 +180,8 @@ def differences(theirs, mine):
 
 class Run:
     """
-    The run directory of a config; exits with code 2 where one of another config or other data stands there. Nothing is
-    written before claim(). t and c are trajectory and cycle.
+    The run directory of a config; exits with code 2 where one of another config or other data stands there (of any data
+    where data_fingerprint is None), or none can be made. Nothing is written before claim(). t and c are trajectory and cycle.
     """
 
     def __init__(self, config, data_fingerprint):
@@ -186,9 +189,18 @@ class Run:
         # through JSON and back, so that what is compared is what a file can hold
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
         self.config_path = self.path / "config.json"
-        differ = differences(read_json(self.config_path).get("identity", {}), self.identity) if self.config_path.exists() else ""
-        if differ:
-            refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir")
+        if self.config_path.exists():
+            theirs = dict(read_json(self.config_path).get("identity") or {})
+            if data_fingerprint is None:
+                theirs["data_fingerprint"] = None
+            differ = differences(theirs, self.identity)
+            if differ:
+                refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir")
+        there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as e:
+            refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
 
     def claim(self):
         """Make the directory, with config.json, where there is none; one rank per machine."""
@@ -200,10 +212,7 @@ class Run:
             if begun != code:
                 print(f"note: {self.path} was begun by code {begun}, this is {code}; what is there stays, for a fresh start name another --run_dir", file=sys.stderr)
             return
-        try:
-            write_json(self.config_path, {"identity": self.identity, "config": vars(self.config), "code": code, "torch": torch.__version__})
-        except OSError as e:
-            refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
+        write_json(self.config_path, {"identity": self.identity, "config": vars(self.config), "code": code, "torch": torch.__version__})
 
     def member_path(self, t, c):
         return self.path / f"trajectory_{t:02d}" / f"cycle_{c:03d}.pt"
@@ -240,8 +249,11 @@ class Run:
 
     def read_resume(self, t):
         """What save_resume wrote, or None."""
-        path = self.path / f"trajectory_{t:02d}" / "resume.pt"
-        return read_tensors(path, f"delete trajectory_{t:02d} and run train.py and distill.py again") if path.exists() else None
+        path, mend = self.path / f"trajectory_{t:02d}" / "resume.pt", f"delete trajectory_{t:02d} and run train.py and distill.py again"
+        state = read_tensors(path, mend) if path.exists() else None
+        if state is not None and not (isinstance(state, dict) and {"model", "optimizer", "position", "cycles_done", "step"} <= state.keys()):
+            refuse(f"{path} is no resume state: {mend}")
+        return state
 
     def score_paths(self, t, c):
         """split -> the file of one member's scores; "of" says whose they are."""
@@ -291,4 +303,6 @@ class Run:
 
 
 if __name__ == "__main__":
-    print(processes(from_args(None, __doc__)))
+    config = from_args(None, __doc__)
+    Run(config, data_fingerprint=None)
+    print(processes(config))

@@ -182,14 +182,16 @@ def score_members(config, data, run, world):
     seen = world.gather(run.members())
     members = sorted(set().union(*seen))
     if not members:
-        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first")
+        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first", common=True)
     sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
     owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
     todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
         model.load_state_dict(run.read_member(*member)[0])
-        run.save_scores(*member, {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")})
+        scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")}
+        run.save_scores(*member, scores)
+        run.log(kind="score", trajectory=member[0], cycle=member[1], **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
     world.barrier(everyone=True)
     for member in members:
         if member not in seen[0]:
@@ -252,8 +254,6 @@ def main(argv=None):
     result["answers"].sort(key=lambda a: a["K"])
     write_json(run.path / "prior.json", result)
     print_table(config, result)
-    for m in result["members"]:
-        run.log(kind="score", **m)
     print(f"wrote {run.path / 'prior.json'}; {next_command('-m tools.plot', argv)}")
 
 

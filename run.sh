@@ -6,6 +6,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours from any folder, the caller's never
 
+config="$root/configs/tiny.py"
+for arg; do case "$arg" in -h|--help) sed -n 2,4p "$0"; exit ;; -*) ;; *) config= ;; esac; done
 usable='import sys, importlib.util as u
 sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy tiktoken datasets pytest matplotlib tqdm".split())))'
 python=python
@@ -17,22 +19,18 @@ if ! $python -c "$usable" 2>/dev/null; then                 # not the active env
             "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
         done
         echo "environment: making $root/.venv" >&2
-        "$base" -m venv "$root/.venv"
+        "$base" -m venv --clear "$root/.venv"
         "$python" -m pip install -q --disable-pip-version-check -r "$root/requirements.txt"
     fi
 fi
 [ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
-case "${1-}" in ""|--*) set -- "$root/configs/tiny.py" "$@" ;; esac
-
-processes=$("$python" -m population "$@")                   # checks the config, exits 2 where it is wrong
+[ -z "$config" ] || set -- "$config" "$@"
+processes=$("$python" -m population "$@")                   # checks config and run directory, exits 2 where they are wrong
 launch=("$python")
 if [ "$processes" -gt 1 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$processes")
 fi
 "$python" -m data.prepare "$@"
-"${launch[@]}" "$root/train.py" "$@"
-"${launch[@]}" "$root/distill.py" "$@"
-"${launch[@]}" "$root/prior.py" "$@"
-"$python" -m tools.generate "$@"
-"$python" -m tools.plot "$@"
+for script in train distill prior; do "${launch[@]}" "$root/$script.py" "$@"; done
+for tool in generate plot; do "$python" -m "tools.$tool" "$@"; done

@@ -139,9 +139,10 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     run = Run(config, data.fingerprint)
     world = join_world(config)
     states = {t: run.read_resume(t) for t in world.trajectories}        # mapped from disk, not yet read
-    for t, state in states.items():
-        if first > (state["cycles_done"] if state else 0):
-            refuse(f"run_dir={run.path}: trajectory {t} has not had the {first} cycles before distill_from: run train.py on this config first")
+    behind = [t for t, state in states.items() if first > (state["cycles_done"] if state else 0)]
+    behind = sorted(sum(world.gather(behind), []))
+    if behind:
+        refuse(f"run_dir={run.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: run train.py on this config first", common=True)
     run.claim()
     world.barrier(everyone=True)
     if world.rank == 0:
@@ -153,6 +154,7 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     for t, state in states.items():             # one after another; other groups of ranks take other trajectories
         if state and state["cycles_done"] >= last:
             continue
+        trajectory = model = loss_fn = None     # frees the last one's memory
         trajectory = Trajectory(config, t, data, world, state)
         model = trajectory.model
         for cycle in range(trajectory.cycles_done, last):

@@ -99,9 +99,12 @@ def read_token_bytes(config):
     path = Path(config.data_dir) / file_name(config, "_bytes.npy")
     if path.exists():
         try:
-            return np.load(path)
+            sizes = np.load(path)
         except (ValueError, EOFError, OSError):
-            refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
+            sizes = np.zeros(0)
+        if sizes.shape == (config.vocab_size,) and sizes.dtype == np.uint8:
+            return sizes
+        refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
     return get_tokenizer(config.tokenizer)[2]       # files of the public script come without
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from config import from_args, refuse
-from data.loader import file_name, text_source
+from data.loader import file_name, load, text_source
 from data.tokenizer import get_tokenizer
+from population import Run
 
 SHUFFLE_SEED = 0        # of the documents, before the split
 ENDINGS = ("_val.pt", "_train.pt", "_bytes.npy", ".json")
@@ -97,6 +98,8 @@ def source_documents(source):
         if not inside or inside[0].suffix not in (".txt", ".jsonl"):
             refuse(f"data: {path} is no .txt or .jsonl file, nor a folder of them")
         files += inside
+    if not files:
+        refuse(f"data={source!r} names no file: name .txt or .jsonl files, or folders of them, separated by commas")
     return [document for path in files for document in file_documents(path)]
 
 
@@ -130,8 +133,8 @@ def write(config, splits, token_bytes, source):
         refuse(f"data_dir={config.data_dir}: cannot write there: {e.strerror}; name another --data_dir")
 
 
-def main(argv=None):
-    config = from_args(argv, __doc__)
+def prepare(config):
+    """Write the data of a config, unless it is there. Exits with code 2 where other data is, or the text is too short."""
     there = {ending for ending in ENDINGS if (Path(config.data_dir) / file_name(config, ending)).exists()}
     if config.data == "fineweb" and {"_val.pt", "_train.pt"} <= there:
         return print(f"data: {config.data_dir} holds the FineWeb files already")
@@ -158,6 +161,12 @@ def main(argv=None):
                f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; lower them (and fitness_tokens), or add text")
     write(config, splits, token_bytes, source)
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}")
+
+
+def main(argv=None):
+    config = from_args(argv, __doc__)
+    prepare(config)
+    Run(config, load(config).fingerprint)       # a run directory of other data is refused here, before any launcher
 
 
 if __name__ == "__main__":

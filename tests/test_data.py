@@ -36,6 +36,45 @@ def test_no_paragraph_of_the_manual_stands_in_two_splits(micro):
     assert count > 500
 
 
+def test_no_paragraph_of_the_manual_stands_in_two_documents():
+    documents = [" ".join(d.split()) for d in prepare.manual_documents()]
+    everything = "\n".join(documents)
+    paragraphs = [" ".join(p.split()) for d in prepare.manual_documents() for p in d.split("\n\n")]
+    assert len(documents) > 200 and [p for p in paragraphs if len(p) >= 40 and everything.count(p) > 1] == []
+    assert 500 < sum(map(len, documents)) / len(documents) < 1500
+
+
+def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, monkeypatch, capsys):
+    calls, replace = [], prepare.os.replace
+    def dies(source, target):
+        calls.append(target)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+    monkeypatch.setattr(prepare.os, "replace", dies)
+    with pytest.raises(SystemExit):
+        prepare.main(micro())
+    assert "No space left" in capsys.readouterr().err and not (tmp_path / "data" / "manual.json").exists()
+    monkeypatch.setattr(prepare.os, "replace", replace)
+    prepare.main(micro())
+    assert {p.name for p in (tmp_path / "data").iterdir()} == {"manual_val.pt", "manual_train.pt", "manual_bytes.npy", "manual.json"}
+    whole = (tmp_path / "data" / "manual_train.pt").read_bytes()
+    (tmp_path / "data" / "manual_train.pt").unlink()            # what is lost is written again
+    prepare.main(micro())
+    assert (tmp_path / "data" / "manual_train.pt").read_bytes() == whole
+
+
+def test_the_fitness_set_is_whole_documents_cut_to_its_sequences(micro):
+    for wanted in (700, 1000, 1400):
+        argv = micro(fitness_tokens=wanted)
+        prepare.main(argv)
+        config = from_args(argv, "")
+        data, (tokens, starts) = loader.load(config), loader.read_tokens(config, "train")
+        end = min(s for s in [*starts.tolist(), len(tokens)] if s >= wanted)
+        assert data.fit.ravel().tolist() == tokens[:wanted // 33 * 33].tolist()
+        assert data.train.tolist() == tokens[end:].tolist() and tokens[end] == 256
+
+
 def test_the_file_format(micro, tmp_path):
     argv = micro()
     prepare.main(argv)
@@ -77,8 +116,11 @@ def test_local_text_becomes_the_tokens_it_is(tmp_path, micro):
     config = from_args(argv, "")
     val, train = (separate(*loader.read_tokens(config, split)) for split in ("val", "train"))
     assert all(d in texts for d in [*val[:-1], *train[:-1]]) and any(d.startswith(val[-1]) for d in texts)
-    assert not set(val[:-1]) & set(train[:-1])
-    assert val[:-1] + train[:-1] != texts[:len(val) + len(train) - 2]               # shuffled
+    assert not set(val[:-1]) & set(train[:-1]) and len(val) > 5
+    assert val[:-1] != texts[:len(val) - 1]                     # shuffled
+    again = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000, data_dir=tmp_path / "again")
+    prepare.main(again)                                         # by a fixed seed
+    assert (tmp_path / "again" / "text_train.pt").read_bytes() == (tmp_path / "data" / "text_train.pt").read_bytes()
 
 
 def test_the_gpt2_tokenizer(monkeypatch):
@@ -158,7 +200,6 @@ def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, t
         overrides = dict(data=tmp_path / "text.txt", **overrides)
     with pytest.raises(SystemExit) as stop:
         prepare.main(micro(**overrides))
-        loader.load(from_args(micro(**overrides), ""))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(name in err for name in names), err
     assert "epoch_multiple" in names or not (tmp_path / "data").exists()
@@ -182,6 +223,13 @@ def test_other_data_in_data_dir_is_never_overwritten(tmp_path, micro, capsys):
         prepare.main(micro(train_tokens=2500))
     assert stop.value.code == 2 and "train_tokens" in capsys.readouterr().err
     assert (tmp_path / "data" / "manual_train.pt").read_bytes() == before
+    for name, content in (("manual.json", b"{"), ("manual_bytes.npy", b"junk"), ("manual_bytes.npy", b"")):
+        kept = (tmp_path / "data" / name).read_bytes()
+        (tmp_path / "data" / name).write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            prepare.main(micro())
+        assert stop.value.code == 2 and name in capsys.readouterr().err
+        (tmp_path / "data" / name).write_bytes(kept)
     for change in (lambda p: p.write_bytes(before[:500]), lambda p: p.write_bytes(b"junk"), lambda p: torch.save([1], p), lambda p: p.unlink()):
         change(tmp_path / "data" / "manual_train.pt")
         with pytest.raises(SystemExit) as stop:

@@ -105,6 +105,23 @@ def test_every_parameter_is_trained():
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_dropout_is_on_in_training_alone():
+    idx, targets = tokens(2, 16), tokens(2, 16)
+    for where in ("attn", "mlp"):
+        model = small()
+        for block in model.transformer.h:
+            getattr(block, where).dropout = 0.5
+        assert torch.equal(model(idx), model(idx))
+        model.train()
+        a, b = model(idx), model(idx)
+        assert not torch.equal(a, b)
+    x = torch.ones(1, 16, 32)
+    mlp = small().transformer.h[0].mlp.train()
+    mlp.dropout = 0.5
+    kept = mlp(x) / mlp.eval()(x)                               # half are 0, the others twice as large
+    assert set(kept.round(decimals=3).abs().unique().tolist()) == {0.0, 2.0} and 0.3 < (kept == 0).float().mean() < 0.7
+
+
 def test_initial_values():
     torch.manual_seed(0)
     p = dict(GPT(GPTConfig(sequence_len=16, vocab_size=500, n_layer=4, n_head=4, n_embd=256)).init_weights().named_parameters())
@@ -133,3 +150,25 @@ def test_one_compiled_block_serves_all_layers():
         assert torch.allclose(model(idx, targets)[1], wanted, rtol=1e-5)
     # with and without value embeddings, short and long window, the MTP block's length: not one per application
     assert counter.frame_count <= 5
+    torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as place() does
+    try:                                                        # scoring, with a smaller last batch, and a bf16 teacher
+        plain = small(**loop)
+        for rows in (idx, idx[:1]):
+            with torch.no_grad():
+                assert torch.allclose(model.eval().log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
+        assert counter.frame_count <= 16
+    finally:
+        torch._dynamo.config.recompile_limit = kept
+
+
+def test_place_compiles_every_block_on_cuda_only(monkeypatch):
+    """Without a GPU: the blocks are asked for, and the embedding table becomes bf16."""
+    from model import Block
+    compiled, model = [], small()
+    monkeypatch.setattr(Block, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(GPT, "to", lambda self, device: self)
+    for name in ("recompile_limit", "optimize_ddp"):
+        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
+    assert model.place(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
+    model.place(torch.device("cuda"), compile=True)
+    assert len(compiled) == 5 and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32

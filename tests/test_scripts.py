@@ -195,7 +195,7 @@ def test_scripts_out_of_turn(micro, tmp_path, capsys):
     prepare.main(micro())
     capsys.readouterr()
     before = tree(tmp_path)
-    assert "run train.py" in refused(lambda: distill.main(micro()), capsys).replace("\n", "") or True
+    assert "run train.py" in refused(lambda: distill.main(micro()), capsys)
     assert "no members" in refused(lambda: prior.main(micro()), capsys)
     assert "prior.py" in refused(lambda: plot.main(micro()), capsys)
     assert "micro_batch=3" in refused(lambda: train.main(micro(micro_batch=3)), capsys)
@@ -221,9 +221,8 @@ def test_other_data_under_a_run(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (tmp_path / "text.txt").write_text("\n".join(f"line {i} of another text" for i in range(400)))
     argv = [*argv, f"--data={tmp_path / 'text.txt'}", f"--data_dir={tmp_path / 'data'}"]
-    prepare.main(argv)
-    capsys.readouterr()
-    assert "data_fingerprint" in refused(lambda: prior.main(argv), capsys)
+    for script in (prepare, prior):
+        assert "data_fingerprint" in refused(lambda: script.main(argv), capsys)
 
 
 @pytest.mark.parametrize("content", [b"junk", b"", np.float32(np.nan)])
@@ -244,7 +243,7 @@ def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
         path.write_bytes(kept)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"junk", lambda b: b""])
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"[1]", lambda b: b""])
 @pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "config.json", "trajectory_01/resume.pt"])
 def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
     folder, argv, _ = finished
@@ -260,10 +259,16 @@ def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
 
 
 def test_run_sh_refuses_before_anything_starts(tmp_path):
-    for flags, name in ((["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"), (["--micro_batch=3"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
+    (tmp_path / "of_another").mkdir()
+    (tmp_path / "of_another" / "config.json").write_text('{"identity": {"seed": 5}}')
+    for flags, name in ((["--run_dir=of_another"], "seed is 5 there and 42 here"), (["--run_dir=/proc/none"], "run_dir"), (["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"), (["--micro_batch=3"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
         done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
         assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.rglob("*")] == ["of_another", "config.json"]
+    done = run(ROOT / "run.sh", "--seed=1", "none.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "CONFIG" in done.stdout and not done.stderr
+    done = run(ROOT / "run.sh", "--seed=1", "none.py", cwd=tmp_path)
+    assert done.returncode == 2 and "none.py" in done.stderr and "tiny.py" not in done.stderr.split(";")[0]
 
 
 def test_torchrun_prints_one_line(micro, tmp_path):

@@ -1,5 +1,7 @@
 """The schedules against tables written by hand, noise, one step in parts, the chain, resume, and 1 process against 2."""
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from population import Run, World, cannot_share, join_world, processes
+from population import Run, World, cannot_share, join_world, processes, write_whole
 from tests.conftest import ROOT
 
 RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "") for name in ("1p8b", "1p8b_960")}
@@ -76,9 +78,42 @@ def test_micro_batches_add_up_to_the_batch(micro):
         loss, norm = train.train_step(model, optimizer, batch.split(size), train.label_loss, (0.0, 0.0))
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        assert gradients[-1].norm() <= 1 + 1e-4 and norm >= gradients[-1].norm() - 1e-4      # clipped
+        assert norm < 1 and norm.item() == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
     assert all(torch.allclose(g, gradients[0], atol=1e-5) for g in gradients)
+
+
+def test_gradients_are_clipped_to_norm_1(micro):
+    model = GPT(from_args(micro(dropout=0), "")).init_weights().train()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3000)
+    _, norm = train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), (torch.randint(257, (4, 33)),), train.label_loss, (0.0, 0.0))
+    assert norm > 5 and torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_ranks_exchange_gradients_with_the_last_micro_batch_only():
+    class Replica(torch.nn.Linear):
+        waiting, calls = False, []
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.waiting = True
+            yield
+            self.waiting = False
+        def forward(self, x):
+            self.calls.append(self.waiting)
+            return super().forward(x)
+    model = Replica(4, 4, bias=False)
+    loss_fn = lambda model, batch: model(batch).square().mean()
+    train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), torch.randn(6, 4).split(2), loss_fn, (1.0, 1.0))
+    assert model.calls == [True, True, False]
+
+
+def test_dropout_differs_between_steps_ranks_and_seeds():
+    draws = set()
+    for seed, step, rank in ((42, 0, 0), (42, 1, 0), (42, 0, 1), (43, 0, 0)):
+        train.seed_step(seed, step, rank)
+        draws.add(tuple(torch.rand(4).tolist()))
+    assert len(draws) == 4
 
 
 def test_the_chain_loss_in_float64(micro):
@@ -111,6 +146,46 @@ def members(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("trajectory_*/cycle_*.pt"))}
 
 
+def test_the_loop_follows_the_recipe(ready, monkeypatch):
+    """Noise, rates, batches, cycle lengths, seeds and compilation of every cycle, against the recipe written out."""
+    noise, steps, seeds, placed = [], [], [], []
+    perturb, step, seed_step, place = train.perturb, train.train_step, train.seed_step, GPT.place
+    monkeypatch.setattr(train, "perturb", lambda model, scale, seed: (noise.append((len(steps), scale, seed)), perturb(model, scale, seed)))
+    monkeypatch.setattr(train, "seed_step", lambda *args: (seeds.append(args), seed_step(*args)))
+    monkeypatch.setattr(GPT, "place", lambda self, device, compile=False: (placed.append(compile), place(self, device, compile))[1])
+    def record(model, optimizer, micro_batches, loss_fn, multipliers):
+        lr = optimizer.groups[0]["lr"]
+        steps.append((sum(map(len, micro_batches)), multipliers, lr))
+        return step(model, optimizer, micro_batches, loss_fn, multipliers)
+    monkeypatch.setattr(train, "train_step", record)
+    argv = ready(trajectories=1, seed=7, cycles=5, distill_from=3, batch_tokens=128, batch_tokens_ends=64, epochs_per_cycle=0.4, lr_scale=0.3, compile=True)
+    run_all(argv)
+    epoch = loader.load(from_args(argv, "")).sequences_per_epoch
+    wanted, boundaries = [], []
+    for c in range(5):
+        sequences = 4 if 1 - abs(2 * c / 4 - 1) >= 0.5 else 2
+        length = round(0.4 * epoch / sequences)
+        assert length > 3
+        if c:
+            boundaries.append((len(wanted), [None, 0.25, 0.20, 0.10, 0.05][c], 7 * 100_003 + c * 31_337))
+        for s in range(length):
+            m_lr = 0.08 + 0.92 * (1 - s / length)
+            wanted.append((sequences, (m_lr, 0.7 + 0.3 * (1 - m_lr) / 0.92), 0.002 * 0.3))
+    assert [n for n, _, _ in noise] == [n for n, _, _ in boundaries] and [x[2] for x in noise] == [x[2] for x in boundaries]
+    assert [x[1] for x in noise] == pytest.approx([x[1] for x in boundaries])
+    assert [(n, lr) for n, _, lr in steps] == [(n, lr) for n, _, lr in wanted]
+    assert [m for _, ms, _ in steps for m in ms] == pytest.approx([m for _, ms, _ in wanted for m in ms])
+    assert seeds == [(7, i, 0) for i in range(len(wanted))]
+    assert placed == [True, True, True]                         # the model in train.py and in distill.py, and the teacher
+
+
+def test_the_baseline_follows_one_cosine(ready, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "train_step", lambda model, optimizer, rows, loss_fn, multipliers: (seen.append(multipliers), (torch.zeros(()), torch.zeros(())))[1])
+    train.main(ready(trajectories=1, cycles=1, distill_from=1, schedule="cosine", epochs_per_cycle=0.5))
+    assert len(seen) > 3 and seen == [(pytest.approx(0.5 * (1 + math.cos(math.pi * s / len(seen)))), 1.0) for s in range(len(seen))]
+
+
 def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tmp_path, monkeypatch):
     teachers = []
     original = distill.chain_loss
@@ -118,7 +193,7 @@ def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tm
         teachers.append((teacher.lm_head.weight.clone(), alpha, temperature, teacher.training, teacher.lm_head.weight.requires_grad))
         return original(student, teacher, batch, alpha, temperature)
     monkeypatch.setattr(distill, "chain_loss", spy)
-    argv = ready(trajectories=1)
+    argv = ready(trajectories=1, distill_alpha=0.3, distill_temperature=1.7)
     train.main(argv)
     assert not teachers and len(members(tmp_path / "run")) == 2
     distill.main(argv)
@@ -128,7 +203,7 @@ def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tm
     assert (steps, rest) == (2, 0)
     for i, (weight, alpha, temperature, training, grad) in enumerate(teachers):
         predecessor = run.read_member(0, 1 + i // (len(teachers) // 2))[0]["lm_head.weight"].float()
-        assert torch.equal(weight, predecessor) and (alpha, temperature, training, grad) == (0.45, 1.2, False, False)
+        assert torch.equal(weight, predecessor) and (alpha, temperature, training, grad) == (0.3, 1.7, False, False)
 
 
 def test_members_say_what_they_are(ready, tmp_path):
@@ -145,6 +220,8 @@ def test_members_say_what_they_are(ready, tmp_path):
     model = GPT(config)
     model.load_state_dict(weights)
     assert -loader.score(model, data.fit, 4).mean() == pytest.approx(about["fit_loss"], abs=0.01)     # bf16 against fp32
+    model.load_state_dict(run.read_resume(1)["model"])
+    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(run.read_member(1, 3)[1]["fit_loss"], abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"step", "cycle"} and len([x for x in lines if x["kind"] == "cycle"]) == 8
 
@@ -153,14 +230,20 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
     run_all(ready(run_dir=tmp_path / "whole"))
     class Stop(Exception):
         pass
-    count, save = 0, Run.save_resume
-    def dying(self, t, state):                      # dies after the first, third, ... member, before its state is kept
-        nonlocal count
-        count += 1
-        if count % 2:
-            raise Stop
-        save(self, t, state)
-    monkeypatch.setattr(Run, "save_resume", dying)
+    count = 0
+    def dying(save, last):                          # dies before or after every other file that is kept
+        def wrapper(*args, **about):
+            nonlocal count
+            count += 1
+            if count % 3 == 1 and not last:
+                raise Stop
+            save(*args, **about)
+            if count % 5 == 2 and last:
+                raise Stop
+        return wrapper
+    for name in ("save_member", "save_resume"):
+        for last in (False, True):
+            monkeypatch.setattr(Run, name, dying(getattr(Run, name), last))
     argv = ready(run_dir=tmp_path / "pieces")
     for script in (train, distill):
         for _ in range(100):
@@ -169,7 +252,7 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
                 break
             except Stop:
                 pass
-    assert count > 8
+    assert count > 20
     whole, pieces = members(tmp_path / "whole"), members(tmp_path / "pieces")
     assert len(whole) == 8 and whole == pieces
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
@@ -262,6 +345,17 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
         for step, whole in enumerate(seen[1, 0]):
             parts = torch.cat([seen[size, rank][step] for rank in range(size)])
             assert sorted(parts.tolist()) == sorted(whole.tolist())
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "folder" / "file"
+    write_whole(path, lambda f: f.write(b"first"))
+    def half(f):
+        f.write(b"sec")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        write_whole(path, half)
+    assert path.read_bytes() == b"first"
 
 
 def test_a_world_of_one_needs_no_launcher(micro):
