@@ -142,16 +142,21 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         C = self.config.n_embd
-        s = math.sqrt(3 / C)
+        s = math.sqrt(3 / C)                            # uniform(-s, s) has standard deviation 1 / sqrt(C)
+        table = (                                       # the first ending that fits
+            ("wte.weight",          lambda p: p.normal_(0, 1)),
+            ("lm_head.weight",      lambda p: p.normal_(0, 0.001)),
+            ("c_proj.weight",       lambda p: p.normal_(0, 1 / math.sqrt(C))),
+            ("ve_gate.weight",      lambda p: p.zero_()),
+            ("attn_gate.weight",    lambda p: p.zero_()),
+            ("_mix",                lambda p: p.copy_(torch.eye(*p.shape))),
+            ("x0_lambdas",          lambda p: p.fill_(0.1)),
+            ("resid_lambdas",       lambda p: p.fill_(1)),
+            ("skip_weights",        lambda p: p.fill_(1)),
+            ("",                    lambda p: p.uniform_(-s, s)),
+        )
         for name, p in self.named_parameters():
-            if name == "transformer.wte.weight":                p.normal_(0, 1)
-            elif name == "lm_head.weight":                      p.normal_(0, 0.001)
-            elif name.endswith("c_proj.weight"):                p.normal_(0, 1 / math.sqrt(C))
-            elif name.endswith(("ve_gate.weight", "attn_gate.weight")): p.zero_()
-            elif name.endswith("_mix"):                         p.copy_(torch.eye(*p.shape))
-            elif name == "x0_lambdas":                          p.fill_(0.1)
-            elif p.ndim == 1:                                   p.fill_(1)  # resid_lambdas, skip_weights
-            else:                                               p.uniform_(-s, s)
+            next(fill for ending, fill in table if name.endswith(ending))(p)
         return self
 
     def place(self, device, compile=False):

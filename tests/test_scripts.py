@@ -225,6 +225,24 @@ def test_other_data_under_a_run(finished, tmp_path, monkeypatch, capsys):
         assert "data_fingerprint" in refused(lambda: script.main(argv), capsys)
 
 
+@pytest.mark.parametrize("key, value", [("tokenizer", "gpt2"), ("fitness_tokens", 999), ("data_fingerprint", "0" * 64)])
+def test_members_of_another_tokenizer_or_fitness_set(key, value, finished, monkeypatch, capsys):
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    config = from_args(argv, "")
+    population = Run(config, loader.load(config).fingerprint)
+    path = population.member_path(0, 2)
+    kept = path.read_bytes()
+    weights, about = population.read_member(0, 2)
+    population.identity = {**population.identity, key: value}
+    population.save_member(0, 2, weights, epochs=1, fit_loss=about["fit_loss"])
+    try:
+        err = refused(lambda: prior.main(argv), capsys)
+        assert "cycle_002.pt" in err and f"{key} is {value} there" in err
+    finally:
+        path.write_bytes(kept)
+
+
 @pytest.mark.parametrize("content", [b"junk", b"", np.float32(np.nan)])
 def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
     folder, argv, _ = finished

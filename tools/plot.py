@@ -48,10 +48,10 @@ def loss_against_cycle(axes, priors):
     zoom(axes, priors)
 
 
-def zoom(axes, priors):
-    """The first members are far above all others: leave them out of the frame."""
+def zoom(axes, priors, others=()):
+    """The first members are far above all others: leave them out of the frame, but keep the losses of `others` in it."""
     losses = [m["val_loss"] for prior in priors for m in prior["members"]]
-    low, high = min(g["val_loss"] for prior in priors for g in prior["growing"]), np.percentile(losses, 80)
+    low, high = min(g["val_loss"] for prior in priors for g in prior["growing"]), max([np.percentile(losses, 80), *others])
     if len(losses) > 4:
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
 
@@ -74,7 +74,7 @@ def loss_against_epochs(axes, priors, beside):
     for (label, others), marker in zip(beside.items(), "s^Dv<>P*"):
         curve(axes, [others[0]["growing"][-1]["epochs"]], [[other["growing"][-1]["val_loss"]] for other in others], color="black", marker=marker, ls="", label=label)
     axes.set(xlabel="epochs of training, all trajectories together", title="What training buys")
-    zoom(axes, priors)
+    zoom(axes, priors, [other["growing"][-1]["val_loss"] for others in beside.values() for other in others])
 
 
 def draw(priors, path, beside):
