@@ -175,7 +175,7 @@ def main(argv=None):
     runs = [(f"seed {seed}", from_args([*argv, f"--seed={seed}", f"--run_dir={config.run_dir}_{seed}"], __doc__)) for seed in filter(None, options.repeats.split(","))]
     text, commit = loader.text_source(config), subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = [f"# Which K members, and how sure: {name}", "", f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit}.",
-             f"Text: {text.get('data')}, SHA-256 {text.get('text_sha256')}. Losses in nats per token.", ""]
+             f"Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256')}. Losses in nats per token.", ""]
     for label, of in runs or [(config.run_dir, config)]:
         lines += page(label, of, options)
     (ROOT / "results" / f"prior_{name}.md").write_text("\n".join(lines))

@@ -96,7 +96,7 @@ def draw(priors, path, beside):
         axes.legend(frameon=False, fontsize=8)
     bars = f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else "bars: standard error of the difference to the best member, over validation documents"
     text = priors[0]["text"]
-    figure.supxlabel(f"{bars}. Text: {text.get('data', 'FineWeb')}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
+    figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
