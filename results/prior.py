@@ -91,7 +91,7 @@ def losses(answers, log_p):
 
 def halves(log_p, documents):
     """
-    rule -> (mean over K of its loss minus the paper rule's, standard error over documents). Chosen on one half of the
+    rule -> (mean over K of its loss minus that of the paper's members refitted, standard error over documents). Chosen on one half of the
     fitness documents and judged on the other, both ways round.
     """
     sizes = torch.bincount(documents).double()
@@ -103,7 +103,7 @@ def halves(log_p, documents):
             answers = rule(log_p[:, half == side])
             for m, w in answers:
                 nats[name].index_add_(0, documents[judged], -(w @ log_p[m][:, judged].double().exp()).log() / len(answers))
-    base = nats["K largest weights (paper)"]
+    base = nats["the same, refitted"]
     return {name: ((n - base).sum().item() / sizes.sum().item(), paired_error(n - base, sizes)) for name, n in nats.items()}
 
 
@@ -150,7 +150,7 @@ def page(label, config, options):
     Ks = sorted({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)} & set(range(1, len(members) + 1)))
     honest = halves(fit, documents)
     lines = [f"## {label}", "", f"{len(members)} members; fitness set of {fit.shape[1]:,} tokens in {int(documents.max()) + 1} documents, validation of {val.shape[1]:,}.", "",
-             "Validation loss (fitness loss) when chosen on the whole fitness set; last, chosen on one half and judged on the other: loss minus the paper rule's, mean over every K.", "",
+             "Validation loss (fitness loss) when chosen on the whole fitness set; last, chosen on one half and judged on the other, both ways: loss minus that of the second rule, mean over every K, with its standard error over documents.", "",
              "| rule | " + " | ".join(f"K = {K}" for K in Ks) + " | other half |", "|---" * (len(Ks) + 2) + "|"]
     for name, rule in RULES.items():
         answers = rule(fit)
