@@ -3,6 +3,7 @@ import re
 
 from config import FIELDS
 from tests.conftest import ROOT
+from tools.generate import ACTIONS
 
 README = (ROOT / "README.md").read_text()
 
@@ -25,4 +26,4 @@ def test_what_it_names_exists():
     for module in re.findall(r"python -m (population|data\.\w+|tools\.\w+|tests\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for name in re.findall(r"--(\w+)=", README):
-        assert name in FIELDS or name == "nproc_per_node", name
+        assert name in {*FIELDS, *ACTIONS, "beside", "nproc_per_node"}, name
