@@ -80,9 +80,11 @@ def fit_weights(log_p, tolerance=1e-7):
         gap = s.max().item() - 1
         if gap <= tolerance:
             return w, gap
-        better = s.topk(min(32, members)).indices               # members whose share would lower the loss join
-        support[better[s[better] > 1]] = True
-        w[support] = fit_on((to_float64(log_p[support]) - largest).exp(), w[support])
+        better = s.topk(min(32, members)).indices               # members whose share would lower the loss join,
+        better = better[s[better] > 1]
+        w[better] += 1 / len(better)                            # with a good share: Newton does not start at the edge
+        support = w > 0
+        w[support] = fit_on((to_float64(log_p[support]) - largest).exp(), w[support] / w.sum())
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
@@ -160,16 +162,21 @@ def mixture_losses(mixtures, log_p, token_bytes, documents):
     nats, text_nats = W.new_zeros(len(W), int(documents.max()) + 1), W.new_zeros(len(W))
     for i in range(0, len(token_bytes), BLOCK):
         p = torch.from_numpy(np.stack([member[i:i + BLOCK] for member in log_p])).double().exp()
-        loss = -(W @ p).clamp(min=1e-12).log()                              # mixtures, block
+        loss = -(W @ p).clamp(min=1e-12).log()                              # mixtures, block; the public script's floor
         nats.index_add_(1, torch.from_numpy(documents[i:i + BLOCK]), loss)
         text_nats += loss[:, torch.from_numpy(token_bytes[i:i + BLOCK] > 0)].sum(dim=1)
     return nats, text_nats / (math.log(2) * max(1, int(token_bytes.sum(dtype=np.int64))))
 
 
 def paired_error(difference, sizes):
-    """Standard error of the mean difference per token, over documents: (documents,) nats and (documents,) tokens."""
+    """
+    Standard error of the mean difference per token, over documents: (documents,) nats and (documents,) tokens. None for
+    a single document, which says nothing of another.
+    """
+    if len(sizes) < 2:
+        return None
     residual = difference - difference.sum() / sizes.sum() * sizes          # of a ratio of sums
-    return (residual.square().sum() * len(sizes) / max(1, len(sizes) - 1)).sqrt().item() / sizes.sum().item()
+    return (residual.square().sum() * len(sizes) / (len(sizes) - 1)).sqrt().item() / sizes.sum().item()
 
 
 # --------------------------------------------------------------------------------------------- the scores
@@ -208,20 +215,22 @@ def evaluate(mixtures, reference, log_p, data):
     What is reported of each mixture: losses on both held-out sets, perplexity, bits per byte, and the standard error of
     its difference to the `reference`-th over validation documents. log_p: split -> a list of (tokens,), one a member.
     """
-    losses = {}
+    nats, bits = {}, {}
     for split in ("fit", "val"):
         targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
-        nats, bits = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
-        losses[split] = (nats.sum(dim=1) / len(targets)).tolist()
-    sizes = torch.from_numpy(np.bincount(documents, minlength=nats.size(1))).double()
-    return [dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=paired_error(n - nats[reference], sizes))
-            for f, v, b, n in zip(losses["fit"], losses["val"], bits.tolist(), nats)]
+        nats[split], bits[split] = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
+    losses = {split: (n.sum(dim=1) / len(log_p[split][0])).tolist() for split, n in nats.items()}
+    sizes = torch.from_numpy(np.bincount(data.val_documents)).double()
+    errors = [paired_error(n - nats["val"][reference], sizes) for n in nats["val"]]
+    return [dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=e)
+            for f, v, b, e in zip(losses["fit"], losses["val"], bits["val"].tolist(), errors)]
 
 
 def print_table(config, result):
     print(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
     for a in result["answers"]:
-        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {a['val_error']:>6.4f} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
+        error = "-" if a["val_error"] is None else f"{a['val_error']:.4f}"
+        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
     print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; +- is the standard error, over validation "
           f"documents, of the difference to the best member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
@@ -239,10 +248,11 @@ def main(argv=None):
     fit = torch.from_numpy(np.stack(log_p["fit"]))              # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
-    # all that is reported, in one pass over each held-out set; the first answer is the best member
+    # all that is reported, in one pass over each held-out set
     mixtures = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
     mixtures += [(chosen, weights) for _, chosen, weights in grown] + [answer for answers in rules.values() for answer in answers]
-    rows = iter(evaluate(mixtures, len(members) + len(grown), log_p, data))
+    best = int(rules["best"][0][0])                             # its index, among members and so among mixtures
+    rows = iter(evaluate(mixtures, best, log_p, data))          # taken in the order of mixtures
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.fingerprint(t, c), **next(rows)) for t, c in members]
     result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=len(chosen) * config.epochs_per_cycle, **next(rows)) for cycle, chosen, _ in grown]

@@ -49,7 +49,7 @@ def main():
     for name, label in (("tiny", "2 x 16 cycles"), ("no_chain", "2 x 16 cycles without the chain")):
         lines.append(row(f"{label}: best member", 64, 1, [loss_of(p, "best") for p in priors[name]]))
         for rule, words in (("uniform", "K lowest losses, equal weights"), ("topk", "K largest weights (the paper's)"), ("learned", "learned prior")):
-            for K in (1, 2, 4, 8, 32):
+            for K in (1, 2, 4, 8, 16, 32):
                 lines.append(row(f"{label}: {words}", 64, K, [loss_of(p, rule, K) for p in priors[name]]))
         lines.append(row(f"{label}: learned prior after 8 cycles", 32, 16, [p["growing"][7]["val_loss"] for p in priors[name]]))
     text, commit = priors["tiny"][0]["text"], subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import from_args, take_actions                                              # noqa: E402
+from config import from_args, refuse, take_actions                                      # noqa: E402
 from data import loader                                                                  # noqa: E402
 from population import Run                                                               # noqa: E402
 from prior import eliminate, fit_on, fit_weights, mean_log_p, paired_error               # noqa: E402
@@ -147,7 +147,7 @@ def page(label, config, options):
     members = run.members()
     fit, val = (torch.from_numpy(np.stack([run.read_scores(split, *m) for m in members])) for split in ("fit", "val"))
     documents = torch.from_numpy(data.fit_documents)
-    Ks = sorted({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)} & set(range(1, len(members) + 1)))
+    Ks = sorted(({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)}) & set(range(1, len(members) + 1)))
     honest = halves(fit, documents)
     lines = [f"## {label}", "", f"{len(members)} members; fitness set of {fit.shape[1]:,} tokens in {int(documents.max()) + 1} documents, validation of {val.shape[1]:,}.", "",
              "Validation loss (fitness loss) when chosen on the whole fitness set; last, chosen on one half and judged on the other, both ways: loss minus that of the second rule, mean over every K, with its standard error over documents.", "",
@@ -165,11 +165,13 @@ def page(label, config, options):
     best, rows = fitness_sizes(fit, val, documents)
     lines += ["", f"What the fitness set's size costs: validation loss above {best:.4f}, the optimum fitted on the validation set itself (random documents, 10 draws):", "",
               "| documents | tokens | nats above the optimum | sd |", "|---|---|---|---|"]
-    return lines + [f"| {d} | {t:,.0f} | {c:.4f} | {sd:.4f} |" for d, t, c, sd in rows] + [""]
+    return lines + [f"| {d} | {t:,.0f} | {c:.4f} | {'-' if np.isnan(sd) else f'{sd:.4f}'} |" for d, t, c, sd in rows] + [""]
 
 
 def main(argv=None):
     options, argv = take_actions(argv, repeats="", resamples=50)
+    if not argv or argv[0].startswith("-") or argv[0].endswith(".py"):
+        refuse("want a name for the page before the config: python results/prior.py manual configs/tiny.py ...")
     name, argv = argv[0], argv[1:]
     config = from_args(argv, __doc__)
     runs = [(f"seed {seed}", from_args([*argv, f"--seed={seed}", f"--run_dir={config.run_dir}_{seed}"], __doc__)) for seed in filter(None, options.repeats.split(","))]

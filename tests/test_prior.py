@@ -82,6 +82,14 @@ def test_a_probability_of_zero_breaks_nothing():
     assert loss(w, log_p[:, kept]) == pytest.approx(loss(check(log_p[1:, kept]), log_p[1:, kept]), abs=1e-5)
 
 
+def test_members_that_know_different_tokens():
+    """Each gives the others' tokens no chance: from any single one the others look infinitely better."""
+    for members, tokens in ((10, 300), (100, 1000)):
+        knows = torch.arange(tokens) % members == torch.arange(members)[:, None]
+        w, gap = fit_weights(torch.where(knows, -0.01, -math.inf))
+        assert gap <= 1e-7 and w.tolist() == pytest.approx([1 / members] * members, abs=1e-5)
+
+
 def test_equal_members_of_equal_loss():
     log_p = log_probabilities(1, 100).repeat(4, 1)
     w, gap = fit_weights(log_p)
@@ -165,5 +173,6 @@ def test_paired_error_is_the_bootstraps():
     draws = r.integers(60, size=(4000, 60))
     means = difference[draws].sum(dim=1) / sizes[draws].sum(dim=1)
     assert paired_error(difference, sizes) == pytest.approx(means.std().item(), rel=0.06)
+    assert paired_error(difference[:1], sizes[:1]) is None
     equal = torch.full((60,), 7.0, dtype=torch.float64)         # equal documents: the textbook's
     assert paired_error(difference, equal) == pytest.approx(difference.std().item() / 60 ** 0.5 / 7, rel=1e-9)

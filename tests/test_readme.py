@@ -17,7 +17,7 @@ def test_the_tour_prints_the_real_table():
     files = {str(p.relative_to(ROOT)) for pattern in ("*.py", "data/*.py", "tools/*.py") for p in ROOT.glob(pattern) if p.stat().st_size}
     assert rows.keys() == files
     for file, lines in rows.items():        # a small change need not touch the README
-        assert abs(int(lines) - len((ROOT / file).read_text().splitlines())) <= 10, file
+        assert abs(int(lines) - len((ROOT / file).read_text().splitlines())) <= 20, file
 
 
 def test_what_it_names_exists():

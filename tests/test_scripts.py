@@ -177,6 +177,17 @@ def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
     plot.main([*argv, "--beside=out"])
     assert (folder / "out" / "prior.png").stat().st_size > 10_000
     assert "prior.py" in refused(lambda: plot.main([*argv, "--beside=nowhere"]), capsys)
+    path = folder / "out" / "prior.json"
+    kept = path.read_text()
+    other = json.loads(kept)
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "prior.json").write_text(json.dumps({**other, "text": {**other["text"], "val_tokens": 7}}))
+    assert "val_tokens" in refused(lambda: plot.main([*argv, "--beside=elsewhere"]), capsys)
+    for a in [a for a in other["answers"] if a["rule"] == "learned"]:       # a rule that the picture has never heard of
+        other["answers"].append({**a, "rule": "newest", "val_error": None})
+    path.write_text(json.dumps(other))
+    plot.main(argv)
+    path.write_text(kept)
 
 
 # ------------------------------------------------------------------------------------------- bad input

@@ -66,7 +66,7 @@ def choose(options, prior, run):
     for rule, K in (("best", 1), ("learned", K)):
         answer = next(a for a in prior["answers"] if a["rule"] == rule and a["K"] == K)
         pairs = [(members[i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
-        label = "best member" if rule == "best" else f"mixture of {len(pairs)}"
+        label = "best member" if rule == "best" else f"mixture of {K}"
         picked.append((f"{label} ({len(pairs)} pass{'es' * (len(pairs) > 1)} a token)", *zip(*pairs)))
     return picked
 

@@ -24,12 +24,18 @@ def curve(axes, x, rows, errors=None, **style):
     axes.errorbar(x, rows.mean(axis=0), rows.std(axis=0, ddof=1) if len(rows) > 1 else errors, capsize=3, markersize=4, **style)
 
 
+def pick(priors, rule, key):
+    """Of every prior, one figure of a rule's answers, for each K that is kept."""
+    return [[a[key] for a in prior["answers"] if a["rule"] == rule] for prior in priors]
+
+
 def loss_against_K(axes, priors):
-    pick = lambda rule, key: [[a[key] for a in prior["answers"] if a["rule"] == rule] for prior in priors]
-    for rule, (label, color) in RULES.items():
-        K = pick(rule, "K")[0]
-        curve(axes, K, pick(rule, "val_loss"), pick(rule, "val_error")[0], color=color, marker="o", label=label)
-    axes.axhline(np.mean(pick("best", "val_loss")), color="tab:red", ls="--", label="best single member, chosen on the fitness set")
+    for rule in dict.fromkeys(a["rule"] for a in priors[0]["answers"] if a["rule"] != "best"):
+        label, color = RULES.get(rule, (rule, None))        # a new rule is drawn under its own name
+        K = pick(priors, rule, "K")[0]
+        errors = np.array(pick(priors, rule, "val_error")[0], dtype=float)          # nan where there is one document
+        curve(axes, K, pick(priors, rule, "val_loss"), errors, color=color, marker="o", label=label)
+    axes.axhline(np.mean(pick(priors, "best", "val_loss")), color="tab:red", ls="--", label="best single member, chosen on the fitness set")
     axes.set_xscale("log", base=2)
     axes.set_xticks(K, [str(k) for k in K])
     axes.set(xlabel="K, members that answer (each costs a forward pass)", title="A population against its best member")
@@ -59,13 +65,13 @@ def zoom(axes, priors, others=()):
 def weights_by_member(figure, axes, priors):
     members = priors[0]["members"]
     grid = np.full((max(m["trajectory"] for m in members) + 1, max(m["cycle"] for m in members) + 1), np.nan)
-    total = np.mean([np.bincount(a["members"], a["weights"], len(members)) for prior in priors for a in prior["answers"][-1:] if a["rule"] == "learned"], axis=0)
+    total = np.mean([np.bincount(chosen[-1], weights[-1], len(members)) for chosen, weights in zip(pick(priors, "learned", "members"), pick(priors, "learned", "weights"))], axis=0)
     for m, weight in zip(members, total):
         grid[m["trajectory"], m["cycle"]] = weight
     image = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
     figure.colorbar(image, ax=axes, label="weight")
     axes.set_yticks(range(len(grid)))
-    axes.set(xlabel="cycle", ylabel="trajectory", title="Weights of the learned prior over all members")
+    axes.set(xlabel="cycle", ylabel="trajectory", title="Weights of the learned prior over all members" + ", mean over seeds" * (len(priors) > 1))
 
 
 def loss_against_epochs(axes, priors, beside):
@@ -85,7 +91,7 @@ def draw(priors, path, beside):
     """
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    best, mixed = (np.mean([prior["answers"][i]["val_loss"] for prior in priors]) for i in (0, -1))
+    best, mixed = (np.mean([losses[-1] for losses in pick(priors, rule, "val_loss")]) for rule in ("best", "learned"))
     figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per token; the best one alone: {best:.3f}")
     loss_against_K(a, priors)
     loss_against_cycle(b, priors)
@@ -94,7 +100,7 @@ def draw(priors, path, beside):
     for axes in (a, b, d):
         axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False, fontsize=8)
-    bars = f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else "bars: standard error of the difference to the best member, over validation documents"
+    bars = f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else "bars, first panel: standard error of the difference to the best member, over validation documents"
     text = priors[0]["text"]
     figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     figure.savefig(path, dpi=130)
@@ -109,8 +115,12 @@ def read_prior(folder):
 def main(argv=None):
     actions, argv = take_actions(argv, beside="")
     config = from_args(argv, __doc__)
-    beside = {Path(folder).name: [read_prior(folder)] for folder in filter(None, actions.beside.split(","))}
-    draw([read_prior(config.run_dir)], Path(config.run_dir) / "prior.png", beside)
+    mine, beside = read_prior(config.run_dir), {}
+    for folder in filter(None, actions.beside.split(",")):
+        beside[Path(folder).name] = [read_prior(folder)]
+        if any(beside[Path(folder).name][0]["text"].get(k) != mine["text"].get(k) for k in ("text_sha256", "tokenizer", "val_tokens")):
+            refuse(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
+    draw([mine], Path(config.run_dir) / "prior.png", beside)
     print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
 
 
