@@ -278,14 +278,14 @@ class Run:
             write_whole(paths[split], lambda f: np.save(f, log_p))
         write_json(paths["of"], {"weights_sha256": self.read_member(t, c)[1]["weights_sha256"]})
 
-    def read_scores(self, split, t, c):
+    def read_scores(self, split, t, c, tokens):
         """(tokens,) float32, mapped from disk."""
         path = self.score_paths(t, c)[split]
         try:
             scores = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as e:
             scores = np.array([np.nan]) if path.exists() else refuse(f"{path} is gone: delete {path.parent.parent} and run prior.py again ({e})")
-        if scores.dtype != np.float32 or not np.isfinite(scores).all():
+        if scores.dtype != np.float32 or scores.shape != (tokens,) or not np.isfinite(scores).all() or scores.max() > 1e-3:
             refuse(f"{path} is damaged, not a list of log-probabilities: delete {path.parent.parent} and run prior.py again")
         return scores
 

@@ -50,7 +50,7 @@ def fit_on(P, w):
         R = P / (w @ P)
         s, H = R.mean(dim=1), R @ R.T / R.size(1)           # gradient 1 - s, Hessian H
         # Newton's model (1-s)'(y-w) + (y-w)'H(y-w)/2 is, since Hw = s, y'Hy/2 - (2s-1)'y and a constant
-        y = nonnegative_qp(H + 1e-12 * torch.eye(len(w), dtype=H.dtype), 2 * s - 1, w)
+        y = nonnegative_qp(H + 1e-11 * H.diagonal().diag(), 2 * s - 1, w)      # the ridge splits equal members' share
         slope, t = (1 - s) @ (y - w), 1.0
         if s.max() - 1 < 1e-10 or slope > -1e-16:
             break
@@ -75,8 +75,8 @@ def fit_weights(log_p, tolerance=1e-7):
     w[mean_log_p(log_p).argmax()] = 1
     for _ in range(1000):
         support = w > 0
-        mix = w[support] @ (to_float64(log_p[support]) - largest).exp()
-        s = sum((to_float64(log_p[:, b]) - largest[b]).exp() @ (1 / mix[b]) for b in blocks) / tokens
+        mix = w[support] @ relative(log_p[support], largest)
+        s = sum(relative(log_p[:, b], largest[b]) @ (1 / mix[b]) for b in blocks) / tokens
         gap = s.max().item() - 1
         if gap <= tolerance:
             return w, gap
@@ -84,13 +84,18 @@ def fit_weights(log_p, tolerance=1e-7):
         better = better[s[better] > 1]
         w[better] += 1 / len(better)                            # with a good share: Newton does not start at the edge
         support = w > 0
-        w[support] = fit_on((to_float64(log_p[support]) - largest).exp(), w[support] / w.sum())
+        w[support] = fit_on(relative(log_p[support], largest), w[support] / w.sum())
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
 def to_float64(log_p):
     """In float64, a probability of 0 as a very small one."""
     return log_p.double().clamp(min=-700)
+
+
+def relative(log_p, largest):
+    """Probabilities over the largest that any member gives. Below e^-45 of it nothing is added to a mixture worth having."""
+    return (to_float64(log_p) - largest).clamp(min=-45).exp()
 
 
 def mean_log_p(log_p):
@@ -103,10 +108,11 @@ def mean_log_p(log_p):
 def eliminate(log_p, weights):
     """
     {K: (members, weights)} for K = 1 .. as many as have weight: from the optimum over all, the member without whom the
-    others' mixture loses least goes, the others are fitted again, and so on; for K = 1 the best member, exactly.
+    others' mixture loses least goes, the others are fitted again, and so on (greedy: good, not proven best); for K = 1
+    the best member, exactly.
     """
     members = weights.nonzero()[:, 0]
-    P = (to_float64(log_p[members]) - to_float64(log_p.max(dim=0).values)).exp()
+    P = relative(log_p[members], to_float64(log_p.max(dim=0).values))
     w, found = weights[members], {}
     while len(members) > 1:
         found[len(members)] = members, w
@@ -244,7 +250,7 @@ def main(argv=None):
     world.close()
     if world.rank > 0:
         return
-    log_p = {split: [run.read_scores(split, *m) for m in members] for split in ("fit", "val")}
+    log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members] for split in ("fit", "val")}
     fit = torch.from_numpy(np.stack(log_p["fit"]))              # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)

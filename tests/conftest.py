@@ -3,7 +3,7 @@ import pytest
 import torch
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
-MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=600, batch_tokens=128,
+MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800, batch_tokens=128,
              micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
 
 

@@ -39,6 +39,7 @@ def test_temperature_top_k_seed_and_stop():
     p = torch.tensor([0.5, 0.3, 0.2])
     assert generate.next_probabilities(p, 0.5, 0).tolist() == pytest.approx([25 / 38, 9 / 38, 4 / 38])
     assert generate.next_probabilities(p, 1.0, 2).tolist() == pytest.approx([0.625, 0.375, 0])
+    assert generate.next_probabilities(torch.full((4,), 0.25), 1.0, 1).tolist().count(0) == 3         # ties do not widen it
     assert generate.next_probabilities(p, 0.0, 0).tolist() == [1, 0, 0]
     draw = lambda seed: generate.sample([Fixed([0.4, 0.3, 0.3])], [1.0], [0], options(tokens=50, sample_seed=seed), stop=-1)
     assert draw(1) == draw(1) != draw(2)
@@ -68,7 +69,7 @@ def test_two_lines_and_their_price(population, capsys):
 
 
 @pytest.mark.parametrize("args, names", [
-    (["--K=3000"], ["K=3000", "1, 2, 3"]), (["--K=two"], ["K="]), (["--member=7,7"], ["member=7,7", "--member="]), (["--temperature=-1"], ["temperature"]),
+    (["--K=3000"], ["K=3000", "1, 2, 3"]), (["--K=two"], ["K="]), (["--member=7,7"], ["member=7,7", "--member="]), (["--member=0,²"], ["member"]), (["--prompt=\udcff"], ["prompt"]), ([f"--sample_seed={2 ** 64}"], ["sample_seed"]), (["--temperature=-1"], ["temperature"]),
     (["--temperature=nan"], ["temperature"]), (["--tokens=0"], ["tokens"]), (["--top_k=-2"], ["top_k"]), (["--sample_seed=-1"], ["sample_seed"]), (["--promt=x"], ["promt"]),
 ])
 def test_bad_requests_are_refused(args, names, population, capsys):

@@ -90,14 +90,40 @@ def test_members_that_know_different_tokens():
         assert gap <= 1e-7 and w.tolist() == pytest.approx([1 / members] * members, abs=1e-5)
 
 
+@pytest.mark.parametrize("low", [-60.0, -110.0, -250.0, -700.0, -math.inf])
+def test_tokens_that_a_needed_member_gives_no_chance(low):
+    log_p = log_probabilities(6, 1000)
+    log_p[torch.rand(6, 1000, generator=torch.Generator().manual_seed(1)) < 0.002] = low
+    best = log_p.clamp(min=-700).double().mean(dim=1).argmax()
+    log_p[best, 17] = low                                       # also where the fit starts
+    w, gap = fit_weights(log_p)
+    assert gap <= 1e-7 and (w > 0).sum() >= 3
+    identity = torch.where(torch.eye(6).repeat(1, 20) > 0, -0.1, low)
+    assert fit_weights(identity)[0].tolist() == pytest.approx([1 / 6] * 6, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_members_far_apart_and_copied(seed):
+    """Probabilities over forty orders of magnitude, each member two or three times: singular, and ill-conditioned."""
+    g = torch.Generator().manual_seed(seed)
+    log_p = (12 * torch.randn(12, 60 + 20 * seed, generator=g) - 10).clamp(-41, -1e-4).repeat(2 + seed % 2, 1)
+    w, gap = fit_weights(log_p)
+    assert gap <= 1e-7 and abs(w.sum().item() - 1) < 1e-12
+    once, _ = fit_weights(log_p[:12])
+    assert loss(w, log_p) == pytest.approx(loss(once, log_p[:12]), abs=2e-7)
+    rules, _ = answers_for(log_p)
+    assert all(torch.isfinite(v).all() for answers in rules.values() for _, v in answers)
+
+
 def test_equal_members_of_equal_loss():
     log_p = log_probabilities(1, 100).repeat(4, 1)
     w, gap = fit_weights(log_p)
     assert abs(gap) < 1e-12 and w.sum() == pytest.approx(1)
 
 
-def test_elimination_drops_whom_the_mixture_misses_least():
-    log_p = log_probabilities(8, 600, seed=6)
+@pytest.mark.parametrize("seed", range(6, 14))
+def test_elimination_drops_whom_the_mixture_misses_least(seed):
+    log_p = log_probabilities(8, 600, seed)
     left = eliminate(log_p, fit_weights(log_p)[0])
     assert sorted(left) == list(range(1, max(left) + 1)) and max(left) >= 4
     assert left[1][0].tolist() == [log_p.double().mean(dim=1).argmax().item()]
@@ -169,7 +195,7 @@ def test_mixture_losses_against_the_plain_formula():
 def test_paired_error_is_the_bootstraps():
     r = np.random.default_rng(3)
     sizes = torch.from_numpy(r.integers(50, 400, 60)).double()
-    difference = sizes * torch.from_numpy(r.normal(0.02, 0.05, 60))
+    difference = sizes * torch.from_numpy(r.normal(0.3, 0.05, 60))     # mostly the size of the document
     draws = r.integers(60, size=(4000, 60))
     means = difference[draws].sum(dim=1) / sizes[draws].sum(dim=1)
     assert paired_error(difference, sizes) == pytest.approx(means.std().item(), rel=0.06)

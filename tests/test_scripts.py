@@ -82,7 +82,13 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
             assert len(a["members"]) == len(weights) == a["K"] and weights.sum().item() == pytest.approx(1, abs=1e-12)
             assert a[f"{split}_loss"] == result["losses"][a["rule"]][split][a["K"] - 1]
             assert a[f"{split}_loss"] == pytest.approx(-(weights @ log_p[split][a["members"]].exp()).log().mean().item(), abs=1e-5)
+    best = result["answers"][0]
+    size = np.bincount(data.val_documents)
     for a in result["answers"]:
+        of = lambda answer: -(torch.tensor(answer["weights"], dtype=torch.float64) @ log_p["val"][answer["members"]].exp()).log().numpy()
+        per_document = np.bincount(data.val_documents, of(a) - of(best))
+        residual = per_document - size * per_document.sum() / size.sum()
+        assert a["val_error"] is None if len(size) < 2 else a["val_error"] == pytest.approx(np.sqrt((residual ** 2).sum() * len(size) / (len(size) - 1)) / size.sum(), abs=1e-6)
         assert a["val_perplexity"] == pytest.approx(math.exp(a["val_loss"]))
 
 
@@ -130,7 +136,7 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
         p.write_bytes(content)
     path.write_bytes(kept)
     assert before["answers"][0]["val_loss"] != after["answers"][0]["val_loss"]
-    choices = lambda result: [(a["K"], a["rule"], a["members"], a["weights"], a["fit_loss"]) for a in result["answers"]]
+    choices = lambda result: [(a["K"], a["rule"], a["members"], a["weights"], a["fit_loss"]) for a in result["answers"]] + [g["fit_loss"] for g in result["growing"]]
     assert choices(before) == choices(after)
 
 
@@ -254,7 +260,7 @@ def test_members_of_another_tokenizer_or_fitness_set(key, value, finished, monke
         path.write_bytes(kept)
 
 
-@pytest.mark.parametrize("content", [b"junk", b"", np.float32(np.nan)])
+@pytest.mark.parametrize("content", [b"junk", b"", np.float32(np.nan), np.float32(500)])
 def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)

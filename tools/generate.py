@@ -26,7 +26,7 @@ def next_probabilities(p, temperature, top_k):
         return torch.nn.functional.one_hot(p.argmax(), len(p)).double()
     p = p.double().clamp(min=1e-300).log().div(temperature).softmax(dim=0)
     if 0 < top_k < len(p):
-        p = torch.where(p >= p.topk(top_k).values[-1], p, 0)
+        p = torch.zeros_like(p).index_copy(0, (top := p.topk(top_k)).indices, top.values)
     return p / p.sum()
 
 
@@ -54,7 +54,7 @@ def choose(options, prior, run):
         if run.member_path(m["trajectory"], m["cycle"]).exists() and run.read_member(m["trajectory"], m["cycle"])[1]["weights_sha256"] != m["weights_sha256"]:
             refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: run prior.py on this config again")
     if options.member:
-        chosen = tuple(int(n) if n.strip().isdigit() else -1 for n in options.member.split(","))
+        chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
         if chosen not in members:
             refuse(f"member={options.member}: there is no such member; write trajectory,cycle, such as --member={members[-1][0]},{members[-1][1]}")
         return [(f"member {options.member}", [chosen], [1.0])]
@@ -74,10 +74,12 @@ def choose(options, prior, run):
 def main(argv=None):
     options, argv = take_actions(argv, **ACTIONS)
     config = from_args(argv, __doc__)
-    for name, holds, rule in (("tokens", options.tokens > 0, "more than 0"), ("temperature", 0 <= options.temperature < 100, "between 0 and 100"),
-                              ("top_k", options.top_k >= 0, "0 or more"), ("sample_seed", options.sample_seed >= 0, "0 or more")):
+    for name, holds, rule in (("tokens", options.tokens > 0, "more than 0"), ("temperature", options.temperature == 0 or 1e-3 <= options.temperature < 100, "0, or between 0.001 and 100"),
+                              ("top_k", options.top_k >= 0, "0 or more"), ("sample_seed", 0 <= options.sample_seed < 2 ** 63, "0 or more, and less than 2^63")):
         if not holds:
             refuse(f"{name}={getattr(options, name)}: must be {rule}")
+    if not options.prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in options.prompt):
+        refuse("prompt: is not text in UTF-8")
     run = Run(config, loader.load(config).fingerprint)
     path = Path(config.run_dir) / "prior.json"
     if not path.exists():
