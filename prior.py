@@ -81,8 +81,8 @@ def fit_weights(log_p, tolerance=1e-7):
         if gap <= tolerance:
             return w, gap
         better = s.topk(min(32, members)).indices               # members whose share would lower the loss join,
-        better = better[s[better] > 1]
-        w[better] += 1 / len(better)                            # with a good share: Newton does not start at the edge
+        better = better[(s[better] > 1) & (w[better] == 0)]
+        w[better] = 0.01                                        # with a share: Newton does not start at the edge
         support = w > 0
         w[support] = fit_on(relative(log_p[support], largest), w[support] / w.sum())
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
