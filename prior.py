@@ -95,7 +95,7 @@ def to_float64(log_p):
 
 def relative(log_p, largest):
     """Probabilities over the largest that any member gives. Below e^-45 of it nothing is added to a mixture worth having."""
-    return (to_float64(log_p) - largest).clamp(min=-45).exp()
+    return to_float64(log_p).sub_(largest).clamp_(min=-45).exp_()         # in place, on the copy
 
 
 def mean_log_p(log_p):
