@@ -70,7 +70,7 @@ def fit_weights(log_p, tolerance=1e-7):
     """
     members, tokens = log_p.shape
     blocks = [slice(i, i + BLOCK) for i in range(0, tokens, BLOCK)]
-    largest = to_float64(log_p.max(dim=0).values)                         # a factor per token changes nothing but the range
+    largest = to_float64(log_p.max(dim=0).values)               # a factor per token changes nothing but the range
     w = torch.zeros(members, dtype=torch.float64)
     w[mean_log_p(log_p).argmax()] = 1
     for _ in range(1000):

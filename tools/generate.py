@@ -78,7 +78,7 @@ def main(argv=None):
                               ("top_k", options.top_k >= 0, "0 or more"), ("sample_seed", 0 <= options.sample_seed < 2 ** 63, "0 or more, and less than 2^63")):
         if not holds:
             refuse(f"{name}={getattr(options, name)}: must be {rule}")
-    if not options.prompt.isprintable() and any("\ud800" <= c <= "\udfff" for c in options.prompt):
+    if any("\ud800" <= c <= "\udfff" for c in options.prompt):
         refuse("prompt: is not text in UTF-8")
     run = Run(config, loader.load(config).fingerprint)
     path = Path(config.run_dir) / "prior.json"
