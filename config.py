@@ -48,8 +48,13 @@ class Config(GPTConfig):
     cycles: int                             # per trajectory
     epochs_per_cycle: float = 2.0
     seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
-    # a cycle
+    first_cycle_epochs: float | None = None     # where the first cycle has another length
+    restart: str = "noise"                  # how a cycle starts: noise (and the rates anew); none: the cycles share one decay
+    # a decay: a cycle, or with restart=none all of them
     schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0, decay constant
+    loop_from: float = 0.0                  # the part of it after which the looped layers run
+    ema_decay: float = 0.0                  # a member is an EMA of the weights over its cycle's last tenth; 0: the last weights
+    ema_every: int = 10                     # steps between two updates of that EMA
     lr_scale: float = 0.25                  # multiplies the optimizer's peak rates
     batch_tokens: int                       # tokens per step, over all ranks of a trajectory: in the middle cycles,
     batch_tokens_ends: int | None = None    # and in the first and last quarter; None: the same
@@ -66,13 +71,21 @@ class Config(GPTConfig):
         if self.batch_tokens_ends is None:
             self.batch_tokens_ends = self.batch_tokens
 
+    def cycle_epochs(self, cycle):
+        return self.first_cycle_epochs if cycle == 0 and self.first_cycle_epochs else self.epochs_per_cycle
+
+    def epochs_until(self, cycles):
+        """Of one trajectory's first cycles together."""
+        return sum(map(self.cycle_epochs, range(cycles)))
+
     def identity(self):
         """What a run directory must agree with: name -> value."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata.get("free")}
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
-MAY_BE_ZERO = {"dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "seed", "distill_alpha"}
+MAY_BE_ZERO = {"dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha"}
+OPTIONAL = {int | None: int, float | None: float}
 
 
 def rules(c):
@@ -84,13 +97,15 @@ def rules(c):
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
     yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
+    yield c.restart in ("noise", "none"), "restart", "must be noise or none"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
     yield c.n_layer % 2 == 0, "n_layer", f"must be even (half encoder, half decoder); try {c.n_layer + 1}"
     yield c.n_embd % c.n_head == 0, "n_embd", f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
     yield c.n_embd // c.n_head % 2 == 0, "n_head", f"must leave heads of even width for the rotary embedding, n_embd={c.n_embd} does not"
     yield c.n_embd >= 32, "n_embd", "must be at least 32, the inputs of the value gate"
     yield c.sequence_len >= 4, "sequence_len", "must be at least 4"
-    yield c.dropout < 1, "dropout", "must be below 1"
+    for key in ("dropout", "loop_from", "ema_decay"):
+        yield getattr(c, key) < 1, key, "must be below 1"
     yield c.distill_alpha <= 1, "distill_alpha", "must be between 0 and 1"
     yield not c.loop_extra or c.n_layer // 2 <= c.loop_start < c.loop_end <= c.n_layer, "loop_start", \
         f"looped layers must be decoder layers: {c.n_layer // 2} <= loop_start < loop_end <= {c.n_layer}, or set loop_extra=0"
@@ -107,7 +122,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 def typed(key, value):
     """A value of the field's type: text (from the command line) is read, anything else must fit; an int is a fine float."""
-    kind = int if FIELDS[key].type == int | None else FIELDS[key].type
+    kind = OPTIONAL.get(FIELDS[key].type, FIELDS[key].type)
     if type(value) is str and kind is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
     elif kind is float and type(value) is int or type(value) is str and kind is not str:
@@ -160,10 +175,23 @@ def take_actions(argv, **defaults):
     return SimpleNamespace(**values), rest
 
 
+def recipe(epochs):
+    """
+    How the paper spends a budget of epochs (section 5, measured regimes): name -> value. Below 8: one trajectory, one
+    decay (its rates are ours, the paper names none), four snapshots on its last epoch. Else cycles of two epochs.
+    """
+    if epochs < 8:
+        before = epochs - 1 if epochs > 1 else 0.85
+        gap = (epochs - before) / 4
+        return dict(trajectories=1, cycles=4, epochs_per_cycle=gap, first_cycle_epochs=before + gap, restart="none", distill_from=4, batch_tokens_ends=None)
+    trajectories = next((n for n, most in ((1, 128), (2, 256), (3, 512), (4, 1024)) if epochs <= most), 5)
+    return dict(trajectories=trajectories, cycles=epochs // (2 * trajectories), epochs_per_cycle=2.0)
+
+
 def from_args(argv, usage):
     """
-    The checked Config of a command line `CONFIG [--name=value ...]` (argv None: the process's own). usage is the
-    script's docstring, printed by --help. Exits with code 2 on bad input.
+    The checked Config of a command line `CONFIG [--name=value ...]` (argv None: the process's own); --epochs=E stands
+    for the values of recipe(E). usage is the script's docstring, printed by --help. Exits with code 2 on bad input.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
@@ -172,14 +200,24 @@ def from_args(argv, usage):
     paths = [a for a in argv if not a.startswith("--")]
     if len(paths) != 1:
         refuse(f"want one config file, such as configs/tiny.py, got {' '.join(paths) or 'none'}; overrides are written --name=value")
-    values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()}
+    given = {}
     for arg in argv:
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
-            known(name)
+            if name != "epochs":
+                known(name)
             if not equals:
                 refuse(f"{arg} has no value: write --{name}=VALUE")
-            values[name] = typed(name, value)
+            given[name] = value if name == "epochs" else typed(name, value)
+    budget = given.pop("epochs", None)
+    values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()} | given
+    if budget is not None:
+        if not budget.isdecimal() or not 0 < int(budget) < 2 ** 31:
+            refuse(f"epochs={budget!r}: no recipe fits it; wants a whole number of 1 or more, over all trajectories together")
+        chosen = recipe(int(budget))
+        if chosen.keys() & given.keys():
+            refuse(f"epochs={budget} already chooses {', '.join(sorted(chosen.keys() & given.keys()))}: give one or the other")
+        values |= chosen
     missing = [k for k, f in FIELDS.items() if k not in values and f.default is dataclasses.MISSING]
     if missing:
         refuse(f"config {paths[0]} does not set {', '.join(missing)}; configs/tiny.py is an example")

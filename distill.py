@@ -7,6 +7,8 @@ Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
 
 Goes on from where train.py stopped, with the same loop, and writes the same files. Run again, it does what is missing.
 """
+import os
+
 import torch
 import torch.nn.functional as F
 
@@ -53,7 +55,9 @@ def main(argv=None):
     config = from_args(argv, __doc__)
     then = next_command("prior.py", argv)
     if config.distill_from >= config.cycles:
-        return print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{then}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{then}")
+        return
     run_cycles(config, config.distill_from, config.cycles, Chain(config), then)
 
 

@@ -126,6 +126,7 @@ class GPT(nn.Module):
         block = list(range(config.loop_start, config.loop_end)) * config.loop_extra
         end = config.loop_end if block else L
         self.layers = [*range(end), *block, *range(end, L)]
+        self.looping = True             # False: every layer once
         self.register_tables()
 
     def register_tables(self):
@@ -180,7 +181,7 @@ class GPT(nn.Module):
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
         ve = {int(i): proj(x0) for i, proj in self.ve_projs.items()}
         encoder = {}
-        for i in self.layers:
+        for i in self.layers if self.looping else range(c.n_layer):
             if i >= half:                                                       # U-Net: decoder i pairs with L-1-i
                 x = x + self.skip_weights[i - half] * encoder[c.n_layer - 1 - i]
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0

@@ -261,7 +261,7 @@ def main(argv=None):
     rows = iter(evaluate(mixtures, best, log_p, data))          # taken in the order of mixtures
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.fingerprint(t, c), **next(rows)) for t, c in members]
-    result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=len(chosen) * config.epochs_per_cycle, **next(rows)) for cycle, chosen, _ in grown]
+    result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **next(rows)) for cycle, chosen, _ in grown]
     kept = {len(members), *(2 ** i for i in range(len(members).bit_length()))}
     for rule, answers in rules.items():
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **next(rows)) for m, w in answers]

@@ -23,6 +23,7 @@ from population import Run, join_world, next_command
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
 NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
+EMA_FROM = 0.9                              # the part of a cycle after which weights are averaged, where they are
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -50,8 +51,15 @@ def tokens_per_step(config, cycle):
 
 def cycle_length(config, cycle, sequences_per_epoch):
     """Steps of a cycle."""
-    tokens = config.epochs_per_cycle * sequences_per_epoch * config.sequence_len
+    tokens = config.cycle_epochs(cycle) * sequences_per_epoch * config.sequence_len
     return max(1, round(tokens / tokens_per_step(config, cycle)))
+
+
+def place_in_decay(config, lengths, cycle, step):
+    """(step, length) of the decay that `step` of `cycle` is in: its cycle's own, or one over all cycles (restart=none)."""
+    if config.restart == "none":
+        return sum(lengths[:cycle]) + step, sum(lengths)
+    return step, lengths[cycle]
 
 
 def noise_seed(seed, cycle):
@@ -83,6 +91,14 @@ def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
     optimizer.set_rates(lr_multiplier, wd_multiplier)
     optimizer.step()
     return norm
+
+
+def average_weights(average, model, decay):
+    """An EMA of the weights after one more update, name -> float32 tensor; the first (average None) is a copy of them."""
+    weights = {name: w.detach().float() for name, w in model.state_dict().items()}
+    if average is None:
+        return {name: w.clone() for name, w in weights.items()}
+    return {name: average[name].lerp_(w, 1 - decay) for name, w in weights.items()}
 
 
 def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
@@ -146,8 +162,8 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     run.claim()
     world.barrier(everyone=True)
     if world.rank == 0:
-        print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, "
-              f"ranks for each: {world.data_size}, on {world.device.type}", flush=True)
+        print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
+              f"{world.data_size}, on {world.device.type}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
     # counts all cycles, so that the ETA is that of the population: train.py alone ends early
     bar = world.progress(total=sum(lengths) * len(states), initial=sum(s["step"] for s in states.values() if s), unit="step")
@@ -159,16 +175,20 @@ def run_cycles(config, first, last, loss_for_cycle, then):
         model = trajectory.model
         for cycle in range(trajectory.cycles_done, last):
             tokens = tokens_per_step(config, cycle)
-            if cycle > 0:
+            if cycle > 0 and config.restart == "noise":
                 perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
-            loss_fn = loss_for_cycle(run, world.device, t, cycle)
+            loss_fn, average = loss_for_cycle(run, world.device, t, cycle), None
             for s in range(lengths[cycle]):
                 began = time.perf_counter()
+                place, span = place_in_decay(config, lengths, cycle, s)
+                model.looping = place >= config.loop_from * span
                 seed_step(trajectory.seed, trajectory.step, world.data_rank)
                 rows = trajectory.batches.take(tokens // config.sequence_len)           # of all ranks: (n, T + 1)
                 mine = rows[world.data_rank::world.data_size].to(world.device)
-                multipliers = rate_multipliers(config.schedule, s, lengths[cycle])
+                multipliers = rate_multipliers(config.schedule, place, span)
                 loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
+                if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
+                    average = average_weights(average, model, config.ema_decay)
                 loss, trajectory.step = world.mean(loss), trajectory.step + 1
                 if not math.isfinite(loss):
                     raise SystemExit(f"trajectory {t}, cycle {cycle}, step {s}: the loss is {loss}; this cycle is not kept")
@@ -177,11 +197,13 @@ def run_cycles(config, first, last, loss_for_cycle, then):
                 bar.update()
                 if world.lead:
                     run.log(kind="step", trajectory=t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm.item(), tokens_per_s=round(speed))
+            if average:                             # what goes on, too, is the average
+                model.load_state_dict(average)
             trajectory.cycles_done = cycle + 1
             if world.lead:
                 fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
                 run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
-                run.save_member(t, cycle, model.state_dict(), epochs=trajectory.cycles_done * config.epochs_per_cycle, fit_loss=fit_loss)
+                run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
                 run.save_resume(t, trajectory.state_dict())
             world.barrier()                     # the member can be read by all its ranks
     bar.close()

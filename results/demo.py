@@ -24,12 +24,14 @@ VARIANTS = {
 }
 
 
-def run(folder, name, seed):
-    """prior.json of one variant and seed; what is there already is not trained again."""
-    config, flags = VARIANTS[name]
-    out = folder / f"{name}_{seed}"
+def run(out, config, flags, seed):
+    """prior.json of one variant and seed, in run_dir `out`; what is there already is not trained again."""
     subprocess.run([str(ROOT / "run.sh"), config, *flags, f"--seed={seed}", f"--run_dir={out}"], cwd=ROOT, check=True)
     return read_json(out / "prior.json")
+
+
+def commit():
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def loss_of(prior, rule, K=None):
@@ -42,7 +44,7 @@ def row(label, epochs, K, losses):
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "demo")
-    priors = {name: [run(folder, name, seed) for seed in SEEDS] for name in VARIANTS}
+    priors = {name: [run(folder / f"{name}_{seed}", config, flags, seed) for seed in SEEDS] for name, (config, flags) in VARIANTS.items()}
     lines = ["| answer | epochs in all | K | mean | sd | seeds " + ", ".join(map(str, SEEDS)) + " |", "|---|---|---|---|---|---|"]
     for e in (8, 16, 32):
         lines.append(row(f"one model, one cosine over {e} epochs", e, 1, [loss_of(p, "best") for p in priors[f"single_{e}"]]))
@@ -52,10 +54,10 @@ def main():
             for K in (1, 2, 4, 8, 16, 32):
                 lines.append(row(f"{label}: {words}", 64, K, [loss_of(p, rule, K) for p in priors[name]]))
         lines.append(row(f"{label}: learned prior after 8 cycles", 32, 16, [p["growing"][7]["val_loss"] for p in priors[name]]))
-    text, commit = priors["tiny"][0]["text"], subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    text = priors["tiny"][0]["text"]
     head = f"""# The demo, measured
 
-Printed by `python results/demo.py` at commit {commit}: Python {text['python']}, torch {torch.__version__}, {os.cpu_count()} CPU cores
+Printed by `python results/demo.py` at commit {commit()}: Python {text['python']}, torch {torch.__version__}, {os.cpu_count()} CPU cores
 ({platform.machine()}), one thread for each of two trajectories, two threads for a single model.
 The Python manual of that Python, SHA-256 of the text {text['text_sha256']}.
 Validation loss in nats per token (a token is a byte), mean and standard deviation over the seeds {', '.join(map(str, SEEDS))};

@@ -6,7 +6,6 @@ On finished runs of a config (with repeats, of run_dir followed by _SEED), from 
   3. what a fitness set of this size costs against weights fitted on the validation set itself, as a curve over its size
 Writes results/prior_NAME.md. Losing rules live here only; prior.py has the winner.
 """
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from config import from_args, refuse, take_actions                              
 from data import loader                                                                  # noqa: E402
 from population import Run                                                               # noqa: E402
 from prior import eliminate, fit_on, fit_weights, mean_log_p, paired_error               # noqa: E402
+from results.demo import commit                                                         # noqa: E402
 from tests.parity import adamw300                                                        # noqa: E402
 
 
@@ -175,8 +175,8 @@ def main(argv=None):
     name, argv = argv[0], argv[1:]
     config = from_args(argv, __doc__)
     runs = [(f"seed {seed}", from_args([*argv, f"--seed={seed}", f"--run_dir={config.run_dir}_{seed}"], __doc__)) for seed in filter(None, options.repeats.split(","))]
-    text, commit = loader.text_source(config), subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    lines = [f"# Which K members, and how sure: {name}", "", f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit}.",
+    text = loader.text_source(config)
+    lines = [f"# Which K members, and how sure: {name}", "", f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit()}.",
              f"Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256')}. Losses in nats per token.", ""]
     for label, of in runs or [(config.run_dir, config)]:
         lines += page(label, of, options)

@@ -81,7 +81,7 @@ def test_every_knob_is_read_and_used():
     code = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")])
     settings = "".join(p.read_text() for p in [*CONFIGS, ROOT / "README.md"])
     for name in FIELDS:
-        assert re.search(rf"\b(config|c)\.{name}\b", code), f"{name} is read nowhere"
+        assert re.search(rf"\b(config|c|self)\.{name}\b", code), f"{name} is read nowhere"
         assert re.search(rf"^{name} = |--{name}=", settings, re.M), f"{name} is used by no config and no documented command"
 
 
