@@ -7,6 +7,7 @@ import torch
 # Peak rates, before lr_scale.
 MATRIX_LR, EMBEDDING_LR, UNEMBEDDING_LR, SCALAR_LR, IHA_LR = 0.04, 0.15, 0.002, 0.1, 0.02
 WEIGHT_DECAY = 1.3
+STACK = 1 << 27             # elements that Muon orthogonalises at once: half a GiB in fp32 and a few times that in between
 
 # One triple (a, b, c) per step: X <- aX + (bA + cA^2)X with A = XX^T brings every singular value close to 1.
 POLAR_EXPRESS = (
@@ -90,7 +91,7 @@ class MuonAdamW:
             else:
                 rows, cols = p.shape
                 g["m"] = p.new_zeros(n, rows, cols)
-                g["v"] = p.new_zeros(n, rows, 1) if rows >= cols else p.new_zeros(n, 1, cols)
+                g["v"] = p.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols), dtype=torch.float32)
 
     def set_rates(self, lr_multiplier, wd_multiplier):
         self.lr_multiplier, self.wd_multiplier = lr_multiplier, wd_multiplier
@@ -119,10 +120,12 @@ class MuonAdamW:
     def muon(self, g, lr, decay):
         rows, cols = g["params"][0].shape
         lr = lr * max(1, rows / cols) ** 0.5                    # tall matrices step further
-        grads = torch.stack([p.grad for p in g["params"]])
-        updates = muon_direction(grads, g["m"], g["v"], g["momentum"], g["beta2"])
-        for p, u in zip(g["params"], updates):
-            p.sub_(lr * u + lr * decay * p * (u * p >= 0))      # cautious: decay only where the step shrinks p too
+        at_once = max(1, STACK // (rows * cols))
+        for part in (slice(i, i + at_once) for i in range(0, len(g["params"]), at_once)):
+            grads = torch.stack([p.grad for p in g["params"][part]])
+            updates = muon_direction(grads, g["m"][part], g["v"][part], g["momentum"], g["beta2"])
+            for p, u in zip(g["params"][part], updates):
+                p.sub_(lr * u + lr * decay * p * (u * p >= 0))      # cautious: decay only where the step shrinks p too
 
     def moments(self):
         """Name -> (m, v), views of the state."""

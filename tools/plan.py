@@ -1,0 +1,218 @@
+"""
+What a run will be, cost and need, before it is begun: python -m tools.plan CONFIG [--name=value ...]
+Counted from the recipe, with the model on the meta device (nothing is allocated); memory is estimated.
+
+Of its own: --ranks=8  --mfu=0.4 (model FLOPs utilisation, of the peak)  --peak_tflops=989 (bf16 dense; an H100's)
+            --price=3 (dollars per GPU and hour)  --gpu_gb=80
+"""
+import math
+import textwrap
+from pathlib import Path
+
+import torch
+
+from config import from_args, refuse, take_actions
+from data import loader
+from model import GPT
+from optim import MuonAdamW
+from population import cannot_share
+from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
+
+ACTIONS = dict(ranks=8, mfu=0.4, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
+GIB = 2 ** 30
+EAGER, COMPILED = 58.4, 37.9        # bytes saved for backward per token, layer application and unit of n_embd: estimates
+LOGITS, LOGITS_KL = 9.4, 32         # bytes per logit: of one plain head, and of the teacher's logits and the KL
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+def meta_model(config):
+    """The model in its training types on CUDA, without memory."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.transformer.wte.bfloat16()
+    return model
+
+
+def part_of(name):
+    """The part of the model that a parameter belongs to."""
+    for part, words in (("multi-token prediction", ["mtp_"]), ("embedding", ["wte"]), ("head", ["lm_head"]), ("value embeddings", ["ve_projs"]),
+                        ("head mixes (IHA)", ["_mix"]), ("MLPs", [".mlp."]), ("attention", [".attn."])):
+        if any(word in name for word in words):
+            return part
+    return "lambdas and skips"
+
+
+def parameters_by_part(model):
+    parts = {}
+    for name, p in model.named_parameters():
+        parts[part_of(name)] = parts.get(part_of(name), 0) + p.numel()
+    return parts
+
+
+def mean_keys(T, window):
+    """Keys that a token attends to, on average over a sequence of T, itself and `window` before it."""
+    return sum(min(t, window) + 1 for t in range(T)) / T
+
+
+def forward_flops(model, looping, mtp):
+    """
+    Model FLOPs of a forward pass per token, by term: 2 per weight of every matrix and application (tables, head mixes and
+    norms are free), 4 n_embd per key attended to. Counted by the recipe, whatever an implementation saves.
+    """
+    c, T = model.config, model.config.sequence_len
+    linear = lambda module: 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+    keys = {"L": mean_keys(T, T), "S": mean_keys(T, T // 2)}
+    terms = {"layers": 0, "value embeddings": 0, "attention": 0, "head": linear(model.lm_head), "multi-token prediction": 0}
+    for i in model.layers if looping else range(c.n_layer):
+        window = "L" if i == c.n_layer - 1 else c.window_pattern[i % len(c.window_pattern)]
+        terms["layers"] += linear(model.transformer.h[i])
+        terms["value embeddings"] += linear(model.ve_projs[str(i)]) if str(i) in model.ve_projs else 0
+        terms["attention"] += 4 * c.n_embd * keys[window]
+    if mtp and c.mtp_weight:
+        terms["multi-token prediction"] = linear(model.mtp_proj) + linear(model.mtp_block) + linear(model.lm_head) + 4 * c.n_embd * keys["L"]
+    return terms
+
+
+def step_flops(model, looping, teacher):
+    """Model FLOPs of training per token: forward and backward count three forwards, the teacher one without its MTP head."""
+    total = 3 * sum(forward_flops(model, looping, mtp=True).values())
+    return total + teacher * sum(forward_flops(model, looping=True, mtp=False).values())
+
+
+# ------------------------------------------------------------------------------------------- the run
+
+def sequences_per_epoch(config):
+    """As the data has it where it is prepared, else from the token counts alone."""
+    if (Path(config.data_dir) / loader.file_name(config, "_train.pt")).exists():
+        return loader.load(config).sequences_per_epoch
+    return (config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
+
+
+def cycles_of(config, sequences):
+    """[(first, last, steps, tokens of a step)] of runs of like cycles."""
+    rows = []
+    for cycle in range(config.cycles):
+        like = cycle_length(config, cycle, sequences), tokens_per_step(config, cycle)
+        if rows and rows[-1][2:] == like:
+            rows[-1] = (rows[-1][0], cycle, *like)
+        else:
+            rows.append((cycle, cycle, *like))
+    return rows
+
+
+def flops_of(config, model, sequences):
+    """{script: model FLOPs in all}."""
+    lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
+    flops = {"train.py": 0, "distill.py": 0}
+    for cycle, length in enumerate(lengths):
+        teacher = cycle >= config.distill_from
+        for looping in (False, True):
+            places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
+            steps = sum((place >= config.loop_from * span) == looping for place, span in places)
+            per_token = step_flops(model, looping, teacher)
+            flops["distill.py" if teacher else "train.py"] += config.trajectories * steps * tokens_per_step(config, cycle) * per_token
+    held_out = sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
+    flops["prior.py"] = config.trajectories * config.cycles * held_out * sum(forward_flops(model, looping=True, mtp=False).values())
+    return flops
+
+
+def memory_of(config, model):
+    """({part: bytes per rank}, {part: bytes per sequence of a micro-batch}), of the costliest script."""
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    parameters = list(model.parameters())
+    C, V, T = config.n_embd, config.vocab_size, config.sequence_len
+    applications = len(model.layers) + bool(config.mtp_weight)
+    chain = config.distill_from < config.cycles
+    weights = sum(p.numel() for p in parameters)
+    fixed = {"parameters (fp32; embedding bf16)": size(parameters), "gradients": size(parameters),
+             "optimizer": size(t for pair in MuonAdamW(model.named_parameters(), config.lr_scale).moments().values() for t in pair),
+             "bf16 copies of the weights": 2 * weights, "mixed heads' weights": 2 * 3 * C * C * applications * config.iha, "teacher (bf16)": 2 * weights * chain}
+    heads = 1 + bool(config.mtp_weight)
+    return fixed, {"activations": (COMPILED if config.compile else EAGER) * T * C * applications, "logits": T * V * (LOGITS * heads + LOGITS_KL * chain)}
+
+
+def largest_micro_batch(config, ranks, room, per_sequence):
+    """The most sequences of a micro-batch that fit in `room` bytes and share the batches evenly; 0: none."""
+    group = ranks // math.gcd(ranks, config.trajectories)
+    shares = [getattr(config, key) // config.sequence_len // group for key in ("batch_tokens", "batch_tokens_ends")]
+    return max((m for m in range(1, min(shares) + 1) if not any(s % m for s in shares) and m * per_sequence <= room), default=0)
+
+
+# ------------------------------------------------------------------------------------------ the print
+
+def print_model(model):
+    parts = parameters_by_part(model)
+    print(f"parameters: {sum(parts.values()):,}")
+    for part, count in parts.items():
+        print(f"  {part:24} {count:>15,}")
+    terms, teacher = forward_flops(model, True, mtp=True), sum(forward_flops(model, True, mtp=False).values())
+    print(f"model GFLOP per trained token: {3 * sum(terms.values()) / 1e9:.4f}, with the teacher's forward pass {(3 * sum(terms.values()) + teacher) / 1e9:.4f}")
+    for term, flops in terms.items():
+        print(f"  {term:24} {3 * flops / 1e9:>15.4f}")
+
+
+def print_cycles(config, sequences):
+    epochs = config.epochs_until(config.cycles) * config.trajectories
+    print(f"population: {config.trajectories} x {config.cycles} = {config.trajectories * config.cycles} members, {epochs:g} epochs of {sequences:,} sequences in all")
+    rows = cycles_of(config, sequences)
+    for first, last, steps, tokens in rows:
+        print(f"  cycles {first:>3} .. {last:>3}: {steps:>6} steps of {tokens:,} tokens")
+    lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
+    ends = [rate_multipliers(config.schedule, *place_in_decay(config, lengths, c, s)) for c, s in ((0, 0), (config.cycles - 1, lengths[-1] - 1))]
+    what = "a cycle" if config.restart == "noise" else "the one decay"
+    print(f"  rates, first and last step of {what}: learning rate x {ends[0][0]:.4f} .. {ends[1][0]:.4f}, weight decay x {ends[0][1]:.4f} .. {ends[1][1]:.4f}")
+    if config.cycles > 1 and config.restart == "noise":
+        scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
+        print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 120, initial_indent="  ", subsequent_indent=" " * 33))
+    chain = config.distill_from < config.cycles
+    print(f"  teacher: {'the predecessor, from cycle ' + str(config.distill_from) if chain else 'none'}")
+
+
+def print_cost(config, model, sequences, options):
+    flops = flops_of(config, model, sequences)
+    print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, ${options.price:g} per GPU and hour:")
+    for script, count in [*flops.items(), ("in all", sum(flops.values()))]:
+        hours = count / (options.ranks * options.peak_tflops * 1e12 * options.mfu) / 3600
+        print(f"  {script:10} {count:>10.3e} FLOP {hours:>10.2f} h {hours * options.ranks * options.price:>12,.0f} dollars")
+
+
+def print_machine(config, model, options):
+    groups = math.gcd(options.ranks, config.trajectories)
+    print(f"ranks: {options.ranks} in {groups} groups of {options.ranks // groups}; each group trains {config.trajectories // groups} of the trajectories, one after another")
+    fixed, per_sequence = memory_of(config, model)
+    print("memory per GPU in GiB, estimated:")
+    for part, count in fixed.items():
+        print(f"  {part:36} {count / GIB:>8.2f}")
+    for part, count in per_sequence.items():
+        print(f"  {part + ', per sequence':36} {count / GIB:>8.2f}")
+    usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
+    total = (sum(fixed.values()) + config.micro_batch * sum(per_sequence.values())) / GIB
+    fits = largest_micro_batch(config, options.ranks, usable - sum(fixed.values()), sum(per_sequence.values()))
+    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: micro_batch={fits or 'none'}")
+    member = 2 * sum(p.numel() for p in model.parameters())
+    state = sum(list(fixed.values())[i] for i in (0, 2))
+    members = config.trajectories * config.cycles
+    scores = members * 4 * sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
+    print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {config.trajectories} states of {state / 1e9:.3g} = "
+          f"{config.trajectories * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}")
+
+
+def main(argv=None):
+    options, argv = take_actions(argv, **ACTIONS)
+    config = from_args(argv, __doc__)
+    for name, value in vars(options).items():
+        if not 0 < value < 1e9 or name == "mfu" and value > 1:
+            refuse(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
+    reason = cannot_share(config, options.ranks)
+    if reason:
+        refuse(f"ranks={options.ranks}: {reason}")
+    model, sequences = meta_model(config), sequences_per_epoch(config)
+    print_model(model)
+    print_cycles(config, sequences)
+    print_cost(config, model, sequences, options)
+    print_machine(config, model, options)
+
+
+if __name__ == "__main__":
+    main()
