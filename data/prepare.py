@@ -1,11 +1,13 @@
 """
-Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...]
-Reads the Python manual that ships with Python (data=manual) or local .txt and .jsonl files, splits whole documents
-into validation and training (the fitness set is the front of the training file), and writes into data_dir:
+Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...] [--gpt2_ranks=FILE]
+Reads the Python manual that ships with Python (data=manual), local .txt, .jsonl and .parquet files, or FineWeb
+(data=fineweb), splits whole documents into validation and training (the fitness set is the front of the training
+file), and writes into data_dir:
   NAME_val.pt, NAME_train.pt   tokens (uint16), doc_starts (int64), bos_id, seq_shuffle_seed, seq_size
   NAME_bytes.npy               UTF-8 bytes of every token, 0 for the separator
   NAME.json                    what was read: source, SHA-256 of the text, Python, sizes; written last, it says "whole"
-NAME is manual or text. The format is the public Slowrun script's, so its files and ours are interchangeable.
+NAME is manual, text or fineweb. The format is the public Slowrun script's: its files and ours are interchangeable.
+--gpt2_ranks: a local r50k_base.tiktoken, for tokenizer=gpt2 where tiktoken cannot download it; needed once.
 """
 import hashlib
 import json
@@ -18,13 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import from_args, refuse
+from config import from_args, refuse, take_actions
+from data import fineweb
 from data.loader import file_name, load, text_source
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, install_ranks
 from population import Run
 
 SHUFFLE_SEED = 0        # of the documents, before the split
 ENDINGS = ("_val.pt", "_train.pt", "_bytes.npy", ".json")
+KINDS = (".txt", ".jsonl", ".parquet")
 
 
 def manual_documents(target_size=800):
@@ -57,7 +61,7 @@ def read_text(path):
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
-        refuse(f"data: cannot read {path}: {e.strerror}; name .txt or .jsonl files, or folders of them")
+        refuse(f"data: cannot read {path}: {e.strerror}; name .txt, .jsonl or .parquet files, or folders of them")
     except UnicodeDecodeError as e:
         refuse(f"data: {path} is not UTF-8 text (byte {e.start}); convert it, or leave it out")
     if "\0" in text:
@@ -68,7 +72,10 @@ def read_text(path):
 
 
 def file_documents(path):
-    """Documents of a .txt file (separated by white-space-only lines; without any, one a line) or a .jsonl (column text)."""
+    """Documents of a .txt file (separated by white-space-only lines; without any, one a line), a .jsonl or a .parquet (column text)."""
+    if path.suffix == ".parquet":
+        documents = [row["text"] for row in fineweb.open_stream(path="parquet", data_files=str(path), split="train")]
+        return [document for document in documents if document and document.strip()]
     text = read_text(path)
     if path.suffix == ".txt":
         blank = re.search(r"\n[^\S\n]*\n", text.strip())
@@ -88,18 +95,16 @@ def file_documents(path):
 def source_documents(source):
     if source == "manual":
         return manual_documents()
-    if source == "fineweb":
-        refuse("data=fineweb cannot be prepared yet: use data=manual or local .txt and .jsonl files, or put fineweb_train.pt and fineweb_val.pt there")
     files = []
     for path in map(Path, filter(None, source.split(","))):
-        inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+        inside = sorted(p for p in path.rglob("*") if p.suffix in KINDS) if path.is_dir() else [path]
         if not path.exists():
-            refuse(f"data: {path} does not exist; name .txt or .jsonl files, or folders of them, separated by commas")
-        if not inside or inside[0].suffix not in (".txt", ".jsonl"):
-            refuse(f"data: {path} is no .txt or .jsonl file, nor a folder of them")
+            refuse(f"data: {path} does not exist; name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
+        if not inside or inside[0].suffix not in KINDS:
+            refuse(f"data: {path} is no .txt, .jsonl or .parquet file, nor a folder of them")
         files += inside
     if not files:
-        refuse(f"data={source!r} names no file: name .txt or .jsonl files, or folders of them, separated by commas")
+        refuse(f"data={source!r} names no file: name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
     return [document for path in files for document in file_documents(path)]
 
 
@@ -133,11 +138,24 @@ def write(config, splits, token_bytes, source):
         refuse(f"data_dir={config.data_dir}: cannot write there: {e.strerror}; name another --data_dir")
 
 
+def download_fineweb(config, there):
+    if there:
+        refuse(f"data_dir={config.data_dir} holds only a part of the FineWeb files ({', '.join(file_name(config, e) for e in sorted(there))}): add the rest, or move them away")
+    encode, _, token_bytes = get_tokenizer(config.tokenizer)
+    download = fineweb.Download(config)
+    download.run(encode)
+    source = dict(download.of, data="fineweb", documents=download.documents)
+    write(config, download.splits(), token_bytes, source)
+    download.remove()
+
+
 def prepare(config):
     """Write the data of a config, unless it is there. Exits with code 2 where other data is, or the text is too short."""
     there = {ending for ending in ENDINGS if (Path(config.data_dir) / file_name(config, ending)).exists()}
-    if config.data == "fineweb" and {"_val.pt", "_train.pt"} <= there:
-        return print(f"data: {config.data_dir} holds the FineWeb files already")
+    if config.data == "fineweb":
+        if not {"_val.pt", "_train.pt"} <= there:
+            download_fineweb(config, there)
+        return fineweb.compare(config)
     documents = source_documents(config.data)
     source = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens,
                   documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
@@ -164,7 +182,10 @@ def prepare(config):
 
 
 def main(argv=None):
+    options, argv = take_actions(argv, gpt2_ranks="")
     config = from_args(argv, __doc__)
+    if options.gpt2_ranks:
+        install_ranks(options.gpt2_ranks)
     prepare(config)
     Run(config, load(config).fingerprint)       # a run directory of other data is refused here, before any launcher
 

@@ -191,7 +191,7 @@ def test_scores_are_in_order_complete_and_unpadded():
 
 @pytest.mark.parametrize("content, overrides, names", [
     (None, dict(data="nowhere.txt"), ["nowhere.txt", "does not exist"]), (b"", {}, ["empty"]), (b" \n\t\n", {}, ["empty"]), (b"a\0b", {}, ["binary"]),
-    (b"\xff\xfe\xfa", {}, ["UTF-8"]), (b"too short\n", {}, ["too short", "4800", "10"]), (None, dict(data="fineweb"), ["fineweb"]),
+    (b"\xff\xfe\xfa", {}, ["UTF-8"]), (b"too short\n", {}, ["too short", "4800", "10"]),
     (b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100), ["train_tokens", "epoch_multiple"]),
 ])
 def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, tmp_path, micro, capsys):

@@ -1,0 +1,141 @@
+"""FineWeb's stream, on local .parquet files, against plain loops over the same documents; interruptions; tiktoken's ranks."""
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from config import from_args
+from data import fineweb, loader, prepare, tokenizer
+
+pa = pytest.importorskip("pyarrow")
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    """120 documents in two .parquet files with several row groups, in the place of the hub."""
+    import pyarrow.parquet
+    r = np.random.default_rng(0)
+    texts = ["".join(map(chr, r.integers(97, 200, n))) for n in r.integers(0, 60, 120)]
+    for name, part in (("a", texts[:70]), ("b", texts[70:])):
+        pa.parquet.write_table(pa.table({"id": [str(i) for i in range(len(part))], "text": part}), tmp_path / f"{name}.parquet", row_group_size=20)
+    monkeypatch.setattr(fineweb, "SOURCE", dict(path="parquet", data_files=[str(tmp_path / f"{n}.parquet") for n in "ab"], split="train"))
+    monkeypatch.setattr(fineweb, "SAVE_EVERY", 7)
+    return texts
+
+
+def in_order(texts, val_tokens, train_tokens):
+    """The rule, written out: fill one split, drop what is left of its last document, fill the next."""
+    splits, budgets = [[]], [val_tokens, train_tokens]
+    for text in texts:
+        splits[-1] += ([256] + list(text.encode()))[:budgets[len(splits) - 1] - len(splits[-1])]
+        if len(splits[-1]) == budgets[len(splits) - 1]:
+            splits.append([])
+        if len(splits) == 3:
+            return splits[:2]
+
+
+def bad(argv, capsys, call=prepare.main):
+    with pytest.raises(SystemExit) as stop:
+        call(argv)
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(err) == 1
+    return err[0]
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_the_stream_in_file_order(documents, micro, tmp_path, capsys):
+    argv = micro(data="fineweb")
+    prepare.main(argv)
+    for split, wanted in zip(("val", "train"), in_order(documents, 1800, 3000)):
+        tokens, starts = loader.read_tokens(from_args(argv, ""), split)
+        assert tokens.tolist() == wanted and starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
+    assert set(files(tmp_path / "data")) == {"fineweb_val.pt", "fineweb_train.pt", "fineweb_bytes.npy", "fineweb.json"}
+    about = json.loads((tmp_path / "data" / "fineweb.json").read_text())
+    assert about["documents"] == sum(len(starts) for _, starts in [loader.read_tokens(from_args(argv, ""), s) for s in ("val", "train")])
+    before = files(tmp_path / "data")
+    prepare.main(argv)
+    assert files(tmp_path / "data") == before
+
+
+@pytest.mark.parametrize("dies_at", [1, 13, 14, 15, 40, 75])
+def test_an_interrupted_download_goes_on(dies_at, documents, micro, tmp_path, monkeypatch, capsys):
+    prepare.main(micro(data="fineweb", data_dir=tmp_path / "whole"))
+    encode, asked = tokenizer.get_tokenizer("bytes")[0], []
+    def dies(text):
+        asked.append(text)
+        if len(asked) == dies_at:
+            raise ConnectionError("no route to host")
+        return encode(text)
+    monkeypatch.setattr(prepare, "get_tokenizer", lambda name: (dies, None, np.array([1] * 256 + [0], np.uint8)))
+    assert "goes on from its last save" in bad(micro(data="fineweb"), capsys)
+    assert not (tmp_path / "data" / "fineweb_val.pt").exists()
+    first = len(asked)
+    prepare.main(micro(data="fineweb"))
+    assert asked[first:][0] == documents[(dies_at - 1) // 7 * 7]            # the first that no save holds
+    assert files(tmp_path / "data") == files(tmp_path / "whole")
+
+
+def test_what_a_download_refuses(documents, micro, tmp_path, monkeypatch, capsys):
+    assert "ends after" in bad(micro(data="fineweb", train_tokens=30_000), capsys)
+    err = bad(micro(data="fineweb"), capsys)
+    assert "belongs to another download" in err and "train_tokens is 30000 there and 3000 here" in err
+    partial = tmp_path / "data" / "fineweb.partial"
+    partial.write_bytes(partial.read_bytes()[:100])
+    assert "has lost tokens" in bad(micro(data="fineweb", train_tokens=30_000), capsys)
+    prepare.main(micro(data="fineweb", data_dir=tmp_path / "half"))
+    (tmp_path / "half" / "fineweb_val.pt").unlink()
+    kept = files(tmp_path / "half")
+    assert "fineweb_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys) and files(tmp_path / "half") == kept
+
+
+def test_the_files_are_compared_with_the_published_ones(documents, micro, tmp_path, monkeypatch, capsys):
+    argv = micro(data="fineweb")
+    prepare.main(argv)
+    assert capsys.readouterr().out.count("none of this size is published") == 2
+    config = from_args(argv, "")
+    config.tokenizer = "gpt2"                       # as if: what counts is the file
+    of = {split: hashlib.sha256((tmp_path / "data" / f"fineweb_{split}.pt").read_bytes()).hexdigest() for split in ("val", "train")}
+    monkeypatch.setattr(fineweb, "PUBLISHED", {("val", 1800): of["val"], ("train", 3000): "0" * 64})
+    fineweb.compare(config)
+    val, train = capsys.readouterr().out.splitlines()
+    assert "equal to the published file" in val and "DIFFERENT" in train and of["train"] in train and "0" * 64 in train
+
+
+def test_a_hub_out_of_reach(documents, micro, tmp_path, monkeypatch, capsys):
+    import datasets
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(fineweb, "SOURCE", dict(path="HuggingFaceFW/fineweb", split="train"))
+    err = bad(micro(data="fineweb"), capsys)
+    assert "HuggingFaceFW/fineweb" in err and "fineweb_val.pt" in err and not (tmp_path / "data").exists()
+
+
+def test_the_data_set_is_pinned():
+    assert len(fineweb.SOURCE["revision"]) == 40 and fineweb.SOURCE["name"] == "sample-10BT"
+
+
+def test_parquet_files_are_local_text(documents, tmp_path, micro, capsys):
+    assert prepare.file_documents(tmp_path / "a.parquet") == [text for text in documents[:70] if text.strip()]
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:3000])
+    pa.parquet.write_table(pa.table({"words": ["a"]}), tmp_path / "words.parquet")
+    for name, names in (("torn", ["torn.parquet"]), ("words", ["words.parquet", "'text'", "only words"])):
+        err = bad(micro(data=tmp_path / f"{name}.parquet"), capsys)
+        assert all(n in err for n in names), err
+
+
+def test_local_ranks_are_put_where_tiktoken_looks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "ranks").write_bytes(b"aGk= 0\n")
+    assert tokenizer.RANKS_SHA256 in bad(tmp_path / "ranks", capsys, tokenizer.install_ranks)
+    assert "No such file" in bad(tmp_path / "none", capsys, tokenizer.install_ranks)
+    monkeypatch.setattr(tokenizer, "RANKS_SHA256", hashlib.sha256(b"aGk= 0\n").hexdigest())
+    tokenizer.install_ranks(tmp_path / "ranks")
+    from tiktoken.load import read_file_cached
+    url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+    assert read_file_cached(url, tokenizer.RANKS_SHA256) == b"aGk= 0\n"
