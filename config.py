@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NoReturn
 
+from tqdm import tqdm
+
 from model import GPTConfig
 
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
@@ -22,7 +24,7 @@ prints = False          # whether this rank speaks for itself, beside rank 0: on
 def refuse(message, common=False) -> NoReturn:
     """Bad input: one line on standard error, exit code 2. common: every rank refuses with it, and rank 0 speaks for all."""
     if os.environ.get("RANK", "0") == "0" or prints and not common:
-        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)         # on a line of its own, whatever bars there are
     raise SystemExit(2)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from config import from_args
 from model import GPT
-from population import next_command
+from population import fits_in_memory, next_command
 from train import run_cycles
 
 
@@ -58,7 +58,8 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":
             print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{then}")
         return
-    run_cycles(config, config.distill_from, config.cycles, Chain(config), then)
+    with fits_in_memory(config):
+        run_cycles(config, config.distill_from, config.cycles, Chain(config), then)
 
 
 if __name__ == "__main__":

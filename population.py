@@ -6,13 +6,16 @@ this file knows neither the model nor the data.
 `python -m population CONFIG [--name=value ...]` checks a config and its run directory, and prints how many processes
 run.sh starts for it.
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,16 +33,38 @@ from config import from_args, refuse
 
 # ---------------------------------------------------------------------------------------------- ranks
 
+def micro_batches(config, size):
+    """Every micro_batch in which `size` ranks can share the batches of this config."""
+    ranks = size // math.gcd(size, config.trajectories)
+    sequences = [tokens // config.sequence_len for tokens in (config.batch_tokens, config.batch_tokens_ends)]
+    return [m for m in range(1, min(sequences) // ranks + 1) if not any(n % (ranks * m) for n in sequences)]
+
+
+def smaller_micro_batch(config, size):
+    """What to do where micro_batch is too large."""
+    fits = [m for m in micro_batches(config, size) if m < config.micro_batch]
+    return f"try --micro_batch={fits[-1]}" if fits else None
+
+
 def cannot_share(config, size):
     """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
-    ranks = size // math.gcd(size, config.trajectories)
-    for key in ("batch_tokens", "batch_tokens_ends"):
-        sequences = getattr(config, key) // config.sequence_len
-        if sequences % (ranks * config.micro_batch):
-            fits = max((m for m in range(1, config.micro_batch) if sequences % (ranks * m) == 0), default=None)
-            mend = f"try --micro_batch={fits}" if fits else "start fewer processes, or raise it"
-            return (f"{key}={getattr(config, key)}: its {sequences} sequences cannot be shared by {ranks} ranks per "
-                    f"trajectory in micro-batches of micro_batch={config.micro_batch}; {mend}")
+    if config.micro_batch in micro_batches(config, size):
+        return None
+    return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, sequences of {config.sequence_len}, cannot be shared by "
+            f"{size // math.gcd(size, config.trajectories)} ranks per trajectory in micro-batches of micro_batch={config.micro_batch}; "
+            f"{smaller_micro_batch(config, size) or 'start fewer processes, or raise them'}")
+
+
+@contextlib.contextmanager
+def fits_in_memory(config):
+    """Where a GPU's memory runs out inside: exits with code 2, naming the micro-batch to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        config_module.prints = True         # whichever rank it is
+        mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
+        refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend or 'no smaller one shares the batches, take a smaller model or more GPUs'}"
+               "; what is done is kept, and python -m tools.plan estimates what fits")
 
 
 def processes(config):
@@ -230,10 +255,13 @@ class Run:
         about = dict(trajectory=t, cycle=c, **about, weights_sha256=digest.hexdigest(), identity=self.identity)
         write_whole(self.member_path(t, c), lambda f: torch.save({"weights": weights, "about": json.dumps(about)}, f))
 
+    def mend(self, t):
+        """What to do about a damaged member."""
+        return f"delete trajectory_{t:02d} and run train.py and distill.py again, they train what is missing"
+
     def read_member(self, t, c):
         """(weights: name -> bf16 tensor on disk, about) of a member of this population."""
-        path = self.member_path(t, c)
-        mend = f"delete trajectory_{t:02d} and run train.py and distill.py again, they train what is missing"
+        path, mend = self.member_path(t, c), self.mend(t)
         file = read_tensors(path, mend)
         try:
             weights, about = file["weights"], json.loads(file["about"])
@@ -249,7 +277,7 @@ class Run:
 
     def read_resume(self, t):
         """What save_resume wrote, or None."""
-        path, mend = self.path / f"trajectory_{t:02d}" / "resume.pt", f"delete trajectory_{t:02d} and run train.py and distill.py again"
+        path, mend = self.path / f"trajectory_{t:02d}" / "resume.pt", self.mend(t)
         state = read_tensors(path, mend) if path.exists() else None
         if state is not None and not (isinstance(state, dict) and {"model", "optimizer", "position", "cycles_done", "step"} <= state.keys()):
             refuse(f"{path} is no resume state: {mend}")
@@ -274,7 +302,7 @@ class Run:
         paths = self.score_paths(t, c)
         for split, log_p in scores.items():
             if not np.isfinite(log_p).all():
-                refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: delete trajectory_{t:02d} and train it again")
+                refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: {self.mend(t)}")
             write_whole(paths[split], lambda f: np.save(f, log_p))
         write_json(paths["of"], {"weights_sha256": self.read_member(t, c)[1]["weights_sha256"]})
 
@@ -300,6 +328,44 @@ class Run:
         """One line of metrics.jsonl: a logged step, cycle or score."""
         with open(self.path / "metrics.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
+
+
+class SlowrunFolder(Run):
+    """
+    A run directory whose members are the snapshots of the public Slowrun script, read only, where they lie:
+    model_{i}.pt is trajectory i // cycles, cycle i % cycles, a dict of tensors in bf16 or fp32.
+    """
+
+    def __init__(self, config, data_fingerprint, folder):
+        super().__init__(config, data_fingerprint)
+        self.folder, expected = Path(folder), config.trajectories * config.cycles
+        there = sorted(int(p.stem[6:]) for p in self.folder.glob("model_*.pt") if p.stem[6:].isdecimal())
+        if not there or there[-1] >= expected:
+            refuse(f"members={folder} holds {f'model_{there[-1]}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; trajectories={config.trajectories} x "
+                   f"cycles={config.cycles} expect model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
+        if next(self.path.glob("trajectory_*"), None):
+            refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
+
+    def member_path(self, t, c):
+        return self.folder / f"model_{t * self.config.cycles + c}.pt"
+
+    def mend(self, t):
+        return "fetch it again, or move it away and go without it"
+
+    def read_member(self, t, c):
+        """(weights: name -> tensor on disk, about); the prefixes of DDP and torch.compile go."""
+        path = self.member_path(t, c)
+        weights = read_tensors(path, self.mend(t))
+        if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(w, torch.Tensor) for n, w in weights.items()):
+            refuse(f"{path} is no snapshot of the Slowrun script, a dict of tensors: {self.mend(t)}")
+        with zipfile.ZipFile(path) as records:          # their checksums stand for the contents, without reading them
+            digest = hashlib.sha256(repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
+        return {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}, dict(weights_sha256=digest)
+
+
+def open_run(config, data_fingerprint, members):
+    """The run directory, with its own members or (a folder's name) those of the public Slowrun script."""
+    return SlowrunFolder(config, data_fingerprint, members) if members else Run(config, data_fingerprint)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ weighted mean of probabilities, on held-out text (the fitness set), for every in
 
 One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
+Of others:    --members=FOLDER weighs the public Slowrun script's snapshots, model_0.pt .., instead of the run's own
 
 Scores every member once (run_dir/scores), fits, and writes run_dir/prior.json: members and their losses; for each rule
 the losses for every K, and for K = 1, 2, 4, ... and all the members and weights; the loss after each cycle. All choices
@@ -14,10 +15,10 @@ import math
 import numpy as np
 import torch
 
-from config import from_args, refuse
+from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT
-from population import Run, join_world, next_command, write_json
+from population import fits_in_memory, join_world, next_command, open_run, write_json
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
@@ -187,6 +188,16 @@ def paired_error(difference, sizes):
 
 # --------------------------------------------------------------------------------------------- the scores
 
+def load_member(model, run, t, c):
+    """A member's weights into a model. Its MTP head has no use here and may be missing. Exits with code 2 where the rest does not fit."""
+    weights, own = run.read_member(t, c)[0], model.state_dict()
+    shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
+    for name in sorted(n for n in {*own, *weights} if not n.startswith("mtp_")):
+        if shape(weights, name) != shape(own, name):
+            refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {name} is {shape(weights, name)} there and {shape(own, name)} here; use its config")
+    model.load_state_dict({name: w for name, w in weights.items() if name in own}, strict=False)
+
+
 def score_members(config, data, run, world):
     """
     Score every member that has no scores yet, on both held-out sets, spread over the ranks that can see it: where every
@@ -201,7 +212,7 @@ def score_members(config, data, run, world):
     todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
-        model.load_state_dict(run.read_member(*member)[0])
+        load_member(model, run, *member)
         scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")}
         run.save_scores(*member, scores)
         run.log(kind="score", trajectory=member[0], cycle=member[1], **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
@@ -242,11 +253,16 @@ def print_table(config, result):
 
 
 def main(argv=None):
+    options, argv = take_actions(argv, members="")
     config = from_args(argv, __doc__)
     data = loader.load(config)
-    run = Run(config, data.fingerprint)
+    run = open_run(config, data.fingerprint, options.members)
     world = join_world(config)
-    members = score_members(config, data, run, world)
+    if options.members:
+        run.claim()
+        world.barrier(everyone=True)
+    with fits_in_memory(config):
+        members = score_members(config, data, run, world)
     world.close()
     if world.rank > 0:
         return

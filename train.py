@@ -19,7 +19,7 @@ from config import from_args, refuse
 from data import loader
 from model import GPT
 from optim import MuonAdamW
-from population import Run, join_world, next_command
+from population import Run, fits_in_memory, join_world, next_command
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
 NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
@@ -217,7 +217,8 @@ def main(argv=None):
     config = from_args(argv, __doc__)
     last = min(config.distill_from, config.cycles)
     then = next_command("distill.py" if last < config.cycles else "prior.py", argv)
-    run_cycles(config, 0, last, lambda run, device, t, cycle: label_loss, then)
+    with fits_in_memory(config):
+        run_cycles(config, 0, last, lambda run, device, t, cycle: label_loss, then)
 
 
 if __name__ == "__main__":

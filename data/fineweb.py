@@ -79,7 +79,6 @@ class Download:
                     if self.documents % SAVE_EVERY == 0:
                         self.save(f, stream)
             except Exception as e:                      # a lost network, after many tries; a full disk
-                bar.close()
                 refuse(f"data=fineweb stopped after {self.tokens:,} of {total:,} tokens ({type(e).__name__}: {e}): run this again, it goes on from its last save")
             self.save(f, stream)
         if self.tokens < total:

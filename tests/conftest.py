@@ -7,6 +7,13 @@ MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000,
              micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
 
 
+def error_line(err):
+    """The one error line of a standard error that may hold progress bars, and no traceback."""
+    [line] = [part for line in err.splitlines() for part in line.split("\r") if part.startswith("error: ")]
+    assert "Traceback" not in err
+    return line
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)

@@ -41,9 +41,37 @@ def test_what_follows_from_other_values():
     (["--lr_scale=inf"], ["lr_scale"]), (["--compile=maybe"], ["compile"]), (["--run_dir="], ["run_dir"]), (["--cycles"], ["--cycles", "VALUE"]),
     (["--loop_extra=2"], ["loop_start"]), (["--fitness_tokens=100"], ["fitness_tokens"]), (["--train_tokens=10000"], ["train_tokens"]),
     (["--vocab_size=10"], ["vocab_size", "tokenizer"]), (["extra.py"], ["one config file"]), (["--seed=-1"], ["seed"]), (["--n_embd=16"], ["n_embd", "32"]),
-    (["--seed=99999999999999999999"], ["seed", "2^31"]), (["--epochs_per_cycle=1e308"], ["epochs_per_cycle", "2^31"]),
+    (["--restart=fresh"], ["restart", "noise or none"]), (["--loop_from=1"], ["loop_from", "below 1"]), (["--ema_decay=1"], ["ema_decay"]), (["--ema_every=0"], ["ema_every"]),
+    (["--first_cycle_epochs=-1"], ["first_cycle_epochs"]), (["--seed=99999999999999999999"], ["seed", "2^31"]), (["--epochs_per_cycle=1e308"], ["epochs_per_cycle", "2^31"]),
 ])
 def test_bad_values_are_refused_by_name(args, names, capsys):
+    err = refused([TINY, *args], capsys)
+    assert all(name in err for name in names), err
+
+
+@pytest.mark.parametrize("epochs, trajectories, cycles, spent", [
+    (8, 1, 4, 8), (56, 1, 28, 56), (128, 1, 64, 128), (129, 2, 32, 128), (256, 2, 64, 256), (257, 3, 42, 252), (512, 3, 85, 510), (513, 4, 64, 512),
+    (1024, 4, 128, 1024), (1025, 5, 102, 1020),
+])
+def test_a_budget_becomes_a_population(epochs, trajectories, cycles, spent):
+    config = from_args([TINY, f"--epochs={epochs}"], "")
+    assert (config.trajectories, config.cycles, config.epochs_per_cycle, config.restart) == (trajectories, cycles, 2, "noise")
+    assert config.trajectories * config.epochs_until(config.cycles) == spent
+
+
+@pytest.mark.parametrize("epochs, first, gap", [(1, 0.8875, 0.0375), (2, 1.25, 0.25), (4, 3.25, 0.25), (7, 6.25, 0.25)])
+def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, gap):
+    config = from_args([TINY, f"--epochs={epochs}"], "")
+    assert (config.trajectories, config.cycles, config.restart, config.distill_from) == (1, 4, "none", 4)
+    assert [config.cycle_epochs(c) for c in range(4)] == pytest.approx([first, gap, gap, gap]) and config.epochs_until(4) == pytest.approx(epochs)
+    assert config.batch_tokens_ends == config.batch_tokens
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--epochs=0"], ["epochs", "no recipe"]), (["--epochs=-8"], ["epochs"]), (["--epochs=1.5"], ["epochs", "whole number"]), (["--epochs="], ["epochs"]), (["--epochs"], ["--epochs=VALUE"]),
+    (["--epochs=16", "--cycles=8"], ["epochs", "cycles"]), (["--trajectories=2", "--epochs=16"], ["trajectories"]), (["--epochs=4", "--restart=noise"], ["restart"]),
+])
+def test_budgets_that_are_refused(args, names, capsys):
     err = refused([TINY, *args], capsys)
     assert all(name in err for name in names), err
 

@@ -8,6 +8,7 @@ import torch
 
 from config import from_args
 from data import fineweb, loader, prepare, tokenizer
+from tests.conftest import error_line
 
 pa = pytest.importorskip("pyarrow")
 
@@ -39,9 +40,8 @@ def in_order(texts, val_tokens, train_tokens):
 def bad(argv, capsys, call=prepare.main):
     with pytest.raises(SystemExit) as stop:
         call(argv)
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(err) == 1
-    return err[0]
+    assert stop.value.code == 2
+    return error_line(capsys.readouterr().err)
 
 
 def files(folder):

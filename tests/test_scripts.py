@@ -17,8 +17,8 @@ from config import from_args
 from data import loader, prepare
 from model import GPT
 from population import Run
-from tests.conftest import ROOT
-from tools import plot
+from tests.conftest import ROOT, error_line
+from tools import generate, plot
 
 ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}      # this python is the active one
 
@@ -175,6 +175,66 @@ def test_a_disk_per_node(finished, tmp_path):
     apart, together = (json.loads(p.read_text()) for p in (tmp_path / "disk0" / "prior.json", folder / "out" / "prior.json"))
     assert apart["members"] == together["members"] and apart["answers"] == together["answers"]
     assert not (tmp_path / "disk1" / "prior.json").exists()
+
+
+@pytest.fixture
+def slowrun(finished, tmp_path, monkeypatch):
+    """The finished members as the public script would have written them, in every way it may: (argv for them, folder)."""
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    config = from_args(argv, "")
+    population = Run(config, loader.load(config).fingerprint)
+    (tmp_path / "checkpoints").mkdir()
+    for i, (t, c) in enumerate(population.members()):
+        weights, _ = population.read_member(t, c)
+        prefix = ("", "module.", "_orig_mod.", "module._orig_mod.")[i % 4]
+        weights = {prefix + n: w.float() if i % 2 else w for n, w in weights.items() if i % 3 or not n.startswith("mtp_")}
+        torch.save(weights, tmp_path / "checkpoints" / f"model_{i}.pt")
+    return [*argv, f"--run_dir={tmp_path / 'foreign'}"], tmp_path / "checkpoints"
+
+
+def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finished, tmp_path, capsys):
+    argv, folder = slowrun
+    before = tree(folder)
+    prior.main([*argv, f"--members={folder}"])
+    ours, theirs = (json.loads((p / "prior.json").read_text()) for p in (finished[0] / "out", tmp_path / "foreign"))
+    assert theirs["answers"] == ours["answers"] and theirs["growing"] == ours["growing"] and len(theirs["members"]) == 8
+    assert tree(folder) == before
+    scores = tree(tmp_path / "foreign" / "scores")
+    torch.save({n: w * 1.01 for n, w in torch.load(folder / "model_5.pt").items()}, folder / "model_5.pt")
+    prior.main([*argv, f"--members={folder}"])              # the one that changed is scored again
+    assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {"01_001.npy", "01_001.json"}
+    capsys.readouterr()
+    generate.main([*argv, f"--members={folder}", "--tokens=3", "--K=2"])
+    plot.main(argv)
+    assert "mixture of 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, names", [
+    (lambda f: (f / "model_3.pt").write_bytes((f / "model_3.pt").read_bytes()[:5000]), ["model_3.pt", "not readable"]),
+    (lambda f: torch.save({"model_state_dict": {}}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
+    (lambda f: torch.save([torch.zeros(1)], f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
+    (lambda f: torch.save({"w": os.system}, f / "model_3.pt"), ["model_3.pt", "not readable"]),
+    (lambda f: torch.save({**torch.load(f / "model_2.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"), ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
+    (lambda f: torch.save({n: w for n, w in torch.load(f / "model_2.pt").items() if "lambdas" not in n}, f / "model_3.pt"), ["model_3.pt", "lambdas", "missing there"]),
+    (lambda f: torch.save({n: w * float("nan") for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"), ["model_3.pt", "no numbers"]),
+    (lambda f: torch.save({}, f / "model_8.pt"), ["model_8.pt", "model_0.pt .. model_7.pt", "cycles"]),
+    (lambda f: [p.unlink() for p in f.iterdir()], ["no model_0.pt"]),
+])
+def test_what_is_wrong_with_members_of_others(change, names, slowrun, tmp_path, capsys):
+    argv, folder = slowrun
+    change(folder)
+    before = tree(folder)
+    with pytest.raises(SystemExit) as stop:
+        prior.main([*argv, f"--members={folder}"])
+    err = error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and all(name in err for name in names), err
+    assert tree(folder) == before and not (tmp_path / "foreign" / "prior.json").exists()
+
+
+def test_members_of_others_want_a_run_directory_of_their_own(slowrun, finished, capsys):
+    folder, argv, _ = finished
+    assert "members of its own" in refused(lambda: prior.main([*argv, f"--members={slowrun[1]}"]), capsys)
 
 
 def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):

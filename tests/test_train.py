@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import distill
+import prior
 import train
 from config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
 from population import Run, World, cannot_share, join_world, processes, write_whole
-from tests.conftest import ROOT
+from tests.conftest import ROOT, error_line
 
 RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "") for name in ("1p8b", "1p8b_960")}
 
@@ -184,6 +185,82 @@ def test_the_baseline_follows_one_cosine(ready, monkeypatch):
     monkeypatch.setattr(train, "train_step", lambda model, optimizer, rows, loss_fn, multipliers: (seen.append(multipliers), (torch.zeros(()), torch.zeros(())))[1])
     train.main(ready(trajectories=1, cycles=1, distill_from=1, schedule="cosine", epochs_per_cycle=0.5))
     assert len(seen) > 3 and seen == [(pytest.approx(0.5 * (1 + math.cos(math.pi * s / len(seen)))), 1.0) for s in range(len(seen))]
+
+
+def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
+    """restart=none: the rates fall once over all cycles, nothing is disturbed between them, and pieces equal the whole."""
+    seen, step = [], train.train_step
+    def record(model, optimizer, micro_batches, loss_fn, multipliers):
+        seen.append(multipliers)
+        return step(model, optimizer, micro_batches, loss_fn, multipliers)
+    monkeypatch.setattr(train, "train_step", record)
+    monkeypatch.setattr(train, "perturb", None)
+    argv = ready(trajectories=1, cycles=3, distill_from=3, first_cycle_epochs=1.25, epochs_per_cycle=0.5, restart="none")
+    train.main(argv)
+    config = from_args(argv, "")
+    data = loader.load(config)
+    lengths = [round(e * data.sequences_per_epoch / 4) for e in (1.25, 0.5, 0.5)]
+    assert len(set(lengths)) == 2 and len(seen) == sum(lengths)
+    lr = [0.08 + 0.92 * (1 - s / len(seen)) for s in range(len(seen))]
+    assert [m for m, _ in seen] == pytest.approx(lr) and [d for _, d in seen] == pytest.approx([0.7 + 0.3 * (1 - m) / 0.92 for m in lr])
+    run = Run(config, data.fingerprint)
+    assert [run.read_member(0, c)[1]["epochs"] for c in range(3)] == [1.25, 1.75, 2.25]
+    # the same training without a snapshot on the way ends at the same weights
+    train.main(ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
+    once = torch.load(tmp_path / "one" / "trajectory_00" / "cycle_000.pt", weights_only=True)["weights"]
+    assert all(torch.equal(w, once[n]) for n, w in run.read_member(0, 2)[0].items())
+
+
+def test_a_member_can_be_an_average_of_the_weights(ready, monkeypatch):
+    kept, step = [], train.train_step
+    def record(model, *args):
+        result = step(model, *args)
+        kept.append({n: w.double().clone() for n, w in model.state_dict().items()})
+        return result
+    monkeypatch.setattr(train, "train_step", record)
+    argv = ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=4, ema_decay=0.75, ema_every=2)
+    train.main(argv)
+    config, L = from_args(argv, ""), len(kept)
+    average = None
+    for s in range(L):                          # the last tenth, every second step, the last one included
+        if s >= 0.9 * L and (L - 1 - s) % 2 == 0:
+            average = kept[s] if average is None else {n: 0.75 * average[n] + 0.25 * w for n, w in kept[s].items()}
+    run = Run(config, loader.load(config).fingerprint)
+    member, about = run.read_member(0, 0)
+    assert L > 30 and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
+    for name, w in run.read_resume(0)["model"].items():
+        assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[name], w.bfloat16())
+    model = GPT(config)
+    model.load_state_dict({n: w.float() for n, w in average.items()})
+    assert -loader.score(model, loader.load(config).fit, 4).mean() == pytest.approx(about["fit_loss"], abs=1e-5)
+
+
+def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
+    applied, step = [], train.train_step
+    def record(model, *args):
+        calls = []
+        hooks = [layer.register_forward_hook(lambda *a, i=i: calls.append(i)) for i, layer in enumerate(model.transformer.h)]
+        result = step(model, *args)
+        applied.append(calls[:len(calls) // 2])             # of the first of two micro-batches
+        [hook.remove() for hook in hooks]
+        return result
+    monkeypatch.setattr(train, "train_step", record)
+    train.main(ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=1, n_layer=4, loop_start=2, loop_end=4, loop_extra=1, loop_from=0.5))
+    half = math.ceil(len(applied) / 2)
+    assert len(applied) > 5 and applied == [[0, 1, 2, 3]] * half + [[0, 1, 2, 3, 2, 3]] * (len(applied) - half)
+
+
+def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    for script, patched in ((train, (train, "train_step")), (distill, (train, "train_step")), (prior, (loader, "score"))):
+        monkeypatch.setattr(*patched, out_of_memory)
+        for size, names in ((4, "--micro_batch=2"), (2, "--micro_batch=1"), (1, "no smaller one")):
+            with pytest.raises(SystemExit) as stop:
+                script.main(ready(micro_batch=size))
+            assert stop.value.code == 2 and names in error_line(capsys.readouterr().err)
+        monkeypatch.undo()
+        script.main(ready())
 
 
 def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ asks all K members for every token and takes the weighted mean of their probabil
 
 Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
             --tokens=80  --temperature=0.8  --top_k=50 (0: no limit)  --sample_seed=0
-            --member=T,C (trajectory and cycle: that member alone, instead of both)
+            --member=T,C (trajectory and cycle: that member alone, instead of both)  --members=FOLDER (as of prior.py)
 """
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from config import from_args, refuse, take_actions
 from data import loader
 from data.tokenizer import get_tokenizer
 from model import GPT
-from population import Run, join_world, read_json
+from population import join_world, open_run, read_json
+from prior import load_member
 
-ACTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="")
+ACTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", members="")
 
 
 def next_probabilities(p, temperature, top_k):
@@ -80,7 +81,7 @@ def main(argv=None):
             refuse(f"{name}={getattr(options, name)}: must be {rule}")
     if any("\ud800" <= c <= "\udfff" for c in options.prompt):
         refuse("prompt: is not text in UTF-8")
-    run = Run(config, loader.load(config).fingerprint)
+    run = open_run(config, loader.load(config).fingerprint, options.members)
     path = Path(config.run_dir) / "prior.json"
     if not path.exists():
         refuse(f"no {path}: run prior.py on this config first")
@@ -90,7 +91,7 @@ def main(argv=None):
     for label, members, weights in picked:
         models = [GPT(config).place(device).eval() for _ in members]
         for model, member in zip(models, members):
-            model.load_state_dict(run.read_member(*member)[0])
+            load_member(model, run, *member)
         text = decode(sample(models, weights, [bos, *encode(options.prompt)], options, stop=bos))
         print(f"{label}: {(options.prompt + text)!r}")
 

@@ -15,7 +15,7 @@ from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT
 from optim import MuonAdamW
-from population import cannot_share
+from population import cannot_share, micro_batches
 from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
 
 ACTIONS = dict(ranks=8, mfu=0.4, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
@@ -132,13 +132,6 @@ def memory_of(config, model):
     return fixed, {"activations": (COMPILED if config.compile else EAGER) * T * C * applications, "logits": T * V * (LOGITS * heads + LOGITS_KL * chain)}
 
 
-def largest_micro_batch(config, ranks, room, per_sequence):
-    """The most sequences of a micro-batch that fit in `room` bytes and share the batches evenly; 0: none."""
-    group = ranks // math.gcd(ranks, config.trajectories)
-    shares = [getattr(config, key) // config.sequence_len // group for key in ("batch_tokens", "batch_tokens_ends")]
-    return max((m for m in range(1, min(shares) + 1) if not any(s % m for s in shares) and m * per_sequence <= room), default=0)
-
-
 # ------------------------------------------------------------------------------------------ the print
 
 def print_model(model):
@@ -188,8 +181,8 @@ def print_machine(config, model, options):
         print(f"  {part + ', per sequence':36} {count / GIB:>8.2f}")
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
     total = (sum(fixed.values()) + config.micro_batch * sum(per_sequence.values())) / GIB
-    fits = largest_micro_batch(config, options.ranks, usable - sum(fixed.values()), sum(per_sequence.values()))
-    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: micro_batch={fits or 'none'}")
+    fits = max((m for m in micro_batches(config, options.ranks) if sum(fixed.values()) + m * sum(per_sequence.values()) <= usable), default="none")
+    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: micro_batch={fits}")
     member = 2 * sum(p.numel() for p in model.parameters())
     state = sum(list(fixed.values())[i] for i in (0, 2))
     members = config.trajectories * config.cycles

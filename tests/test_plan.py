@@ -1,0 +1,113 @@
+"""The plan against the record's published counts, plain loops, and models that are really built."""
+import pytest
+import torch
+
+from config import from_args
+from data import prepare
+from model import GPT
+from tests.conftest import ROOT, error_line
+from tools import plan
+
+
+def of(name, *flags):
+    config = from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")
+    return config, plan.meta_model(config), plan.sequences_per_epoch(config)
+
+
+def gflop(model, teacher=False):
+    return plan.step_flops(model, True, teacher) / 1e9
+
+
+def test_the_records_counts():
+    config, model, sequences = of("1p8b_960")
+    assert sum(plan.parameters_by_part(model).values()) == 1_870_172_811 and sequences == 48_736
+    assert gflop(model) == pytest.approx(25.5290, abs=5e-5) and gflop(model, teacher=True) == pytest.approx(33.7046, abs=5e-5)
+    assert plan.cycles_of(config, sequences) == [(0, 23, 508, 393_216), (24, 71, 381, 524_288), (72, 95, 508, 393_216)]
+    assert sum(plan.flops_of(config, model, sequences).values()) - plan.flops_of(config, model, sequences)["prior.py"] == pytest.approx(3.17e21, rel=2e-3)
+    config, model, sequences = of("1p8b")
+    assert plan.cycles_of(config, sequences) == [(0, 15, 508, 393_216), (16, 47, 381, 524_288), (48, 63, 508, 393_216)]
+    assert plan.flops_of(config, model, sequences)["prior.py"] == pytest.approx(1.05e19, rel=0.02)
+
+
+def test_windows_against_a_loop():
+    for T, window in ((8, 8), (8, 4), (7, 3), (2048, 1024)):
+        pairs = sum(1 for q in range(T) for k in range(T) if 0 <= q - k <= window) if T < 10 else 768.75 * T
+        assert plan.mean_keys(T, window) * T == pytest.approx(pairs)
+    assert plan.mean_keys(2048, 2048) == 1024.5
+
+
+def test_the_memory_is_the_estimate_of_the_record():
+    config, model, _ = of("1p8b", "--compile=False")
+    fixed, per_sequence = plan.memory_of(config, model)
+    GIB = 2 ** 30
+    wanted = {"parameters (fp32; embedding bf16)": 6.8, "gradients": 6.8, "optimizer": 6.2 + 1.15, "bf16 copies of the weights": 3.5, "mixed heads' weights": 1.6, "teacher (bf16)": 3.4}
+    assert {part: count / GIB for part, count in fixed.items()} == pytest.approx(wanted, abs=0.1)
+    assert per_sequence["activations"] / GIB == pytest.approx(16.2, abs=0.05)
+    assert 70 < (sum(fixed.values()) + 2 * sum(per_sequence.values())) / GIB < 73
+    config, model, _ = of("1p8b", "--compile=False", "--distill_from=64")
+    fixed, per_sequence = plan.memory_of(config, model)
+    assert (sum(fixed.values()) + 2 * sum(per_sequence.values())) / GIB == pytest.approx(62, abs=0.5)
+
+
+def test_the_model_is_counted_as_it_is(micro):
+    config = from_args(micro(), "")
+    model = GPT(config).init_weights()
+    assert sum(plan.parameters_by_part(plan.meta_model(config)).values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_linear_flops_against_torchs_counter(micro):
+    """A forward pass at dropout 0, attention left out: the counter sees every matrix product, the head mixes' too."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config = from_args(micro(iha=False, n_layer=4, loop_start=2, loop_end=4, loop_extra=2), "")
+    model = GPT(config).init_weights().eval()
+    idx = torch.randint(257, (2, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(idx)
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    linear = sum(n for op, n in counted.items() if "attention" not in op and "bmm" not in op)
+    terms = plan.forward_flops(model, True, mtp=False)
+    saved = 2 * sum(p.numel() for p in model.ve_projs["3"].parameters()) * 2        # computed once, not three times
+    assert linear == 64 * (terms["layers"] + terms["value embeddings"] + terms["head"] - saved)
+
+
+@pytest.mark.parametrize("flags, change", [
+    (["--n_embd=1024", "--n_head=8"], lambda p, o: p["gflop"] < o["gflop"] / 3 and p["members"] == o["members"]),
+    (["--cycles=32"], lambda p, o: p["flops"] / o["flops"] == pytest.approx((8 * 25.529 + 24 * 33.7046) / (8 * 25.529 + 56 * 33.7046), rel=1e-3) and p["gflop"] == o["gflop"]),
+    (["--trajectories=4"], lambda p, o: p["flops"] == pytest.approx(2 * o["flops"]) and p["members"] == 2 * o["members"]),
+    (["--distill_from=64"], lambda p, o: p["flops"] / o["flops"] == pytest.approx(64 * 25.529 / (8 * 25.529 + 56 * 33.7046), rel=1e-3)),
+    (["--loop_from=0.5"], lambda p, o: p["gflop"] == o["gflop"] and 0.7 * o["flops"] < p["flops"] < 0.85 * o["flops"]),
+])
+def test_the_figures_follow_overrides(flags, change):
+    def figures(*flags):
+        config, model, sequences = of("1p8b", *flags)
+        flops = plan.flops_of(config, model, sequences)
+        return dict(gflop=gflop(model), flops=flops["train.py"] + flops["distill.py"], members=config.trajectories * config.cycles)
+    assert change(figures(*flags), figures())
+
+
+def test_what_is_printed(capsys):
+    plan.main([str(ROOT / "configs" / "1p8b.py"), "--mfu=0.55", "--price=2"])
+    out = capsys.readouterr().out
+    for words in ("1,870,172,811", "25.5290", "33.7046", "2 x 64 = 128 members, 256 epochs", "508 steps of 393,216", "2 groups of 4", "the predecessor, from cycle 8",
+                  "128 members of 3.74", "micro_batch=2", "0.2500 0.2499", "x 1.0000 .. 0.0818"):
+        assert words in out, words
+    [hours] = [float(line.split()[4]) for line in out.splitlines() if line.startswith("  in all")]
+    assert hours == pytest.approx(53.3 * 8.462 / 8.357, rel=0.01)           # 53 h of training at 55 % of the peak, and the scoring
+    plan.main([str(ROOT / "configs" / "1p8b.py"), "--epochs=4"])
+    assert "4 epochs" in capsys.readouterr().out
+
+
+def test_prepared_data_is_counted_exactly(micro):
+    argv = micro()
+    estimate = plan.sequences_per_epoch(from_args(argv, ""))
+    prepare.main(argv)
+    from data import loader
+    assert plan.sequences_per_epoch(from_args(argv, "")) == loader.load(from_args(argv, "")).sequences_per_epoch <= estimate
+
+
+@pytest.mark.parametrize("flag, names", [("--ranks=0", ["ranks"]), ("--ranks=7", ["ranks=7", "micro_batch"]), ("--mfu=1.5", ["mfu"]), ("--price=-1", ["price"]), ("--ranks=x", ["ranks"])])
+def test_bad_flags(flag, names, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main([str(ROOT / "configs" / "1p8b.py"), flag])
+    err = error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and all(name in err for name in names)
