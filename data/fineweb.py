@@ -27,7 +27,7 @@ def open_stream(**source):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     where = source.get("data_files") or source["path"]
     try:
-        stream = datasets.load_dataset(**source, streaming=True)
+        stream = datasets.load_dataset(**source, streaming=True, batch_size=100)       # rows read ahead are most of the memory
         columns = list(next(iter(stream.take(1)), {"text": ""}))
     except Exception as e:                  # anything, from a lost network to a torn file
         mend = "connect, or put the public fineweb_val.pt and fineweb_train.pt into data_dir" if where == source["path"] else "is the file whole?"

@@ -24,7 +24,6 @@ INDEPENDENT = ["--cycles=1", "--schedule=cosine", "--distill_from=1", "--ema_dec
 VARIANTS = {                # name: (label, epochs, flags)
     "independent_8x32": ("8 independent models of 32 epochs", 256, [*INDEPENDENT, "--trajectories=8", "--epochs_per_cycle=32"]),
     "q0_256": ("q0, --epochs=256: 2 x 64 cycles", 256, ["--epochs=256"]),
-    "independent_16x16": ("16 independent models of 16 epochs", 256, [*INDEPENDENT, "--trajectories=16", "--epochs_per_cycle=16"]),
     "e1": ("--epochs=1: four snapshots on the last 0.15 epoch", 1, ["--epochs=1"]),
     "e4": ("--epochs=4: four snapshots on the last epoch", 4, ["--epochs=4"]),
     "e4_cycles": ("2 cycles of 2 epochs", 4, ["--trajectories=1", "--cycles=2"]),
