@@ -75,6 +75,11 @@ def processes(config):
     return fitting[-1] if fitting else refuse(cannot_share(config, 1))
 
 
+def progress_bar(iterable=None, **options):
+    """tqdm's; in a log file a line now and then."""
+    return tqdm(iterable, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+
 @dataclass
 class World:
     """
@@ -95,9 +100,8 @@ class World:
         return self.data_rank == 0
 
     def progress(self, iterable=None, **options):
-        """A tqdm bar on rank 0; in a log file a line now and then."""
-        seconds = 0.2 if sys.stderr.isatty() else 30
-        return tqdm(iterable, disable=self.rank > 0 or iterable == [], dynamic_ncols=True, mininterval=seconds, **options)
+        """A bar on rank 0."""
+        return progress_bar(iterable, disable=self.rank > 0 or iterable == [], **options)
 
     def mean(self, value):
         """The mean of a tensor of one element over the ranks of this group, as a float."""

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from config import refuse
 from data.loader import file_name
-from population import differences, read_json, write_json
+from population import differences, progress_bar, read_json, write_json
 
 SOURCE = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train", revision="9bb295ddab0e05d785b879661af7260fed5140fc")    # v1.4.0
 SAVE_EVERY = 5_000                  # documents
@@ -65,7 +64,7 @@ class Download:
         if self.place:
             stream.load_state_dict(self.place)
         self.tokens_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.tokens_path, "ab") as f, tqdm(total=total, initial=self.tokens, unit="token", unit_scale=True, desc="FineWeb") as bar:
+        with open(self.tokens_path, "ab") as f, progress_bar(total=total, initial=self.tokens, unit="token", unit_scale=True, desc="FineWeb") as bar:
             f.truncate(2 * self.tokens)                 # what was written after the last save comes again
             try:
                 for row in stream if self.tokens < total else ():
