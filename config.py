@@ -37,7 +37,7 @@ def free(**default):
 class Config(GPTConfig):
     vocab_size: int = dataclasses.field(init=False)     # follows from the tokenizer
     # data
-    data: str = free(default="manual")      # "manual", or .txt and .jsonl files and folders, separated by commas
+    data: str = free(default="manual")      # manual, fineweb, or .txt, .jsonl, .parquet files and folders, separated by commas
     data_dir: str = free()                  # where data.prepare writes the token files
     tokenizer: str = "bytes"                # bytes (256 + separator) or gpt2 (BPE)
     train_tokens: int                       # the train file, the fitness set at its front included
@@ -55,7 +55,7 @@ class Config(GPTConfig):
     # a decay: a cycle, or with restart=none all of them
     schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0, decay constant
     loop_from: float = 0.0                  # the part of it after which the looped layers run
-    ema_decay: float = 0.0                  # a member is an EMA of the weights over its cycle's last tenth; 0: the last weights
+    ema_decay: float = 0.0                  # a member is an EMA of the weights at its cycle's end; 0: the last weights
     ema_every: int = 10                     # steps between two updates of that EMA
     lr_scale: float = 0.25                  # multiplies the optimizer's peak rates
     batch_tokens: int                       # tokens per step, over all ranks of a trajectory: in the middle cycles,
@@ -67,6 +67,7 @@ class Config(GPTConfig):
     distill_temperature: float = 1.2
     # running
     compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
+    checkpoint: bool = free(default=False)  # repeats of looped layers are computed again for backward, not kept
 
     def __post_init__(self):
         self.vocab_size = VOCAB_SIZE.get(self.tokenizer, 0)
@@ -100,6 +101,7 @@ def rules(c):
     yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
     yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
     yield c.restart in ("noise", "none"), "restart", "must be noise or none"
+    yield not c.ema_decay or c.restart == "noise" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
     yield c.n_layer % 2 == 0, "n_layer", f"must be even (half encoder, half decoder); try {c.n_layer + 1}"
     yield c.n_embd % c.n_head == 0, "n_embd", f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
@@ -167,9 +169,11 @@ def take_actions(argv, **defaults):
     values, rest = dict(defaults), []
     for arg in sys.argv[1:] if argv is None else argv:
         name, equals, text = arg[2:].partition("=")
-        if not arg.startswith("--") or name not in defaults or not equals:
+        if not arg.startswith("--") or name not in defaults:
             rest.append(arg)
             continue
+        if not equals or text == defaults[name] == "":
+            refuse(f"{arg} has no value: write --{name}=VALUE")
         try:
             values[name] = type(defaults[name])(text)
         except ValueError:
@@ -187,7 +191,7 @@ def recipe(epochs):
         gap = (epochs - before) / 4
         return dict(trajectories=1, cycles=4, epochs_per_cycle=gap, first_cycle_epochs=before + gap, restart="none", distill_from=4, batch_tokens_ends=None)
     trajectories = next((n for n, most in ((1, 128), (2, 256), (3, 512), (4, 1024)) if epochs <= most), 5)
-    return dict(trajectories=trajectories, cycles=epochs // (2 * trajectories), epochs_per_cycle=2.0)
+    return dict(trajectories=trajectories, cycles=epochs // (2 * trajectories), epochs_per_cycle=2.0, first_cycle_epochs=None, restart="noise")
 
 
 def from_args(argv, usage):
@@ -214,8 +218,10 @@ def from_args(argv, usage):
     budget = given.pop("epochs", None)
     values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()} | given
     if budget is not None:
-        if not budget.isdecimal() or not 0 < int(budget) < 2 ** 31:
-            refuse(f"epochs={budget!r}: no recipe fits it; wants a whole number of 1 or more, over all trajectories together")
+        if not budget.isdecimal() or not 0 < int(budget) <= 100_000:
+            refuse(f"epochs={budget!r}: no recipe fits it; wants a whole number from 1 to 100,000, over all trajectories together")
+        if values.get("schedule", "cycle") != "cycle":
+            refuse(f"epochs={budget}: the recipe is one of schedule=cycle, this config has schedule={values['schedule']}; set its epochs_per_cycle")
         chosen = recipe(int(budget))
         if chosen.keys() & given.keys():
             refuse(f"epochs={budget} already chooses {', '.join(sorted(chosen.keys() & given.keys()))}: give one or the other")

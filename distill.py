@@ -13,25 +13,31 @@ import torch
 import torch.nn.functional as F
 
 from config import from_args
-from model import GPT
+from model import GPT, cross_entropy
 from population import fits_in_memory, next_command
 from train import run_cycles
 
 
 def distillation_kl(student_logits, teacher_logits, temperature):
-    """T^2 * KL(teacher || student) of (..., V) logits, both softened by T, in nats, mean over all positions."""
-    student = F.log_softmax(student_logits / temperature, dim=-1).flatten(0, -2)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)
-    return temperature ** 2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    """T^2 * KL(teacher || student) of (n, V) logits, both softened by T, in nats, summed over positions."""
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature ** 2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
 def chain_loss(student, teacher, batch, alpha, temperature):
     """(1 - alpha) * training loss + alpha * T^2 KL, of sequences (B, T + 1), in nats per token (paper, eq. 6)."""
     idx, targets = batch[:, :-1], batch[:, 1:]
-    logits, loss = student(idx, targets)
     with torch.no_grad():
-        teacher_logits = teacher(idx)
-    return (1 - alpha) * loss + alpha * distillation_kl(logits, teacher_logits, temperature)
+        states = teacher.hidden(idx).flatten(0, 1)          # N, C: logits follow chunk by chunk, as the student's do
+
+    def token_loss(logits, targets, chunk):
+        with torch.no_grad():
+            teacher_logits = teacher.logits(states[chunk])
+        return (1 - alpha) * cross_entropy(logits, targets) + alpha * distillation_kl(logits, teacher_logits, temperature)
+
+    loss, mtp = student(idx, targets, token_loss)
+    return loss + (1 - alpha) * mtp
 
 
 class Chain:

@@ -1,13 +1,18 @@
 """
 The GPT of the NanoGPT Slowrun record: forward pass, training loss, log-probabilities.
-Imports nothing of ours. Shapes: B sequences, T tokens, C = n_embd, H heads, D = C // H, V = vocab_size.
+Imports nothing of ours. Shapes: B sequences, T tokens, C = n_embd, H heads, D = C // H, V = vocab_size, N = B * T.
 """
+import functools
+import importlib.util
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -35,6 +40,38 @@ def rotary(x, cos, sin):
     return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos], dim=-1).to(x.dtype)
 
 
+def mixed_precision(method):
+    """bf16 autocast on CUDA, float32 elsewhere."""
+    @functools.wraps(method)
+    def wrapped(self, idx, *args):
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
+            return method(self, idx, *args)
+    return wrapped
+
+
+def attend(q, k, v, window):
+    """
+    Causal attention, (B, T, H, D) each; window: how many keys to the left are seen, None: all. Flash attention on CUDA,
+    where no mask is ever built; PyTorch's own elsewhere.
+    """
+    B, T, H, D = q.shape
+    if q.is_cuda:
+        ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+        y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, T, T, window_size=(-1 if window is None else window, 0))
+        return y.view(B, T, H, D)
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))                # B, H, T, D
+    mask = None
+    if window is not None and window < T - 1:
+        distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+        mask = (distance >= 0) & (distance <= window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+def attention_kind(device):
+    """What attend() runs there, in words."""
+    return f"flash attention ({current_flash_attention_impl() or 'FA2'})" if device.type == "cuda" else "PyTorch's attention"
+
+
 class Attention(nn.Module):
     def __init__(self, config, has_ve):
         super().__init__()
@@ -51,23 +88,20 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(32, H, bias=False) if has_ve else None
         self.attn_gate = nn.Linear(12, H, bias=False)
 
-    def heads(self, x, linear, mix):
-        """Project x (B, T, C) to heads (B, T, H, D), mixing the heads' weights first."""
-        w = linear.weight                                               # C, C
-        if mix is not None:
-            w = (mix @ w.view(self.n_head, -1)).view_as(w)
-        return F.linear(x, w).view(*x.shape[:2], self.n_head, -1)
+    def weights(self):
+        """The (C, C) weights of q, k and v, every head's a mix of all heads'."""
+        if not self.iha:
+            return self.c_q.weight, self.c_k.weight, self.c_v.weight
+        pairs = (self.q_mix, self.c_q), (self.k_mix, self.c_k), (self.v_mix, self.c_v)
+        return [(mix @ linear.weight.view(self.n_head, -1)).view_as(linear.weight) for mix, linear in pairs]
 
-    def forward(self, x, ve, rope, mask):
-        mixes = (self.q_mix, self.k_mix, self.v_mix) if self.iha else (None, None, None)
-        q, k, v = (self.heads(x, linear, mix) for linear, mix in zip((self.c_q, self.c_k, self.c_v), mixes))
+    def forward(self, x, weights, ve, rope, window):
+        q, k, v = (F.linear(x, w).view(*x.shape[:2], self.n_head, -1) for w in weights)         # B, T, H, D
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))         # B, T, H: starts at 1, the gate's weights at 0
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = norm(rotary(q, *rope)), norm(rotary(k, *rope))
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                # B, H, T, D
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        y = y.transpose(1, 2) * torch.sigmoid(self.attn_gate(x[..., :12])).unsqueeze(-1)
+        y = attend(norm(rotary(q, *rope)), norm(rotary(k, *rope)), v, window)
+        y = y * torch.sigmoid(self.attn_gate(x[..., :12])).unsqueeze(-1)
         y = self.c_proj(y.flatten(2))                                   # B, T, C
         return F.dropout(y, self.dropout, self.training)
 
@@ -93,9 +127,53 @@ class Block(nn.Module):
         self.attn = Attention(config, has_ve)
         self.mlp = MLP(config)
 
-    def forward(self, x, ve, rope, mask):
-        x = x + self.attn(norm(x), ve, rope, mask)
+    def forward(self, x, weights, ve, rope, window):
+        x = x + self.attn(norm(x), weights, ve, rope, window)
         return x + self.mlp(norm(x))
+
+
+class HeadLoss(torch.autograd.Function):
+    """
+    The mean over N tokens of a loss of capped logits, from hidden states x (N, C) and the head's weight (V or more, C).
+    Loss and gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive.
+    token_loss(logits (n, V) float32, targets (n,), chunk: slice of N) is a chunk's sum.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, V, targets, token_loss):
+        N, w, train = len(x), weight[:V].to(x.dtype), ctx.needs_input_grad[0]
+        total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
+        for chunk in chunks(x, V):
+            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, V
+            with torch.set_grad_enabled(train):
+                loss = token_loss(cap(z), targets[chunk], chunk) / N
+            total += loss.detach()
+            if train:
+                dz, = torch.autograd.grad(loss, z)
+                dx[chunk] = dz @ w
+                dw[:V] += dz.T @ x[chunk]
+        ctx.gradients = dx, dw
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        dx, dw = ctx.gradients
+        return dx.mul_(scale), dw.mul_(scale), None, None, None
+
+
+def cap(z):
+    return 15 * torch.tanh(z.float() / 15)
+
+
+def chunks(x, V):
+    """Slices of the N tokens of x (N, C), few enough each for their V logits not to count."""
+    n = max(1, (2 ** 28 if x.is_cuda else 2 ** 26) // (4 * V))
+    return [slice(i, i + n) for i in range(0, len(x), n)]
+
+
+def cross_entropy(logits, targets, chunk=None):
+    """Summed over tokens, in nats."""
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 class GPT(nn.Module):
@@ -127,18 +205,17 @@ class GPT(nn.Module):
         end = config.loop_end if block else L
         self.layers = [*range(end), *block, *range(end, L)]
         self.looping = True             # False: every layer once
+        self.checkpointing = False      # repeated applications are computed again for backward instead of kept
         self.register_tables()
 
     def register_tables(self):
-        """Rotary angles and the mask of the short window: half the sequence to the left, plus self."""
+        """Rotary angles."""
         T, D = self.config.sequence_len, self.config.n_embd // self.config.n_head
         position = torch.arange(T)
         frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
         angle = torch.outer(position.float(), frequency)[:, None, :]                    # T, 1, D/2
         self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
-        distance = position[:, None] - position[None, :]
-        self.register_buffer("short", (distance >= 0) & (distance <= T // 2), persistent=False)
 
     @torch.no_grad()
     def init_weights(self):
@@ -165,6 +242,8 @@ class GPT(nn.Module):
         self.to(device)
         if device.type == "cuda":
             self.transformer.wte.bfloat16()
+            if importlib.util.find_spec("flash_attn_interface"):            # FlashAttention 3, where it is installed
+                activate_flash_attention_impl("FA3")
             if compile:             # block by block: looped layers reuse one graph, and DDP overlaps between blocks
                 torch._dynamo.config.recompile_limit = 64       # training, scoring and teaching each have their kinds of block
                 torch._dynamo.config.optimize_ddp = False       # would cut each block at DDP's buckets
@@ -173,53 +252,62 @@ class GPT(nn.Module):
                         block.compile()
         return self
 
+    @mixed_precision
     def hidden(self, idx):
         """The final normed hidden states, (B, T, C)."""
         c, T, half = self.config, idx.size(1), self.config.n_layer // 2
         rope = self.cos[:T], self.sin[:T]
-        short = self.short[:T, :T] if T > c.sequence_len // 2 + 1 else None     # None: plain causal
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
+        # what a layer needs however often it is applied
+        weights = [block.attn.weights() for block in self.transformer.h]
         ve = {int(i): proj(x0) for i, proj in self.ve_projs.items()}
-        encoder = {}
+        encoder, applied = {}, set()
         for i in self.layers if self.looping else range(c.n_layer):
             if i >= half:                                                       # U-Net: decoder i pairs with L-1-i
                 x = x + self.skip_weights[i - half] * encoder[c.n_layer - 1 - i]
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
-            x = self.transformer.h[i](x, ve.get(i), rope, None if long else short)
+            inputs = x, weights[i], ve.get(i), rope, None if long else c.sequence_len // 2
+            if self.checkpointing and i in applied and torch.is_grad_enabled():
+                x = checkpoint(self.transformer.h[i], *inputs, use_reentrant=False)
+            else:
+                x = self.transformer.h[i](*inputs)
+            applied.add(i)
             if i < half:
                 encoder[i] = x
         return norm(x)
 
     def logits(self, x):
-        """Capped logits in fp32 (B, T, V), without the padding of the vocabulary; x is normed."""
-        z = self.lm_head(x)[..., :self.config.vocab_size].float()
-        return 15 * torch.tanh(z / 15)
+        """Capped logits in fp32 (..., V), without the padding of the vocabulary; x (..., C) is normed."""
+        return cap(F.linear(x, self.lm_head.weight[:self.config.vocab_size].to(x.dtype)))
 
-    def mtp_loss(self, x, targets):
+    def head_loss(self, x, targets, token_loss=cross_entropy):
+        """The mean of a token_loss (see HeadLoss) of hidden states (B, T, C)."""
+        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, self.config.vocab_size, targets.flatten(), token_loss)
+
+    @mixed_precision
+    def mtp_loss(self, targets, x):
         """Multi-token prediction: position t also sees token t+1 and predicts token t+2."""
         e = norm(self.transformer.wte(targets[:, :-1]))
         h = self.mtp_proj(torch.cat([x[:, :-1], e], dim=-1))                    # B, T-1, C
         T = h.size(1)
-        h = self.mtp_block(h, None, (self.cos[:T], self.sin[:T]), None)
-        return F.cross_entropy(self.logits(norm(h)).flatten(0, 1), targets[:, 1:].flatten())
+        h = self.mtp_block(h, self.mtp_block.attn.weights(), None, (self.cos[:T], self.sin[:T]), None)
+        return self.head_loss(norm(h), targets[:, 1:])
 
-    def forward(self, idx, targets=None):
+    @mixed_precision
+    def forward(self, idx, targets=None, token_loss=cross_entropy):
         """
-        Logits (B, T, V) float32; with targets (logits, loss): the cross-entropy, in training with the weighted
-        multi-token-prediction loss, in nats, mean over tokens.
+        Without targets the logits (B, T, V) float32; with them two scalars in nats: the mean of token_loss, by default
+        the cross-entropy, and, in training, the weighted multi-token-prediction loss (else 0).
         """
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
-            x = self.hidden(idx)
-            logits = self.logits(x)
-            if targets is None:
-                return logits
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            if self.config.mtp_weight and self.training:
-                loss = loss + self.config.mtp_weight * self.mtp_loss(x, targets)
-            return logits, loss
+        x = self.hidden(idx)
+        if targets is None:
+            return self.logits(x)
+        mtp = self.config.mtp_weight * self.mtp_loss(targets, x) if self.config.mtp_weight and self.training else 0
+        return self.head_loss(x, targets, token_loss), mtp
 
     def log_p(self, idx, targets):
         """Natural log of the probability given to each target, (B, T) float32."""
-        logits = self(idx)
-        return -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        x, flat = self.hidden(idx).flatten(0, 1), targets.flatten()
+        rows = [-F.cross_entropy(self.logits(x[chunk]), flat[chunk], reduction="none") for chunk in chunks(x, self.config.vocab_size)]
+        return torch.cat(rows).view_as(targets)

@@ -1,8 +1,10 @@
 """
 Muon for matrices, AdamW for the rest, as one optimizer: the recipe of the Slowrun record (Muon with Polar Express,
-MuonEq-R, NorMuon and cautious decay). Every rank holds all of it and computes the same step from the reduced gradients.
+MuonEq-R, NorMuon and cautious decay). All ranks have the reduced gradients; each keeps the moments of its share of the
+matrices, steps these and sends them to the others. AdamW's part is small, and every rank does it.
 """
 import torch
+import torch.distributed as dist
 
 # Peak rates, before lr_scale.
 MATRIX_LR, EMBEDDING_LR, UNEMBEDDING_LR, SCALAR_LR, IHA_LR = 0.04, 0.15, 0.002, 0.1, 0.02
@@ -74,17 +76,20 @@ def make_groups(named_parameters, lr_scale):
 class MuonAdamW:
     """
     step() applies each group's rates times the current multipliers (set_rates). The state is saved by parameter name:
-    moments only, rates always come from the configuration.
+    moments only, rates always come from the configuration. process_group: the ranks that share the work, None: one.
     """
 
-    def __init__(self, named_parameters, lr_scale):
+    def __init__(self, named_parameters, lr_scale, process_group=None):
         named_parameters = dict(named_parameters)
+        self.process_group, self.rank, self.size = process_group, 0, 1
+        if process_group is not None:
+            self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.groups = make_groups(named_parameters, lr_scale)
         self.steps, self.lr_multiplier, self.wd_multiplier = 0, 1.0, 1.0
         owned = [id(p) for g in self.groups for p in g["params"]]
         assert sorted(owned) == sorted(map(id, named_parameters.values())), "each parameter in exactly one group"
         for g in self.groups:
-            p, n = g["params"][0], len(g["params"])
+            p, n = g["params"][0], len(g["params"][self.rank::self.size])         # of a stack every size-th is ours
             if g["kind"] == "adamw":
                 g["m"] = [torch.zeros_like(p) for p in g["params"]]
                 g["v"] = [torch.zeros_like(p) for p in g["params"]]
@@ -120,23 +125,41 @@ class MuonAdamW:
     def muon(self, g, lr, decay):
         rows, cols = g["params"][0].shape
         lr = lr * max(1, rows / cols) ** 0.5                    # tall matrices step further
-        at_once = max(1, STACK // (rows * cols))
-        for part in (slice(i, i + at_once) for i in range(0, len(g["params"]), at_once)):
-            grads = torch.stack([p.grad for p in g["params"][part]])
+        mine, at_once = g["params"][self.rank::self.size], max(1, STACK // (rows * cols))
+        for part in (slice(i, i + at_once) for i in range(0, len(mine), at_once)):
+            grads = torch.stack([p.grad for p in mine[part]])
             updates = muon_direction(grads, g["m"][part], g["v"][part], g["momentum"], g["beta2"])
-            for p, u in zip(g["params"][part], updates):
+            for p, u in zip(mine[part], updates):
                 p.sub_(lr * u + lr * decay * p * (u * p >= 0))      # cautious: decay only where the step shrinks p too
+        if self.size > 1:
+            sent = [dist.broadcast(p, group=self.process_group, group_src=i % self.size, async_op=True) for i, p in enumerate(g["params"])]
+            for work in sent:
+                work.wait()
 
     def moments(self):
-        """Name -> (m, v), views of the state."""
-        return {n: (m, v) for g in self.groups for n, m, v in zip(g["names"], g["m"], g["v"])}
+        """Name -> (m, v), views of what this rank keeps."""
+        share = lambda g: g["names"][self.rank::self.size] if g["kind"] == "muon" else g["names"]
+        return {n: (m, v) for g in self.groups for n, m, v in zip(share(g), g["m"], g["v"])}
 
     def state_dict(self):
-        return dict(steps=self.steps, moments=self.moments())
+        """The whole state, whoever keeps it, with the moments of others on the CPU. All ranks call it together."""
+        own, moments = self.moments(), {}
+        for g in self.groups:
+            for i, (name, p) in enumerate(zip(g["names"], g["params"])):
+                if name in own:
+                    moments[name] = tuple(t.contiguous() for t in own[name])
+                else:
+                    moments[name] = torch.empty_like(p), torch.empty(g["v"].shape[1:], device=p.device)
+                if g["kind"] == "muon" and self.size > 1:
+                    for t in moments[name]:
+                        dist.broadcast(t, group=self.process_group, group_src=i % self.size)
+                if name not in own:
+                    moments[name] = tuple(t.cpu() for t in moments[name])
+        return dict(steps=self.steps, moments=moments)
 
     def load_state_dict(self, state):
         self.steps, own = state["steps"], self.moments()
-        assert own.keys() == state["moments"].keys(), "moments of other parameters"
+        assert {n for g in self.groups for n in g["names"]} == state["moments"].keys(), "moments of other parameters"
         for name, moments in own.items():
             for mine, saved in zip(moments, state["moments"][name]):
                 mine.copy_(saved)

@@ -103,6 +103,10 @@ class World:
         """A bar on rank 0."""
         return progress_bar(iterable, disable=self.rank > 0 or iterable == [], **options)
 
+    def to_device(self, rows):
+        """A tensor of the CPU's; a GPU does not wait for the copy."""
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+
     def mean(self, value):
         """The mean of a tensor of one element over the ranks of this group, as a float."""
         if self.data_size > 1:
@@ -343,7 +347,7 @@ class SlowrunFolder(Run):
     def __init__(self, config, data_fingerprint, folder):
         super().__init__(config, data_fingerprint)
         self.folder, expected = Path(folder), config.trajectories * config.cycles
-        there = sorted(int(p.stem[6:]) for p in self.folder.glob("model_*.pt") if p.stem[6:].isdecimal())
+        there = sorted(int(m[1]) for m in (re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name) for p in self.folder.glob("model_*.pt")) if m)
         if not there or there[-1] >= expected:
             refuse(f"members={folder} holds {f'model_{there[-1]}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; trajectories={config.trajectories} x "
                    f"cycles={config.cycles} expect model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
@@ -360,11 +364,15 @@ class SlowrunFolder(Run):
         """(weights: name -> tensor on disk, about); the prefixes of DDP and torch.compile go."""
         path = self.member_path(t, c)
         weights = read_tensors(path, self.mend(t))
-        if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(w, torch.Tensor) for n, w in weights.items()):
-            refuse(f"{path} is no snapshot of the Slowrun script, a dict of tensors: {self.mend(t)}")
+        dense = lambda w: isinstance(w, torch.Tensor) and w.is_floating_point() and w.layout == torch.strided and not w.is_meta
+        if not isinstance(weights, dict) or not all(isinstance(n, str) and dense(w) for n, w in weights.items()):
+            refuse(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: {self.mend(t)}")
+        own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
+        if len(own) < len(weights):
+            refuse(f"{path} holds a weight twice, with and without a prefix: {self.mend(t)}")
         with zipfile.ZipFile(path) as records:          # their checksums stand for the contents, without reading them
             digest = hashlib.sha256(repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
-        return {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}, dict(weights_sha256=digest)
+        return own, dict(weights_sha256=digest)
 
 
 def open_run(config, data_fingerprint, members):

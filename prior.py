@@ -189,13 +189,13 @@ def paired_error(difference, sizes):
 # --------------------------------------------------------------------------------------------- the scores
 
 def load_member(model, run, t, c):
-    """A member's weights into a model. Its MTP head has no use here and may be missing. Exits with code 2 where the rest does not fit."""
+    """A member's weights into a model. Its MTP head has no use here and is left. Exits with code 2 where the rest does not fit."""
     weights, own = run.read_member(t, c)[0], model.state_dict()
     shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
     for name in sorted(n for n in {*own, *weights} if not n.startswith("mtp_")):
         if shape(weights, name) != shape(own, name):
             refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {name} is {shape(weights, name)} there and {shape(own, name)} here; use its config")
-    model.load_state_dict({name: w for name, w in weights.items() if name in own}, strict=False)
+    model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")}, strict=False)
 
 
 def score_members(config, data, run, world):
@@ -206,7 +206,7 @@ def score_members(config, data, run, world):
     seen = world.gather(run.members())
     members = sorted(set().union(*seen))
     if not members:
-        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first", common=True)
+        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first, or name others' by --members=FOLDER", common=True)
     sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
     owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
     todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import from_args, refuse
 from data import loader
-from model import GPT
+from model import GPT, attention_kind
 from optim import MuonAdamW
 from population import Run, fits_in_memory, join_world, next_command
 
@@ -81,8 +81,7 @@ def perturb(model, scale, seed):
 
 def label_loss(model, batch):
     """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token."""
-    _, loss = model(batch[:, :-1], batch[:, 1:])
-    return loss
+    return sum(model(batch[:, :-1], batch[:, 1:]))
 
 
 def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
@@ -124,7 +123,8 @@ class Trajectory:
         self.seed = config.seed + t
         torch.manual_seed(self.seed)
         self.model = GPT(config).init_weights().place(world.device, config.compile)
-        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale)
+        self.model.checkpointing = config.checkpoint
+        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, world.data_group)
         self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed)
         self.cycles_done, self.step = 0, 0
         if state:
@@ -163,8 +163,10 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     world.barrier(everyone=True)
     if world.rank == 0:
         print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
-              f"{world.data_size}, on {world.device.type}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+              f"{world.data_size}, on {world.device.type}, {attention_kind(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
+    if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
+        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
     # counts all cycles, so that the ETA is that of the population: train.py alone ends early
     bar = world.progress(total=sum(lengths) * len(states), initial=sum(s["step"] for s in states.values() if s), unit="step")
     for t, state in states.items():             # one after another; other groups of ranks take other trajectories
@@ -184,7 +186,7 @@ def run_cycles(config, first, last, loss_for_cycle, then):
                 model.looping = place >= config.loop_from * span
                 seed_step(trajectory.seed, trajectory.step, world.data_rank)
                 rows = trajectory.batches.take(tokens // config.sequence_len)           # of all ranks: (n, T + 1)
-                mine = rows[world.data_rank::world.data_size].to(world.device)
+                mine = world.to_device(rows[world.data_rank::world.data_size])
                 multipliers = rate_multipliers(config.schedule, place, span)
                 loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
                 if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
@@ -200,11 +202,12 @@ def run_cycles(config, first, last, loss_for_cycle, then):
             if average:                             # what goes on, too, is the average
                 model.load_state_dict(average)
             trajectory.cycles_done = cycle + 1
+            state = trajectory.state_dict()         # of all its ranks
             if world.lead:
                 fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
                 run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
                 run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-                run.save_resume(t, trajectory.state_dict())
+                run.save_resume(t, state)
             world.barrier()                     # the member can be read by all its ranks
     bar.close()
     world.barrier(everyone=True)

@@ -2,7 +2,9 @@
 FineWeb as the public Slowrun script takes it: documents in file order, val_tokens of validation, then, from the next
 document on, train_tokens of training. Streamed: what came is kept in data_dir, and an interrupted download goes on.
 """
+import glob
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -21,19 +23,38 @@ PUBLISHED = {                       # (split, tokens) -> SHA-256 of the file tha
 
 
 def open_stream(**source):
-    """A datasets.IterableDataset of {"text": document}, read as it comes, from the hub or from .parquet files."""
+    """A datasets.IterableDataset with the column text, read as it comes, from the hub or from .parquet files."""
     import datasets                         # slow, and needed here alone
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    where = source.get("data_files") or source["path"]
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)         # retries for half a minute
     try:
         stream = datasets.load_dataset(**source, streaming=True, batch_size=100)       # rows read ahead are most of the memory
-        columns = list(next(iter(stream.take(1)), {"text": ""}))
+        columns = stream.column_names or list(next(iter(stream.take(1)), {}))
+        if "text" not in columns:
+            refuse(f"data: {name_of(source)} has no column 'text', only {', '.join(columns) or 'nothing'}; rename the one with the documents")
+        return stream.select_columns(["text"])
     except Exception as e:                  # anything, from a lost network to a torn file
-        mend = "connect, or put the public fineweb_val.pt and fineweb_train.pt into data_dir" if where == source["path"] else "is the file whole?"
-        refuse(f"data: cannot read {where} ({type(e).__name__}): {mend}")
-    if "text" not in columns:
-        refuse(f"data: {where} has no column 'text', only {', '.join(columns)}; rename the one with the documents")
-    return stream.select_columns(["text"])
+        mend = "is it a whole .parquet file?" if source["path"] == "parquet" else "connect, or put the public fineweb_val.pt and fineweb_train.pt into data_dir"
+        refuse(f"data: cannot read {name_of(source)} ({type(e).__name__}): {mend}")
+
+
+def name_of(source):
+    return source.get("data_files") or source["path"]
+
+
+def text_of(row, number, source):
+    """A row's document; "" for none."""
+    if not isinstance(row["text"], str | None):
+        refuse(f"data: {name_of(source)}, row {number}: its column 'text' holds a {type(row['text']).__name__}, not a text; convert the column")
+    return row["text"] or ""
+
+
+def parquet_documents(path):
+    source = dict(path="parquet", data_files=glob.escape(str(path)), split="train")
+    try:
+        return [text_of(row, number, source) for number, row in enumerate(open_stream(**source))]
+    except Exception as e:                  # damage far inside is met on the way
+        refuse(f"data: {path} is damaged ({type(e).__name__}): replace it, or leave it out")
 
 
 class Download:
@@ -45,12 +66,15 @@ class Download:
         self.of = dict(source=SOURCE, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens)
         self.tokens, self.documents, self.place = 0, 0, None
         if self.state_path.exists():
+            begin_again = f"delete it and {self.tokens_path.name}, to begin again"
             state = read_json(self.state_path)
-            if state.get("of") != self.of:
-                refuse(f"{self.state_path} belongs to another download ({differences(dict(state.get('of') or {}), self.of)}): finish that, delete it, or name another --data_dir")
-            self.tokens, self.documents, self.place = state["tokens"], state["documents"], state["place"]
+            of, self.tokens, self.documents, self.place = (state.get(key) for key in ("of", "tokens", "documents", "place"))
+            if [type(x) for x in (of, self.tokens, self.documents, self.place)] != [dict, int, int, dict] or self.tokens < 0:
+                refuse(f"{self.state_path} is damaged: {begin_again}")
+            if of != self.of:
+                refuse(f"{self.state_path} belongs to another download ({differences(of, self.of)}): finish that, {begin_again}, or name another --data_dir")
             if not self.tokens_path.exists() or self.tokens_path.stat().st_size < 2 * self.tokens:
-                refuse(f"{self.tokens_path} has lost tokens: delete it and {self.state_path.name}, to begin again")
+                refuse(f"{self.tokens_path} has lost tokens: {begin_again.replace('it', self.state_path.name, 1)}")
 
     def save(self, f, stream):
         f.flush()
@@ -61,15 +85,17 @@ class Download:
         """Streams what is missing: every document is [bos] and its ids; the last of a split is cut, its rest dropped."""
         c, stream = self.config, open_stream(**SOURCE)
         total = c.val_tokens + c.train_tokens
-        if self.place:
-            stream.load_state_dict(self.place)
-        self.tokens_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.tokens_path, "ab") as f, progress_bar(total=total, initial=self.tokens, unit="token", unit_scale=True, desc="FineWeb") as bar:
-            f.truncate(2 * self.tokens)                 # what was written after the last save comes again
-            try:
+        try:
+            self.tokens_path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.tokens_path, "ab") as f, progress_bar(total=total, initial=self.tokens, unit="token", unit_scale=True, desc="FineWeb") as bar:
+                f.truncate(2 * self.tokens)             # what was written after the last save comes again
+                if self.place:
+                    if self.place.keys() != stream.state_dict().keys():
+                        raise ValueError("another kind of place in the stream")
+                    stream.load_state_dict(self.place)
                 for row in stream if self.tokens < total else ():
                     end = c.val_tokens if self.tokens < c.val_tokens else total
-                    ids = np.array([c.vocab_size - 1, *encode(row["text"])], np.uint16)[:end - self.tokens]
+                    ids = np.array([c.vocab_size - 1, *encode(text_of(row, self.documents, SOURCE))], np.uint16)[:end - self.tokens]
                     f.write(ids.tobytes())
                     self.tokens, self.documents = self.tokens + len(ids), self.documents + 1
                     bar.update(len(ids))
@@ -77,9 +103,10 @@ class Download:
                         break
                     if self.documents % SAVE_EVERY == 0:
                         self.save(f, stream)
-            except Exception as e:                      # a lost network, after many tries; a full disk
-                refuse(f"data=fineweb stopped after {self.tokens:,} of {total:,} tokens ({type(e).__name__}: {e}): run this again, it goes on from its last save")
-            self.save(f, stream)
+                self.save(f, stream)
+        except Exception as e:                          # a lost network, after many tries; a full disk; a folder that is none
+            refuse(f"data=fineweb stopped after {self.tokens:,} of {total:,} tokens in {self.tokens_path} ({type(e).__name__}: {e}): mend that and run this again, "
+                   f"it goes on from its last save; if it stops at once, delete {self.tokens_path.name} and {self.state_path.name}")
         if self.tokens < total:
             refuse(f"data=fineweb ends after {self.tokens:,} tokens: val_tokens + train_tokens want {total:,}; lower them")
 

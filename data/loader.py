@@ -4,6 +4,7 @@ Shapes: n sequences of T + 1 tokens; inputs are [:, :-1], targets [:, 1:]. Atten
 """
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,28 +129,39 @@ class Batches:
         self.tokens, self.sequence_len, self.seed = tokens, sequence_len, seed
         self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
         self.per_epoch = sequences_per_epoch(tokens, sequence_len, multiple)
-        self.position, self.epoch, self.order, self.sequences = 0, 0, np.arange(len(doc_starts)), None
+        self.position, self.epoch = 0, 0
+        self.first = self.order = np.arange(len(doc_starts))
+        self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
 
-    def permutation(self, n, salt):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + self.epoch + salt)).numpy()
+    def permutation(self, epoch, n, salt):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)).numpy()
+
+    def build(self, epoch, order):
+        """The (n, T + 1) sequences of an epoch (from 1), in the order in which steps take them, of documents in this order."""
+        flat = np.concatenate([self.tokens[self.starts[i]:self.ends[i]] for i in order])
+        sequences = cut(flat, self.sequence_len)
+        return sequences[self.permutation(epoch, len(sequences), 2000)[:self.per_epoch]]
+
+    def next_order(self, epoch, order):
+        return order[self.permutation(epoch, len(order), 1000)]
 
     def open_epoch(self, epoch):
-        """Epochs count from 1; (n, T + 1) sequences of this one in the order in which steps take them."""
+        """Make `sequences` those of this epoch, and begin to build the next one's: no step waits at an epoch's end."""
         if epoch < self.epoch:
-            self.epoch, self.order = 0, np.arange(len(self.starts))
+            self.epoch, self.order = 0, self.first
         while self.epoch < epoch:
             self.epoch += 1
-            self.order = self.order[self.permutation(len(self.order), 1000)]
-        flat = np.concatenate([self.tokens[self.starts[i]:self.ends[i]] for i in self.order])
-        sequences = cut(flat, self.sequence_len)
-        self.sequences = sequences[self.permutation(len(sequences), 2000)[:self.per_epoch]]
+            self.order = self.next_order(self.epoch, self.order)
+        number, future = self.ahead
+        self.sequences = future.result() if number == epoch else self.build(epoch, self.order)
+        self.ahead = epoch + 1, self.pool.submit(self.build, epoch + 1, self.next_order(epoch + 1, self.order))
 
     def take(self, n):
         """The next n sequences, (n, T + 1) int64; they may straddle two epochs."""
         parts = []
         while n > 0:
             epoch, offset = divmod(self.position, self.per_epoch)
-            if self.epoch != epoch + 1 or self.sequences is None:
+            if self.epoch != epoch + 1:
                 self.open_epoch(epoch + 1)
             parts.append(self.sequences[offset:offset + n])
             self.position += len(parts[-1])

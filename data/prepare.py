@@ -74,8 +74,7 @@ def read_text(path):
 def file_documents(path):
     """Documents of a .txt file (separated by white-space-only lines; without any, one a line), a .jsonl or a .parquet (column text)."""
     if path.suffix == ".parquet":
-        documents = [row["text"] for row in fineweb.open_stream(path="parquet", data_files=str(path), split="train")]
-        return [document for document in documents if document and document.strip()]
+        return [document for document in fineweb.parquet_documents(path) if document.strip()]
     text = read_text(path)
     if path.suffix == ".txt":
         blank = re.search(r"\n[^\S\n]*\n", text.strip())

@@ -20,8 +20,11 @@ def install_ranks(path):
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", os.path.join(tempfile.gettempdir(), "data-gym-cache")))
     try:
         ranks = Path(path).read_bytes()
-        if hashlib.sha256(ranks).hexdigest() != RANKS_SHA256:
-            refuse(f"gpt2_ranks={path} is not r50k_base.tiktoken: wants the file with SHA-256 {RANKS_SHA256}")
+    except OSError as e:
+        refuse(f"gpt2_ranks={path}: cannot read it: {e.strerror}; name a copy of r50k_base.tiktoken")
+    if hashlib.sha256(ranks).hexdigest() != RANKS_SHA256:
+        refuse(f"gpt2_ranks={path} is not r50k_base.tiktoken: wants the file with SHA-256 {RANKS_SHA256}")
+    try:
         write_whole(Path(folder) / RANKS_NAME, lambda f: f.write(ranks))
     except OSError as e:
         refuse(f"gpt2_ranks={path}: cannot copy it to {folder}: {e.strerror}; set TIKTOKEN_CACHE_DIR to a folder of yours")

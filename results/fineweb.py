@@ -50,16 +50,16 @@ def main():
         write_parquet(folder / "many.parquet", documents, 560_000_000)
     fineweb.SOURCE = dict(path="parquet", data_files=str(folder / "many.parquet"), split="train")
     began = time.perf_counter()
-    argv = [str(ROOT / "configs" / "1p8b.py"), f"--data_dir={folder / 'data'}"]
-    prepare.prepare(from_args(argv, ""))
+    argv = [str(ROOT / "configs" / "1p8b.py"), f"--data_dir={folder / 'data'}", f"--run_dir={folder / 'run'}"]
+    prepare.main(argv)
     seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     config = from_args(argv, "")
     (ROOT / "results" / "fineweb.md").write_text(f"""# The record's data, prepared
 
 Printed by `python results/fineweb.py {text.name}` at commit {commit()}: {config.val_tokens:,} + {config.train_tokens:,} tokens of GPT-2 BPE from a local .parquet
-file in the place of FineWeb's stream, of documents like its own; Python {platform.python_version()}, {os.cpu_count()} CPU cores ({platform.machine()}).
+file in the place of FineWeb's stream, documents of 3,000 characters in row groups of 1,000; Python {platform.python_version()}, {os.cpu_count()} CPU cores ({platform.machine()}).
 
-Peak memory of the process {peak:.2f} GiB, torch's and pyarrow's own included; {seconds:,.0f} s, most of it in the tokenizer.
+Peak memory of the process {peak:.2f} GiB, torch's and pyarrow's own and the check of the files at the end included; {seconds:,.0f} s, most of it in the tokenizer.
 """)
     print((ROOT / "results" / "fineweb.md").read_text())
 

@@ -37,16 +37,15 @@ def timed(what, function):
     began = time.perf_counter()
     value = function()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    say(f"| {what} | {time.perf_counter() - began:,.0f} | {peak:.1f} | {'' if value is None or not isinstance(value, (int, float)) else f'{value:.4f}'} |")
+    say(f"| {what} | {time.perf_counter() - began:,.0f} | {peak:.1f} | {f'{float(value):.4f}' if isinstance(value, (float, torch.Tensor)) else ''} |")
     return value
 
 
 def step(model, optimizer, batch, loss_fn, name):
     """One optimizer step, forward and backward and update timed apart; the loss before it."""
     optimizer.zero_grad()
-    loss = [None]
-    timed(f"{name}: forward and loss", lambda: loss.__setitem__(0, loss_fn(model, batch)) or loss[0].item())
-    timed(f"{name}: backward", lambda: loss[0].backward())
+    loss = timed(f"{name}: forward and loss", lambda: loss_fn(model, batch))
+    timed(f"{name}: backward", loss.backward)
     timed(f"{name}: clip and optimizer step; gradient norm", lambda: apply_gradients(model, optimizer, *rate_multipliers("cycle", 0, 508)).item())
     wrong = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
     assert not wrong, f"not finite after the step: {wrong}"

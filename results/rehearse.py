@@ -17,16 +17,16 @@ sys.path.insert(0, str(ROOT))
 from results.demo import commit                                             # noqa: E402
 
 SMALL = ["--data=manual", "--tokenizer=bytes", "--train_tokens=32768", "--fitness_tokens=16384", "--val_tokens=24576", "--epoch_multiple=8", "--n_layer=4",
-         "--n_head=4", "--n_embd=128", "--sequence_len=128", "--batch_tokens=1024", "--micro_batch=1"]
+         "--n_head=4", "--n_embd=128", "--sequence_len=128", "--batch_tokens=1024", "--micro_batch=2"]
 ENDS, LOOPS = ["--batch_tokens_ends=768"], ["--loop_start=2", "--loop_end=4"]
 CONFIGS = {
-    "1p8b": [*ENDS, *LOOPS, "--cycles=10", "--epochs_per_cycle=0.5"],
-    "1p8b_960": [*ENDS, *LOOPS, "--cycles=10", "--epochs_per_cycle=0.5"],
+    "1p8b": [*ENDS, *LOOPS, "--cycles=10", "--epochs_per_cycle=0.25"],
+    "1p8b_960": [*ENDS, *LOOPS, "--cycles=10", "--epochs_per_cycle=0.25"],
     "1p8b_smoke": [*ENDS, *LOOPS],
-    "baseline": [*LOOPS, "--epochs_per_cycle=4", "--ema_every=1"],
+    "baseline": [*LOOPS, "--epochs_per_cycle=2", "--ema_every=1"],
     "124m": ["--epochs_per_cycle=1"],
-    "1p8b --epochs=4": [*ENDS, *LOOPS],
-    "1p8b --epochs=1": [*ENDS, *LOOPS],
+    "1p8b --epochs=4": LOOPS,
+    "1p8b --epochs=1": LOOPS,
 }
 
 

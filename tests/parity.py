@@ -166,11 +166,10 @@ def distillation(facts):
     f, batch = facts["distillation"], token_batches(facts)[0]
     student, teacher = build(facts, facts["seed"]), build(facts, f["teacher_seed"]).eval()
     with torch.no_grad():
-        logits, loss = student(batch[:, :-1], batch[:, 1:])
-        ce = -student.log_p(batch[:, :-1], batch[:, 1:]).mean()
-        kl = distill.distillation_kl(logits, teacher(batch[:, :-1]), f["temperature"])
+        ce, mtp = student(batch[:, :-1], batch[:, 1:])
+        kl = distill.distillation_kl(student(batch[:, :-1]).flatten(0, 1), teacher(batch[:, :-1]).flatten(0, 1), f["temperature"]) / batch[:, 1:].numel()
         total = distill.chain_loss(student, teacher, batch, f["alpha"], f["temperature"])
-    return dict(cross_entropy=ce.item(), mtp=(loss - ce).item() / f["mtp_weight"], kl_times_T2=kl.item(), loss=total.item())
+    return dict(cross_entropy=ce.item(), mtp=mtp.item() / f["mtp_weight"], kl_times_T2=kl.item(), loss=total.item())
 
 
 def adamw300(P):

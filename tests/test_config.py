@@ -69,7 +69,9 @@ def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, ga
 
 @pytest.mark.parametrize("args, names", [
     (["--epochs=0"], ["epochs", "no recipe"]), (["--epochs=-8"], ["epochs"]), (["--epochs=1.5"], ["epochs", "whole number"]), (["--epochs="], ["epochs"]), (["--epochs"], ["--epochs=VALUE"]),
-    (["--epochs=16", "--cycles=8"], ["epochs", "cycles"]), (["--trajectories=2", "--epochs=16"], ["trajectories"]), (["--epochs=4", "--restart=noise"], ["restart"]),
+    (["--epochs=16", "--cycles=8"], ["epochs", "cycles"]), (["--trajectories=2", "--epochs=16"], ["trajectories"]), (["--epochs=4", "--restart=noise"], ["restart"]), (["--epochs=16", "--restart=none"], ["restart"]),
+    (["--epochs=16", "--first_cycle_epochs=100"], ["first_cycle_epochs"]), (["--epochs=100001"], ["100,000"]), (["--epochs=16", "--schedule=cosine"], ["schedule"]),
+    (["--restart=none", "--ema_decay=0.9"], ["ema_decay", "restart=none"]),
 ])
 def test_budgets_that_are_refused(args, names, capsys):
     err = refused([TINY, *args], capsys)

@@ -116,15 +116,56 @@ def test_a_hub_out_of_reach(documents, micro, tmp_path, monkeypatch, capsys):
     assert "HuggingFaceFW/fineweb" in err and "fineweb_val.pt" in err and not (tmp_path / "data").exists()
 
 
-def test_the_data_set_is_pinned():
-    assert len(fineweb.SOURCE["revision"]) == 40 and fineweb.SOURCE["name"] == "sample-10BT"
+def test_what_is_pinned():
+    assert fineweb.SOURCE == dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train", revision="9bb295ddab0e05d785b879661af7260fed5140fc")
+    assert fineweb.PUBLISHED == {("val", 10 ** 7): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+                                 ("train", 10 ** 8): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf"}
+    assert (tokenizer.RANKS_SHA256, tokenizer.RANKS_NAME) == ("306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4")
+
+
+@pytest.mark.parametrize("state", ["{", '{"tokens": 5}', {"tokens": "5"}, {"tokens": -5}, {"tokens": 1.5}, {"documents": None}, {"place": None}, {"place": []}, {"of": "abc"}, {"place": {"epoch": "x"}}])
+def test_a_damaged_state_of_a_download(state, documents, micro, tmp_path, capsys):
+    bad(micro(data="fineweb", train_tokens=30_000), capsys)             # ends too early, keeps what came
+    path = tmp_path / "data" / "fineweb.partial.json"
+    path.write_text(state if isinstance(state, str) else json.dumps({**json.loads(path.read_text()), **state}))
+    kept = files(tmp_path / "data")
+    err = bad(micro(data="fineweb", train_tokens=30_000), capsys)
+    assert "fineweb.partial.json" in err and files(tmp_path / "data") == kept
+
+
+def test_a_folder_that_is_none(documents, micro, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "x"):
+        assert str(folder) in bad(micro(data="fineweb", data_dir=folder), capsys)
+
+
+def test_local_ranks_are_installed_before_they_are_needed(micro, monkeypatch):
+    called = []
+    monkeypatch.setattr(prepare, "install_ranks", called.append)
+    prepare.main([*micro(), "--gpt2_ranks=some/file"])
+    assert called == ["some/file"]
+
+
+@pytest.mark.parametrize("column", [[1, 2], [[1], [2]], [b"a", b"b"]])
+def test_a_column_that_is_no_text(column, documents, tmp_path, micro, monkeypatch, capsys):
+    pa.parquet.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    assert "row 0" in (err := bad(micro(data=tmp_path / "x.parquet"), capsys)) and "not a text" in err
+    monkeypatch.setattr(fineweb, "SOURCE", dict(path="parquet", data_files=str(tmp_path / "x.parquet"), split="train"))
+    assert "row 0" in bad(micro(data="fineweb"), capsys)
 
 
 def test_parquet_files_are_local_text(documents, tmp_path, micro, capsys):
-    assert prepare.file_documents(tmp_path / "a.parquet") == [text for text in documents[:70] if text.strip()]
+    (tmp_path / "a[1]*.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())         # a name, not a pattern
+    for name in ("a", "a[1]*"):
+        assert prepare.file_documents(tmp_path / f"{name}.parquet") == [text for text in documents[:70] if text.strip()]
+    pa.parquet.write_table(pa.table({"text": ["one", None, " ", "two"]}), tmp_path / "gaps.parquet")
+    assert prepare.file_documents(tmp_path / "gaps.parquet") == ["one", "two"]
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "page.parquet").write_bytes(whole[:1500] + bytes(200) + whole[1700:])
+    pa.parquet.write_table(pa.table({"words": pa.array([], pa.string())}), tmp_path / "none.parquet")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:3000])
     pa.parquet.write_table(pa.table({"words": ["a"]}), tmp_path / "words.parquet")
-    for name, names in (("torn", ["torn.parquet"]), ("words", ["words.parquet", "'text'", "only words"])):
+    for name, names in (("torn", ["torn.parquet"]), ("page", ["page.parquet"]), ("none", ["none.parquet", "'text'"]), ("words", ["words.parquet", "'text'", "only words"])):
         err = bad(micro(data=tmp_path / f"{name}.parquet"), capsys)
         assert all(n in err for n in names), err
 
@@ -133,7 +174,7 @@ def test_local_ranks_are_put_where_tiktoken_looks(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "ranks").write_bytes(b"aGk= 0\n")
     assert tokenizer.RANKS_SHA256 in bad(tmp_path / "ranks", capsys, tokenizer.install_ranks)
-    assert "No such file" in bad(tmp_path / "none", capsys, tokenizer.install_ranks)
+    assert "cannot read it: No such file" in bad(tmp_path / "none", capsys, tokenizer.install_ranks)
     monkeypatch.setattr(tokenizer, "RANKS_SHA256", hashlib.sha256(b"aGk= 0\n").hexdigest())
     tokenizer.install_ranks(tmp_path / "ranks")
     from tiktoken.load import read_file_cached

@@ -1,5 +1,6 @@
 """The model against float64 written out from the formulas, and its invariants (tests/parity.py holds the whole of it to the record)."""
 import math
+import weakref
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_attention_against_float64_loops(short):
     attention, T, H, D = model.transformer.h[1].attn, 16, 2, 16         # layer 1 has value embeddings
     x, ve = torch.randn(1, T, 32), torch.randn(1, T, 32)
     with torch.no_grad():
-        got = attention(x, ve, (model.cos, model.sin), model.short if short else None)[0].double()
+        got = attention(x, attention.weights(), ve, (model.cos, model.sin), T // 2 if short else None)[0].double()
     W = {k: v.double() for k, v in attention.state_dict().items()}
     x, ve, cos, sin = x[0].double(), ve[0].double(), model.cos[:, 0].double(), model.sin[:, 0].double()
     unit = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
@@ -67,8 +68,8 @@ def test_a_short_window_ends_half_a_sequence_back():
         torch.nn.init.normal_(p)
     far = x.clone()
     far[:, 3] += 1
-    changed = [(attention(x, None, (model.cos, model.sin), mask) - attention(far, None, (model.cos, model.sin), mask)).abs().sum(-1)[0] > 1e-6
-               for mask in (model.short, None)]
+    of = lambda x, window: attention(x, attention.weights(), None, (model.cos, model.sin), window)
+    changed = [(of(x, window) - of(far, window)).abs().sum(-1)[0] > 1e-6 for window in (8, None)]
     assert changed[0].nonzero().flatten().tolist() == list(range(3, 12))        # itself and 8 to its right
     assert changed[1].nonzero().flatten().tolist() == list(range(3, 16))
 
@@ -88,20 +89,74 @@ def test_the_record_has_70_layer_applications():
 
 def test_losses_are_those_of_the_logits():
     model, idx, targets = small(), tokens(2, 16), tokens(2, 17)[:, 1:]
-    logits, ce = model(idx, targets)                            # no multi-token prediction outside training
+    logits, (ce, mtp) = model(idx), model(idx, targets)
+    assert mtp == 0                                             # no multi-token prediction outside training
     log_p = F.log_softmax(logits.double(), -1).gather(-1, targets[..., None])[..., 0]
     assert torch.allclose(ce.double(), -log_p.mean(), rtol=1e-6)
     assert torch.allclose(model.log_p(idx, targets).double(), log_p, rtol=1e-5)
     assert logits.shape == (2, 16, 50) and logits.abs().max() < 15
     model.train()
-    _, loss = model(idx, targets)
-    assert torch.allclose(loss, ce + 0.3 * model.mtp_loss(model.hidden(idx), targets))
-    assert small(mtp_weight=0.0).train()(idx, targets)[1].item() == pytest.approx(small(mtp_weight=0.0)(idx, targets)[1].item())
+    again, mtp = model(idx, targets)
+    assert torch.allclose(again, ce) and torch.allclose(mtp, 0.3 * model.mtp_loss(targets, model.hidden(idx)))
+    assert small(mtp_weight=0.0).train()(idx, targets)[1] == 0
+
+
+@pytest.mark.parametrize("grain", [2 ** 26, 4 * 50 * 7, 1])
+def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypatch):
+    """In chunks of all tokens, of 7 and of 1; V logits of a padded table; a loss that reads its chunk's place."""
+    import model as module
+    monkeypatch.setattr(module, "chunks", lambda x, V: [slice(i, i + max(1, grain // (4 * V))) for i in range(0, len(x), max(1, grain // (4 * V)))])
+    r = torch.Generator().manual_seed(0)
+    x, weight, targets, factor = torch.randn(30, 32, generator=r), torch.randn(64, 32, generator=r), torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r)
+    x.requires_grad_(), weight.requires_grad_()
+    def loss_of(logits, targets, chunk):
+        return F.cross_entropy(logits, targets, reduction="sum") + (factor[chunk] * logits.sigmoid()).sum()
+    loss = module.HeadLoss.apply(x, weight, 50, targets, loss_of)
+    (3 * loss).backward()
+    X, W = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = 15 * torch.tanh(X @ W[:50].T / 15)
+    plain = (-torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum() + (factor.double() * logits.sigmoid()).sum()) / 30
+    (3 * plain).backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for mine, wanted in ((x.grad, X.grad), (weight.grad, W.grad)):
+        assert torch.allclose(mine.double(), wanted, rtol=1e-4, atol=1e-6)
+    assert not weight.grad[50:].any()
+    with torch.no_grad():
+        assert module.HeadLoss.apply(x, weight, 50, targets, loss_of).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_no_logits_of_all_tokens_are_kept():
+    """The largest tensor that backward keeps is far below tokens x vocabulary."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32, mtp_weight=0.3)).init_weights().train()
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(weakref.ref(t)) or t, lambda t: t):
+        loss = sum(model(torch.randint(50257, (4, 64)), torch.randint(50257, (4, 64))))
+    kept = [t().numel() for t in seen if t() is not None]               # those of a chunk are gone
+    assert loss.item() > 10 and len(kept) > 50 and max(kept) <= model.lm_head.weight.numel() < 256 * 50257
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_changes_no_gradient(dropout):
+    idx, targets, gradients, kept = tokens(2, 16), tokens(2, 17)[:, 1:], [], []
+    for on in (False, True):
+        model = small(loop_start=2, loop_end=4, loop_extra=2).train()
+        for block in model.transformer.h:
+            block.attn.dropout = block.mlp.dropout = dropout
+        model.checkpointing = on
+        torch.manual_seed(5)
+        count = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: count.append(t.numel()) or t, lambda t: t):
+            loss = sum(model(idx, targets))
+        loss.backward()
+        kept.append(sum(count))
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items()) and kept[1] < 0.7 * kept[0]
 
 
 def test_every_parameter_is_trained():
     model = small().train()
-    model(tokens(2, 16), tokens(2, 16))[1].backward()
+    sum(model(tokens(2, 16), tokens(2, 16))).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -140,14 +195,14 @@ def test_one_compiled_block_serves_all_layers():
     from model import Block
     idx, targets = tokens(2, 16), tokens(2, 16)
     loop = dict(loop_start=2, loop_end=4, loop_extra=3)
-    wanted = small(**loop).train()(idx, targets)[1]
+    wanted = small(**loop).train()(idx, targets)[0]
     model, counter = small(**loop).train(), CompileCounter()
     torch._dynamo.reset()
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(backend=counter)
     for _ in range(2):
-        assert torch.allclose(model(idx, targets)[1], wanted, rtol=1e-5)
+        assert torch.allclose(model(idx, targets)[0], wanted, rtol=1e-5)
     # with and without value embeddings, short and long window, the MTP block's length: not one per application
     assert counter.frame_count <= 5
     torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as place() does

@@ -188,7 +188,8 @@ def slowrun(finished, tmp_path, monkeypatch):
     for i, (t, c) in enumerate(population.members()):
         weights, _ = population.read_member(t, c)
         prefix = ("", "module.", "_orig_mod.", "module._orig_mod.")[i % 4]
-        weights = {prefix + n: w.float() if i % 2 else w for n, w in weights.items() if i % 3 or not n.startswith("mtp_")}
+        name = lambda n: prefix + (n.replace(".attn.", "._orig_mod.attn.") if i > 3 else n)
+        weights = {name(n): w.float() if i % 2 else w for n, w in weights.items() if i % 3 or not n.startswith("mtp_")}
         torch.save(weights, tmp_path / "checkpoints" / f"model_{i}.pt")
     return [*argv, f"--run_dir={tmp_path / 'foreign'}"], tmp_path / "checkpoints"
 
@@ -200,8 +201,10 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     ours, theirs = (json.loads((p / "prior.json").read_text()) for p in (finished[0] / "out", tmp_path / "foreign"))
     assert theirs["answers"] == ours["answers"] and theirs["growing"] == ours["growing"] and len(theirs["members"]) == 8
     assert tree(folder) == before
+    assert "seed" in refused(lambda: prior.main([*argv, f"--members={folder}", "--seed=7"]), capsys)          # the run directory is claimed
     scores = tree(tmp_path / "foreign" / "scores")
-    torch.save({n: w * 1.01 for n, w in torch.load(folder / "model_5.pt").items()}, folder / "model_5.pt")
+    changed = {n: w * 1.01 for n, w in torch.load(folder / "model_5.pt").items()}
+    torch.save({**changed, "mtp_proj.weight": torch.zeros(3, 3)}, folder / "model_5.pt")        # an MTP head of another kind is no matter
     prior.main([*argv, f"--members={folder}"])              # the one that changed is scored again
     assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {"01_001.npy", "01_001.json"}
     capsys.readouterr()
@@ -214,6 +217,9 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     (lambda f: (f / "model_3.pt").write_bytes((f / "model_3.pt").read_bytes()[:5000]), ["model_3.pt", "not readable"]),
     (lambda f: torch.save({"model_state_dict": {}}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
     (lambda f: torch.save([torch.zeros(1)], f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
+    (lambda f: torch.save({n: w.int() for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
+    (lambda f: torch.save({p + n: w for n, w in torch.load(f / "model_0.pt").items() for p in ("", "module.")}, f / "model_3.pt"), ["model_3.pt", "twice"]),
+    (lambda f: [p.rename(f / p.name.replace("model_", "model_0")) for p in f.iterdir()], ["no model_0.pt"]),
     (lambda f: torch.save({"w": os.system}, f / "model_3.pt"), ["model_3.pt", "not readable"]),
     (lambda f: torch.save({**torch.load(f / "model_2.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"), ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
     (lambda f: torch.save({n: w for n, w in torch.load(f / "model_2.pt").items() if "lambdas" not in n}, f / "model_3.pt"), ["model_3.pt", "lambdas", "missing there"]),

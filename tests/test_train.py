@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import config as config_module
 import distill
 import prior
 import train
@@ -16,7 +17,7 @@ from config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from population import Run, World, cannot_share, join_world, processes, write_whole
+from population import Run, World, cannot_share, fits_in_memory, join_world, processes, write_whole
 from tests.conftest import ROOT, error_line
 
 RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "") for name in ("1p8b", "1p8b_960")}
@@ -211,28 +212,32 @@ def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
     assert all(torch.equal(w, once[n]) for n, w in run.read_member(0, 2)[0].items())
 
 
-def test_a_member_can_be_an_average_of_the_weights(ready, monkeypatch):
+def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch, capsys):
     kept, step = [], train.train_step
     def record(model, *args):
         result = step(model, *args)
         kept.append({n: w.double().clone() for n, w in model.state_dict().items()})
         return result
     monkeypatch.setattr(train, "train_step", record)
-    argv = ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=4, ema_decay=0.75, ema_every=2)
+    argv = ready(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=4, ema_decay=0.75, ema_every=2)
     train.main(argv)
-    config, L = from_args(argv, ""), len(kept)
+    config, L = from_args(argv, ""), len(kept) // 2
+    kept = kept[L:]                             # the second cycle knows nothing of the first's average
     average = None
     for s in range(L):                          # the last tenth, every second step, the last one included
         if s >= 0.9 * L and (L - 1 - s) % 2 == 0:
             average = kept[s] if average is None else {n: 0.75 * average[n] + 0.25 * w for n, w in kept[s].items()}
     run = Run(config, loader.load(config).fingerprint)
-    member, about = run.read_member(0, 0)
+    member, about = run.read_member(0, 1)
     assert L > 30 and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
     for name, w in run.read_resume(0)["model"].items():
         assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[name], w.bfloat16())
     model = GPT(config)
     model.load_state_dict({n: w.float() for n, w in average.items()})
     assert -loader.score(model, loader.load(config).fit, 4).mean() == pytest.approx(about["fit_loss"], abs=1e-5)
+    with pytest.raises(SystemExit) as stop:
+        train.main(ready(trajectories=1, cycles=1, distill_from=1, ema_decay=0.75, run_dir=tmp_path / "other"))
+    assert stop.value.code == 2 and "ema_every=10" in error_line(capsys.readouterr().err)
 
 
 def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
@@ -245,9 +250,11 @@ def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
         [hook.remove() for hook in hooks]
         return result
     monkeypatch.setattr(train, "train_step", record)
-    train.main(ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=1, n_layer=4, loop_start=2, loop_end=4, loop_extra=1, loop_from=0.5))
+    train.main(ready(trajectories=1, cycles=2, distill_from=2, restart="none", epochs_per_cycle=0.5, n_layer=4, loop_start=2, loop_end=4, loop_extra=1, loop_from=0.75))
+    first, applied = applied[:len(applied) // 2], applied[len(applied) // 2:]
+    assert first == [[0, 1, 2, 3]] * len(first)                 # three quarters of the one decay: half of its second cycle
     half = math.ceil(len(applied) / 2)
-    assert len(applied) > 5 and applied == [[0, 1, 2, 3]] * half + [[0, 1, 2, 3, 2, 3]] * (len(applied) - half)
+    assert len(applied) > 3 and applied == [[0, 1, 2, 3]] * half + [[0, 1, 2, 3, 2, 3]] * (len(applied) - half)
 
 
 def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monkeypatch, capsys):
@@ -259,7 +266,13 @@ def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monk
             with pytest.raises(SystemExit) as stop:
                 script.main(ready(micro_batch=size))
             assert stop.value.code == 2 and names in error_line(capsys.readouterr().err)
+        monkeypatch.setenv("WORLD_SIZE", "2")                  # on two ranks of one trajectory a batch of 4 leaves 2 for each
+        monkeypatch.setenv("RANK", "1")                         # and the rank that fails speaks, whichever it is
+        with pytest.raises(SystemExit), fits_in_memory(from_args(ready(trajectories=1), "")):
+            out_of_memory()
+        assert "--micro_batch=1" in error_line(capsys.readouterr().err)
         monkeypatch.undo()
+        config_module.prints = False
         script.main(ready())
 
 

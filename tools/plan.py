@@ -2,8 +2,8 @@
 What a run will be, cost and need, before it is begun: python -m tools.plan CONFIG [--name=value ...]
 Counted from the recipe, with the model on the meta device (nothing is allocated); memory is estimated.
 
-Of its own: --ranks=8  --mfu=0.4 (model FLOPs utilisation, of the peak)  --peak_tflops=989 (bf16 dense; an H100's)
-            --price=3 (dollars per GPU and hour)  --gpu_gb=80
+Of its own: --ranks=8 (0: the most up to 8 that can share the batches)  --mfu=0.28 (model FLOPs utilisation; the record's own)
+            --peak_tflops=989 (bf16 dense; an H100's)  --price=3 (dollars per GPU and hour)  --gpu_gb=80
 """
 import math
 import textwrap
@@ -18,10 +18,10 @@ from optim import MuonAdamW
 from population import cannot_share, micro_batches
 from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
 
-ACTIONS = dict(ranks=8, mfu=0.4, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
+ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
 EAGER, COMPILED = 58.4, 37.9        # bytes saved for backward per token, layer application and unit of n_embd: estimates
-LOGITS, LOGITS_KL = 9.4, 32         # bytes per logit: of one plain head, and of the teacher's logits and the KL
+HEAD, HEAD_KL = 5, 5                # float32 logits of a chunk that live at once: of the labels' loss, and of the teacher's
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -117,19 +117,22 @@ def flops_of(config, model, sequences):
     return flops
 
 
-def memory_of(config, model):
-    """({part: bytes per rank}, {part: bytes per sequence of a micro-batch}), of the costliest script."""
+def memory_of(config, model, ranks):
+    """({part: bytes per rank}, {part: bytes per sequence of a micro-batch}) with so many ranks per trajectory, of the costliest script."""
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     parameters = list(model.parameters())
-    C, V, T = config.n_embd, config.vocab_size, config.sequence_len
-    applications = len(model.layers) + bool(config.mtp_weight)
-    chain = config.distill_from < config.cycles
+    C, T, mtp, chain = config.n_embd, config.sequence_len, bool(config.mtp_weight), config.distill_from < config.cycles
+    kept, again = len(model.layers) + mtp, 0
+    if config.checkpoint:
+        kept, again = config.n_layer + mtp, len(model.layers) - config.n_layer      # of the latter only the input stays
     weights = sum(p.numel() for p in parameters)
+    groups = {kind: [g for g in MuonAdamW(model.named_parameters(), config.lr_scale).groups if g["kind"] == kind] for kind in ("adamw", "muon")}
     fixed = {"parameters (fp32; embedding bf16)": size(parameters), "gradients": size(parameters),
-             "optimizer": size(t for pair in MuonAdamW(model.named_parameters(), config.lr_scale).moments().values() for t in pair),
-             "bf16 copies of the weights": 2 * weights, "mixed heads' weights": 2 * 3 * C * C * applications * config.iha, "teacher (bf16)": 2 * weights * chain}
-    heads = 1 + bool(config.mtp_weight)
-    return fixed, {"activations": (COMPILED if config.compile else EAGER) * T * C * applications, "logits": T * V * (LOGITS * heads + LOGITS_KL * chain)}
+             "AdamW": size(t for g in groups["adamw"] for t in [*g["m"], *g["v"]]), "Muon, this rank's share": size(t for g in groups["muon"] for t in (g["m"], g["v"])) / ranks,
+             "bf16 copies of the weights": 2 * weights, "mixed heads' weights": 2 * 3 * C * C * (config.n_layer + mtp) * config.iha, "teacher (bf16)": 2 * weights * chain,
+             "average of the weights (fp32)": 4 * weights * bool(config.ema_decay),
+             "head: its gradients, a chunk": (1 + mtp) * size([model.lm_head.weight]) + min(2 ** 28, 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)}
+    return fixed, {"activations": T * C * ((COMPILED if config.compile else EAGER) * kept + 2 * again)}
 
 
 # ------------------------------------------------------------------------------------------ the print
@@ -153,7 +156,7 @@ def print_cycles(config, sequences):
         print(f"  cycles {first:>3} .. {last:>3}: {steps:>6} steps of {tokens:,} tokens")
     lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
     ends = [rate_multipliers(config.schedule, *place_in_decay(config, lengths, c, s)) for c, s in ((0, 0), (config.cycles - 1, lengths[-1] - 1))]
-    what = "a cycle" if config.restart == "noise" else "the one decay"
+    what = "the one decay" if config.restart == "none" else "a cycle"
     print(f"  rates, first and last step of {what}: learning rate x {ends[0][0]:.4f} .. {ends[1][0]:.4f}, weight decay x {ends[0][1]:.4f} .. {ends[1][1]:.4f}")
     if config.cycles > 1 and config.restart == "noise":
         scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
@@ -167,24 +170,25 @@ def print_cost(config, model, sequences, options):
     print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, ${options.price:g} per GPU and hour:")
     for script, count in [*flops.items(), ("in all", sum(flops.values()))]:
         hours = count / (options.ranks * options.peak_tflops * 1e12 * options.mfu) / 3600
-        print(f"  {script:10} {count:>10.3e} FLOP {hours:>10.2f} h {hours * options.ranks * options.price:>12,.0f} dollars")
+        print(f"  {script:10} {count:>10.3e} FLOP {hours:>10.3g} h {hours * options.ranks * options.price:>10,.2f} dollars")
 
 
 def print_machine(config, model, options):
     groups = math.gcd(options.ranks, config.trajectories)
     print(f"ranks: {options.ranks} in {groups} groups of {options.ranks // groups}; each group trains {config.trajectories // groups} of the trajectories, one after another")
-    fixed, per_sequence = memory_of(config, model)
+    fixed, per_sequence = memory_of(config, model, options.ranks // groups)
     print("memory per GPU in GiB, estimated:")
     for part, count in fixed.items():
-        print(f"  {part:36} {count / GIB:>8.2f}")
+        print(f"  {part:36} {count / GIB:>8.3g}")
     for part, count in per_sequence.items():
-        print(f"  {part + ', per sequence':36} {count / GIB:>8.2f}")
+        print(f"  {part + ', per sequence':36} {count / GIB:>8.3g}")
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
     total = (sum(fixed.values()) + config.micro_batch * sum(per_sequence.values())) / GIB
-    fits = max((m for m in micro_batches(config, options.ranks) if sum(fixed.values()) + m * sum(per_sequence.values()) <= usable), default="none")
-    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: micro_batch={fits}")
+    fits = max((m for m in micro_batches(config, options.ranks) if sum(fixed.values()) + m * sum(per_sequence.values()) <= usable), default=0)
+    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
     member = 2 * sum(p.numel() for p in model.parameters())
-    state = sum(list(fixed.values())[i] for i in (0, 2))
+    whole = memory_of(config, model, 1)[0]
+    state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
     members = config.trajectories * config.cycles
     scores = members * 4 * sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
     print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {config.trajectories} states of {state / 1e9:.3g} = "
@@ -194,6 +198,7 @@ def print_machine(config, model, options):
 def main(argv=None):
     options, argv = take_actions(argv, **ACTIONS)
     config = from_args(argv, __doc__)
+    options.ranks = options.ranks or max((n for n in range(1, 9) if not cannot_share(config, n)), default=1)
     for name, value in vars(options).items():
         if not 0 < value < 1e9 or name == "mfu" and value > 1:
             refuse(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
