@@ -201,6 +201,7 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     ours, theirs = (json.loads((p / "prior.json").read_text()) for p in (finished[0] / "out", tmp_path / "foreign"))
     assert theirs["answers"] == ours["answers"] and theirs["growing"] == ours["growing"] and len(theirs["members"]) == 8
     assert tree(folder) == before
+    capsys.readouterr()
     assert "seed" in refused(lambda: prior.main([*argv, f"--members={folder}", "--seed=7"]), capsys)          # the run directory is claimed
     scores = tree(tmp_path / "foreign" / "scores")
     changed = {n: w * 1.01 for n, w in torch.load(folder / "model_5.pt").items()}
@@ -221,7 +222,7 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     (lambda f: torch.save({p + n: w for n, w in torch.load(f / "model_0.pt").items() for p in ("", "module.")}, f / "model_3.pt"), ["model_3.pt", "twice"]),
     (lambda f: [p.rename(f / p.name.replace("model_", "model_0")) for p in f.iterdir()], ["no model_0.pt"]),
     (lambda f: torch.save({"w": os.system}, f / "model_3.pt"), ["model_3.pt", "not readable"]),
-    (lambda f: torch.save({**torch.load(f / "model_2.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"), ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
+    (lambda f: torch.save({**torch.load(f / "model_0.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"), ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
     (lambda f: torch.save({n: w for n, w in torch.load(f / "model_2.pt").items() if "lambdas" not in n}, f / "model_3.pt"), ["model_3.pt", "lambdas", "missing there"]),
     (lambda f: torch.save({n: w * float("nan") for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"), ["model_3.pt", "no numbers"]),
     (lambda f: torch.save({}, f / "model_8.pt"), ["model_8.pt", "model_0.pt .. model_7.pt", "cycles"]),

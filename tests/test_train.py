@@ -219,7 +219,7 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
         kept.append({n: w.double().clone() for n, w in model.state_dict().items()})
         return result
     monkeypatch.setattr(train, "train_step", record)
-    argv = ready(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=4, ema_decay=0.75, ema_every=2)
+    argv = ready(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=6, ema_decay=0.75, ema_every=2)
     train.main(argv)
     config, L = from_args(argv, ""), len(kept) // 2
     kept = kept[L:]                             # the second cycle knows nothing of the first's average
