@@ -205,7 +205,7 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     assert "seed" in refused(lambda: prior.main([*argv, f"--members={folder}", "--seed=7"]), capsys)          # the run directory is claimed
     scores = tree(tmp_path / "foreign" / "scores")
     changed = {n: w * 1.01 for n, w in torch.load(folder / "model_5.pt").items()}
-    torch.save({**changed, "mtp_proj.weight": torch.zeros(3, 3)}, folder / "model_5.pt")        # an MTP head of another kind is no matter
+    torch.save({**changed, "module.mtp_proj.weight": torch.zeros(3, 3)}, folder / "model_5.pt")        # an MTP head of another kind is no matter
     prior.main([*argv, f"--members={folder}"])              # the one that changed is scored again
     assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {"01_001.npy", "01_001.json"}
     capsys.readouterr()
