@@ -36,7 +36,7 @@ def norm(x):
 
 
 def rotary(x, cos, sin):
-    x1, x2 = x.chunk(2, dim=-1)                         # B, T, H, D/2 each; cos, sin: T, 1, D/2
+    x1, x2 = x.chunk(2, dim=-1)                         # B, T, 2 (q and k), H, D/2 each; cos, sin: T, 1, 1, D/2
     return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos], dim=-1).to(x.dtype)
 
 
@@ -88,21 +88,21 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(32, H, bias=False) if has_ve else None
         self.attn_gate = nn.Linear(12, H, bias=False)
 
-    def weights(self):
-        """The (C, C) weights of q, k and v, every head's a mix of all heads'."""
-        if not self.iha:
-            return self.c_q.weight, self.c_k.weight, self.c_v.weight
-        pairs = (self.q_mix, self.c_q), (self.k_mix, self.c_k), (self.v_mix, self.c_v)
-        return [(mix @ linear.weight.view(self.n_head, -1)).view_as(linear.weight) for mix, linear in pairs]
+    def weights(self, dtype):
+        """What every application needs: q, k and v as one (3C, C), every head's weights a mix of all heads', and c_proj's (C, C)."""
+        W = torch.stack([self.c_q.weight, self.c_k.weight, self.c_v.weight]).to(dtype).view(3, self.n_head, -1)
+        if self.iha:
+            W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W                 # 3, H, H @ 3, H, D * C
+        return W.view(-1, self.c_q.in_features), self.c_proj.weight.to(dtype)
 
-    def forward(self, x, weights, ve, rope, window):
-        q, k, v = (F.linear(x, w).view(*x.shape[:2], self.n_head, -1) for w in weights)         # B, T, H, D
+    def forward(self, x, qkv, proj, ve, rope, window):
+        qk, v = F.linear(x, qkv).view(*x.shape[:2], 3, self.n_head, -1).split([2, 1], dim=2)    # B, T, 2 and 1, H, D
+        q, k, v = *norm(rotary(qk, *rope)).unbind(2), v.squeeze(2)                              # B, T, H, D
         if ve is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))         # B, T, H: starts at 1, the gate's weights at 0
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        y = attend(norm(rotary(q, *rope)), norm(rotary(k, *rope)), v, window)
-        y = y * torch.sigmoid(self.attn_gate(x[..., :12])).unsqueeze(-1)
-        y = self.c_proj(y.flatten(2))                                   # B, T, C
+        y = attend(q, k, v, window) * torch.sigmoid(self.attn_gate(x[..., :12])).unsqueeze(-1)
+        y = F.linear(y.flatten(2), proj)                                # B, T, C
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -116,8 +116,12 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, C, bias=False)
         self.dropout = config.dropout
 
-    def forward(self, x):
-        x = self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))          # SwiGLU
+    def weights(self, dtype):
+        return torch.cat([self.c_gate.weight, self.c_fc.weight]).to(dtype), self.c_proj.weight.to(dtype)
+
+    def forward(self, x, gate_fc, proj):
+        gate, fc = F.linear(x, gate_fc).chunk(2, dim=-1)
+        x = F.linear(F.silu(gate) * fc, proj)                           # SwiGLU
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -127,9 +131,13 @@ class Block(nn.Module):
         self.attn = Attention(config, has_ve)
         self.mlp = MLP(config)
 
+    def weights(self, dtype):
+        """Its matrices in the type of computing, made once per forward pass however often the block is applied."""
+        return *self.attn.weights(dtype), *self.mlp.weights(dtype)
+
     def forward(self, x, weights, ve, rope, window):
-        x = x + self.attn(norm(x), weights, ve, rope, window)
-        return x + self.mlp(norm(x))
+        x = x + self.attn(norm(x), *weights[:2], ve, rope, window)
+        return x + self.mlp(norm(x), *weights[2:])
 
 
 class HeadLoss(torch.autograd.Function):
@@ -213,7 +221,7 @@ class GPT(nn.Module):
         T, D = self.config.sequence_len, self.config.n_embd // self.config.n_head
         position = torch.arange(T)
         frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-        angle = torch.outer(position.float(), frequency)[:, None, :]                    # T, 1, D/2
+        angle = torch.outer(position.float(), frequency)[:, None, None, :]              # T, 1, 1, D/2
         self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
 
@@ -258,8 +266,8 @@ class GPT(nn.Module):
         c, T, half = self.config, idx.size(1), self.config.n_layer // 2
         rope = self.cos[:T], self.sin[:T]
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
-        # what a layer needs however often it is applied
-        weights = [block.attn.weights() for block in self.transformer.h]
+        # what a layer needs, once, however often it is applied
+        weights = [block.weights(x.dtype) for block in self.transformer.h]
         ve = {int(i): proj(x0) for i, proj in self.ve_projs.items()}
         encoder, applied = {}, set()
         for i in self.layers if self.looping else range(c.n_layer):
@@ -291,7 +299,7 @@ class GPT(nn.Module):
         e = norm(self.transformer.wte(targets[:, :-1]))
         h = self.mtp_proj(torch.cat([x[:, :-1], e], dim=-1))                    # B, T-1, C
         T = h.size(1)
-        h = self.mtp_block(h, self.mtp_block.attn.weights(), None, (self.cos[:T], self.sin[:T]), None)
+        h = self.mtp_block(h, self.mtp_block.weights(h.dtype), None, (self.cos[:T], self.sin[:T]), None)
         return self.head_loss(norm(h), targets[:, 1:])
 
     @mixed_precision

@@ -5,6 +5,7 @@ matrices, steps these and sends them to the others. AdamW's part is small, and e
 """
 import torch
 import torch.distributed as dist
+from torch.optim.adamw import adamw
 
 # Peak rates, before lr_scale.
 MATRIX_LR, EMBEDDING_LR, UNEMBEDDING_LR, SCALAR_LR, IHA_LR = 0.04, 0.15, 0.002, 0.1, 0.02
@@ -93,6 +94,7 @@ class MuonAdamW:
             if g["kind"] == "adamw":
                 g["m"] = [torch.zeros_like(p) for p in g["params"]]
                 g["v"] = [torch.zeros_like(p) for p in g["params"]]
+                g["steps"] = [torch.zeros((), device=p.device) for p in g["params"]]
             else:
                 rows, cols = p.shape
                 g["m"] = p.new_zeros(n, rows, cols)
@@ -114,23 +116,19 @@ class MuonAdamW:
             (self.adamw if g["kind"] == "adamw" else self.muon)(g, lr, decay)
 
     def adamw(self, g, lr, decay):
-        b1, b2 = g["betas"]
-        c1, c2 = 1 - b1 ** self.steps, 1 - b2 ** self.steps     # bias corrections
-        for p, m, v in zip(g["params"], g["m"], g["v"]):
-            m.lerp_(p.grad, 1 - b1)
-            v.lerp_(p.grad.square(), 1 - b2)
-            p.mul_(1 - lr * decay)
-            p.addcdiv_(m, (v / c2).sqrt_().add_(g["eps"]), value=-lr / c1)
+        adamw(g["params"], [p.grad for p in g["params"]], g["m"], g["v"], [], g["steps"], fused=True, amsgrad=False, maximize=False,
+              beta1=g["betas"][0], beta2=g["betas"][1], lr=lr, weight_decay=decay, eps=g["eps"])
 
     def muon(self, g, lr, decay):
         rows, cols = g["params"][0].shape
         lr = lr * max(1, rows / cols) ** 0.5                    # tall matrices step further
         mine, at_once = g["params"][self.rank::self.size], max(1, STACK // (rows * cols))
         for part in (slice(i, i + at_once) for i in range(0, len(mine), at_once)):
-            grads = torch.stack([p.grad for p in mine[part]])
+            grads, weights = torch.stack([p.grad for p in mine[part]]), torch.stack(mine[part])
             updates = muon_direction(grads, g["m"][part], g["v"][part], g["momentum"], g["beta2"])
-            for p, u in zip(mine[part], updates):
-                p.sub_(lr * u + lr * decay * p * (u * p >= 0))      # cautious: decay only where the step shrinks p too
+            # cautious: decay only where the step shrinks a weight too
+            weights -= lr * updates + lr * decay * weights * (updates * weights >= 0)
+            torch._foreach_copy_(mine[part], weights.unbind())
         if self.size > 1:
             sent = [dist.broadcast(p, group=self.process_group, group_src=i % self.size, async_op=True) for i, p in enumerate(g["params"])]
             for work in sent:
@@ -160,6 +158,8 @@ class MuonAdamW:
     def load_state_dict(self, state):
         self.steps, own = state["steps"], self.moments()
         assert {n for g in self.groups for n in g["names"]} == state["moments"].keys(), "moments of other parameters"
+        for count in [count for g in self.groups for count in g.get("steps", [])]:
+            count.fill_(self.steps)
         for name, moments in own.items():
             for mine, saved in zip(moments, state["moments"][name]):
                 mine.copy_(saved)

@@ -39,7 +39,8 @@ def loss_of(prior, rule, K=None):
 
 
 def row(label, epochs, K, losses):
-    return f"| {label} | {epochs} | {K} | {np.mean(losses):.4f} | {np.std(losses, ddof=1):.4f} | {', '.join(f'{x:.4f}' for x in losses)} |"
+    sd = f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-"
+    return f"| {label} | {epochs} | {K} | {np.mean(losses):.4f} | {sd} | {', '.join(f'{x:.4f}' for x in losses)} |"
 
 
 def main():

@@ -1,5 +1,5 @@
 """
-The real shape, on a CPU: python results/real_shape.py [FOLDER]       (half an hour on two cores, 24 GB of memory, 8 GB of disk)
+The real shape, on a CPU: python results/real_shape.py [FOLDER]       (half an hour on two cores, 20 GB of memory, 4 GB of disk)
 The model of configs/1p8b.py in bf16 throughout, at a short sequence: one step of train.py, its member written, read and
 scored, noise, and one step of distill.py against that member. Prints what it took; writes results/real_shape.md.
 """
@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import optim                                                                # noqa: E402
 from config import from_args                                                # noqa: E402
 from distill import Chain                                                   # noqa: E402
 from model import GPT                                                       # noqa: E402
@@ -62,6 +63,7 @@ def main():
                         "--micro_batch=1", f"--run_dir={folder}"], "")
     run = Run(config, data_fingerprint=None)
     torch.manual_seed(42)
+    optim.STACK = 1 << 25                                       # 128 MiB at once: 8 matrices of 2048 x 2048
     torch.set_default_dtype(torch.bfloat16)                     # weights, gradients, optimizer state: fp32 does not fit
     say(f"# The real shape, on a CPU\n\nPrinted by `python results/real_shape.py` at commit {commit()}: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
         f"bf16 throughout, one sequence of {TOKENS} random tokens;\ntorch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads.\n")

@@ -1,6 +1,7 @@
 """The optimizer against torch's own AdamW, a singular value decomposition, and Muon's formulas in float64."""
 import pytest
 import torch
+import torch.distributed as dist
 
 from model import GPT, GPTConfig
 from optim import POLAR_EXPRESS, MuonAdamW, polar_express
@@ -96,3 +97,37 @@ def test_the_optimizer_owns_exactly_the_parameters():
     with pytest.raises(AssertionError):
         other = MuonAdamW([("w", torch.nn.Parameter(torch.zeros(4, 4)))], 0.25)
         optimizer.load_state_dict(other.state_dict())
+
+
+def three_steps(group):
+    """Weights, state and the number of matrices whose moments are kept here, after three steps with a resume before the last."""
+    model = tiny_model()
+    optimizer = MuonAdamW(model.named_parameters(), 0.25, group)
+    for step in range(3):
+        if step == 2:
+            state, optimizer = optimizer.state_dict(), MuonAdamW(model.named_parameters(), 0.25, group)
+            optimizer.load_state_dict(state)
+        set_gradients(model.parameters(), step)
+        optimizer.step()
+    return model.state_dict(), optimizer.state_dict(), sum(len(g["m"]) for g in optimizer.groups if g["kind"] == "muon")
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(three_steps(dist.group.WORLD), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_matrices_and_step_as_one(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    weights, state, matrices = three_steps(None)
+    shares = []
+    for rank in (0, 1):
+        theirs, their_state, share = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        shares.append(share)
+        assert all(torch.allclose(w, theirs[n], rtol=1e-5, atol=1e-7) for n, w in weights.items())
+        assert their_state["steps"] == 3 and their_state["moments"].keys() == state["moments"].keys()
+        for n, moments in state["moments"].items():
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-8) for a, b in zip(moments, their_state["moments"][n])), n
+    assert sum(shares) == matrices and max(shares) < 0.7 * matrices

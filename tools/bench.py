@@ -1,21 +1,277 @@
 """
-The exact fit beside the public script's 300 AdamW steps: python -m tools.bench [--members=480] [--tokens=131072] [--rounds=7]
-Times both on the same log-probabilities, one after the other, and prints ratios with their spread, gaps and peak memory.
-Members of one population are alike: each token has a common part and a smaller part of each member's own.
+Times what is really run: python -m tools.bench CONFIG [--name=value ...]
+One optimizer step of train.py and of distill.py (on random tokens, every micro-batch of it), one of scoring, by part, with
+tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit.
+
+Of its own: --rounds=5   --steps=0 (0: all of it; else a comma list of train, distill, score, prior)
+            --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating
+            --memory=1         the largest micro-batch that fits, ours and (with --slowrun) theirs; on CUDA
+            --peak_tflops=989  on CUDA; on the CPU the peak is that of its own matrix product, measured here
+            --members=480  --tokens=131072   (of the fit)
 """
+import contextlib
 import resource
 import statistics
+import sys
 import time
+import types
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-from config import refuse, take_actions
+import distill
+import train
+from config import from_args, refuse, take_actions
+from data import loader
+from model import GPT, attend, attention_kind
+from optim import MuonAdamW
 from prior import fit_weights
 from tests.parity import adamw300
+from tools import plan
 
+ACTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0, members=480, tokens=131072)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function):
+    wait()
+    began = time.perf_counter()
+    result = function()
+    wait()
+    return time.perf_counter() - began, result
+
+
+def spread(values, digits=3):
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
+
+
+# ------------------------------------------------------------------------------------------------ ours
+
+class Ours:
+    """A model as train.py makes it, and one optimizer step of train.py or distill.py on random tokens."""
+
+    def __init__(self, config, chain, options):
+        torch.manual_seed(config.seed)
+        self.config, self.model = config, GPT(config).init_weights().place(DEVICE, config.compile)
+        self.model.checkpointing = config.checkpoint
+        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale)
+        self.loss_fn = train.label_loss
+        if chain:
+            teacher = GPT(config).init_weights().place(DEVICE, config.compile).eval().requires_grad_(False)
+            teacher = teacher.bfloat16() if DEVICE.type == "cuda" else teacher
+            self.loss_fn = lambda model, batch: distill.chain_loss(model, teacher, batch, config.distill_alpha, config.distill_temperature)
+
+    def step(self, rows):
+        train.train_step(self.model, self.optimizer, rows.split(self.config.micro_batch), self.loss_fn, (1.0, 1.0))
+
+    def parts(self, rows):
+        """Seconds of the parts of a step over one micro-batch, and of its optimizer step."""
+        batch = rows[:self.config.micro_batch]
+        self.optimizer.zero_grad()
+        hidden, _ = timed(lambda: self.model.hidden(batch[:, :-1]))
+        forward, loss = timed(lambda: self.loss_fn(self.model, batch))
+        backward, _ = timed(loss.backward)
+        step, _ = timed(lambda: train.apply_gradients(self.model, self.optimizer, 1.0, 1.0))
+        return {"hidden states": hidden, "head, MTP and teacher": forward - hidden, "backward": backward, "clip and optimizer": step}
+
+
+# ---------------------------------------------------------------------------------------------- theirs
+
+def load_slowrun(folder, honest):
+    """
+    The public script as a module: what it imports and parses at import is stood in for. honest: its attention is ours
+    and its Muon float32, as ours is on a CPU.
+    """
+    path = Path(folder) / "unlimited" / "train.py"
+    if not path.exists():
+        refuse(f"slowrun={folder}: has no unlimited/train.py; name a clone of the NanoGPT Slowrun's repository")
+    source, module = path.read_text(), types.ModuleType("slowrun")
+    if honest:
+        source = source.replace("X = g.bfloat16()", "X = g.float()")
+    sys.modules.setdefault("wandb", types.ModuleType("wandb"))
+    argv, sys.argv, sys.modules["slowrun"] = sys.argv, [str(path)], module
+    sys.path.insert(0, str(path.parent))
+    module.__file__ = str(path)
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    finally:
+        sys.argv = argv
+        sys.path.remove(str(path.parent))
+    if honest:
+        module.flash_attn.flash_attn_func = lambda q, k, v, causal, window_size: attend(q, k, v, window_size[0] if 0 <= window_size[0] < q.size(1) else None)
+    return module
+
+
+class Theirs:
+    """The public script's model and optimizer, stepped as its loop steps them."""
+
+    def __init__(self, config, chain, options, honest):
+        script = load_slowrun(options.slowrun, honest)
+        shape = script.GPTConfig(**{k: getattr(config, k) for k in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "window_pattern", "dropout", "mtp_weight")},
+                                 n_kv_head=config.n_head, use_iha=config.iha)
+        models = []
+        for _ in range(1 + chain):
+            model = script.GPT(shape).to(DEVICE)
+            model.init_weights()
+            if config.loop_extra:
+                model.set_dupe_layers(config.loop_start, config.loop_end)
+            models.append(model)
+        self.config, self.raw, self.model = config, models[0], models[0]
+        self.optimizer = self.raw.setup_optimizer(dict(matrix_lr=0.01, scalar_lr=0.025, embedding_lr=0.04, unembedding_lr=0.0005, weight_decay=1.3, adam_betas=(0.8, 0.95), iha_lr=0.02))
+        self.teacher = models[1].eval().requires_grad_(False).forward_logits if chain else None
+        if chain and DEVICE.type == "cuda":
+            models[1].bfloat16()
+        if config.compile and DEVICE.type == "cuda":
+            self.model = torch.compile(self.raw, dynamic=False)
+            self.teacher = chain and torch.compile(self.teacher, dynamic=False)
+        self.autocast = contextlib.nullcontext() if honest and DEVICE.type == "cpu" else torch.autocast(DEVICE.type, torch.bfloat16)
+
+    def loss(self, batch):
+        x, y, c = batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), self.config
+        if not self.teacher:
+            with self.autocast:
+                return self.model(x, y)
+        with self.autocast:
+            student, mtp = self.model(x, y, distill=True)
+            with torch.no_grad():
+                teacher = self.teacher(x)
+        student, teacher = student.flatten(0, 1).float(), teacher.flatten(0, 1).float()
+        soften = lambda z: F.log_softmax(z / c.distill_temperature, dim=-1)
+        kl = F.kl_div(soften(student), soften(teacher), reduction="batchmean", log_target=True) * c.distill_temperature ** 2
+        return (1 - c.distill_alpha) * (F.cross_entropy(student, y.flatten()) + c.mtp_weight * mtp) + c.distill_alpha * kl
+
+    def step(self, rows):
+        batches = rows.split(self.config.micro_batch)
+        for batch in batches:
+            (self.loss(batch) / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
+        self.optimizer.step()
+        self.raw.zero_grad(set_to_none=True)
+
+
+# ------------------------------------------------------------------------------------------ measurements
+
+def random_rows(config, tokens=None):
+    n = (tokens or config.batch_tokens) // config.sequence_len
+    return torch.randint(config.vocab_size, (n, config.sequence_len + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def peak_flops(options):
+    """The device's: as given on CUDA, on the CPU what a large float32 matrix product reaches here."""
+    if DEVICE.type == "cuda":
+        return options.peak_tflops * 1e12
+    a = torch.randn(2048, 2048)
+    return 2 * 2048 ** 3 / min(timed(lambda: a @ a)[0] for _ in range(5))
+
+
+def extra_memory(kind, chain, config, options):
+    """
+    Peak GiB of two steps beyond weights, gradients and optimizer state (and the teacher's weights). On the CPU in a process
+    of its own; on CUDA by the allocator.
+    """
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        runner, rows = kind(config, chain, options), random_rows(config, config.micro_batch * config.sequence_len)
+        runner.step(rows)
+        kept = torch.cuda.memory_allocated() + sum(p.numel() * p.element_size() for p in runner.model.parameters())      # gradients are freed
+        torch.cuda.reset_peak_memory_stats()
+        runner.step(rows)
+        return (torch.cuda.max_memory_allocated() - kept) / plan.GIB
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(resident, kind, chain, config, options).result()
+
+
+def resident(kind, chain, config, options):
+    """Growth of the process's peak of memory over two steps, less gradients and optimizer state."""
+    runner, rows = kind(config, chain, options), random_rows(config, config.micro_batch * config.sequence_len)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    for _ in range(2):
+        runner.step(rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ours = Ours(config, False, options)
+    made = 4 * sum(p.numel() for p in ours.model.parameters())
+    if kind is not Ours:                    # theirs makes its state with the first step, ours before it
+        made += sum(t.numel() * t.element_size() for pair in ours.optimizer.moments().values() for t in pair)
+    return (peak - before - made) / plan.GIB
+
+
+def kinds(options):
+    """name -> constructor of what is compared."""
+    rows = {"ours": Ours}
+    if options.slowrun:
+        rows["theirs as it is"] = TheirsAsIs
+        if DEVICE.type == "cpu":
+            rows["theirs, our attention, fp32"] = TheirsHonest
+    return rows
+
+
+class TheirsAsIs(Theirs):
+    def __init__(self, config, chain, options):
+        super().__init__(config, chain, options, honest=False)
+
+
+class TheirsHonest(Theirs):
+    def __init__(self, config, chain, options):
+        super().__init__(config, chain, options, honest=True)
+
+
+def bench_step(name, chain, config, options, peak):
+    """One table: seconds of a step, tokens/s, share of the peak, ratios to ours, memory."""
+    rows, runners = random_rows(config), {kind: make(config, chain, options) for kind, make in kinds(options).items()}
+    model = plan.meta_model(config)
+    flops = plan.step_flops(model, True, chain) * config.batch_tokens
+    seconds = {kind: [] for kind in runners}
+    for i in range(options.rounds + 1):                     # the first warms up
+        for kind, runner in runners.items():
+            took, _ = timed(lambda: runner.step(rows))
+            if i:
+                seconds[kind].append(took)
+    print(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
+    for kind, took in seconds.items():
+        ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
+        memory = extra_memory(kinds(options)[kind], chain, config, options)
+        print(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak, "
+              f"{memory:.2f} GiB beyond weights, gradients and state{ratio}")
+    parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
+    for part in parts[0]:
+        print(f"    {part}, of one micro-batch: {spread([p[part] for p in parts], 4)} s")
+
+
+def bench_score(config, options, peak):
+    model, rows = GPT(config).init_weights().place(DEVICE, config.compile), random_rows(config).cpu().numpy()
+    seconds = [timed(lambda: loader.score(model, rows, config.micro_batch))[0] for _ in range(options.rounds + 1)][1:]
+    flops = sum(plan.forward_flops(plan.meta_model(config), True, mtp=False).values()) * config.batch_tokens
+    print(f"\nscoring: {spread(seconds)} s, {config.batch_tokens / statistics.median(seconds):,.0f} tokens/s, {flops / statistics.median(seconds) / peak:.1%} of the peak")
+
+
+def bench_memory(config, options):
+    """The largest micro-batch, by doubling, that takes a step; ours and theirs, without and with a teacher."""
+    for chain in (False, True):
+        for name, make in kinds(options).items():
+            fits, size = 0, 1
+            while size <= 64:
+                try:
+                    config.micro_batch = size
+                    gib = extra_memory(make, chain, config, options)
+                    fits, size = size, size * 2
+                except torch.OutOfMemoryError:
+                    break
+            print(f"largest micro-batch, {'with' if chain else 'without'} a teacher, {name}: {fits}, {gib:.1f} GiB beyond weights, gradients and state")
+
+
+# ----------------------------------------------------------------------------------------------- the fit
 
 def log_probabilities(members, tokens):
-    """(members, tokens) float32."""
+    """(members, tokens) float32, of members that are alike: each token has a common part and a smaller one of each member's own."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(tokens, generator=generator) * 1.5 - 3
     handicap = torch.linspace(0, 0.25, members)[torch.randperm(members, generator=generator)]
@@ -23,32 +279,43 @@ def log_probabilities(members, tokens):
     return log_p.add_(base).sub_(handicap[:, None]).clamp_(max=-1e-3)
 
 
-def timed(function):
-    began = time.perf_counter()
-    result = function()
-    return time.perf_counter() - began, result
-
-
-def main(argv=None):
-    options, rest = take_actions(argv, members=480, tokens=131072, rounds=7)
-    if rest or min(vars(options).values()) < 1:
-        refuse(f"bench wants --members, --tokens and --rounds of at least 1, not {' '.join(rest) or vars(options)}")
+def bench_prior(options):
+    """The exact fit beside the public script's 300 AdamW steps."""
     log_p = log_probabilities(options.members, options.tokens)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     before, ours, theirs = peak(), [], []
+    print(f"\nfit: {options.members} members x {options.tokens} tokens")
     for i in range(options.rounds):
         seconds, (w, gap) = timed(lambda: fit_weights(log_p))
         ours.append(seconds)
         if i == 0:
-            print(f"memory beyond the {log_p.nbytes / 2 ** 30:.2f} GiB of log_p: ours {peak() - before:.2f} GiB at its peak")
+            print(f"  memory beyond the {log_p.nbytes / 2 ** 30:.2f} GiB of log_p: ours {max(0, peak() - before):.2f} GiB at its peak")
         seconds, v = timed(lambda: adamw300(log_p.exp()))
         theirs.append(seconds)
     loss = lambda w: -(w @ log_p.double().exp()).log().mean().item()
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    print(f"{options.members} members x {options.tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"exact fit: {min(ours):.2f} .. {max(ours):.2f} s, gap {gap:.1e} nats, {(w > 0).sum()} members with weight")
-    print(f"300 AdamW steps: {min(theirs):.2f} .. {max(theirs):.2f} s, {loss(v) - loss(w):.1e} nats above it")
-    print(f"AdamW / exact: median {statistics.median(ratios):.1f}, from {min(ratios):.1f} to {max(ratios):.1f}, over {options.rounds} rounds")
+    print(f"  exact fit: {spread(ours, 2)} s, gap {gap:.1e} nats, {(w > 0).sum()} members with weight")
+    print(f"  300 AdamW steps: {spread(theirs, 2)} s, {loss(v) - loss(w):.1e} nats above it, {spread([b / a for a, b in zip(ours, theirs)], 1)} times ours")
+
+
+def main(argv=None):
+    options, argv = take_actions(argv, **ACTIONS)
+    steps = options.steps.split(",")
+    if not set(steps) <= {"train", "distill", "score", "prior"} or min(options.rounds, options.members, options.tokens) < 1:
+        refuse(f"bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, not {vars(options)}")
+    config = from_args(argv, __doc__)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {attention_kind(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; medians over {options.rounds} rounds, and their range")
+    peak = peak_flops(options)
+    print(f"peak: {peak / 1e12:.3g} TFLOPS; {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}")
+    for name in steps:
+        if name in ("train", "distill"):
+            bench_step(name, name == "distill", config, options, peak)
+        elif name == "score":
+            bench_score(config, options, peak)
+        else:
+            bench_prior(options)
+    if options.memory:
+        bench_memory(config, options)
 
 
 if __name__ == "__main__":
