@@ -67,9 +67,13 @@ def attend(q, k, v, window):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
 
-def attention_kind(device):
-    """What attend() runs there, in words."""
-    return f"flash attention ({current_flash_attention_impl() or 'FA2'})" if device.type == "cuda" else "PyTorch's attention"
+def activate_attention(device):
+    """What attend() runs there, in words; FlashAttention 3 where it is installed."""
+    if device.type != "cuda":
+        return "PyTorch's attention"
+    if importlib.util.find_spec("flash_attn_interface") and current_flash_attention_impl() is None:
+        activate_flash_attention_impl("FA3")
+    return f"flash attention ({current_flash_attention_impl() or 'FA2'})"
 
 
 class Attention(nn.Module):
@@ -250,8 +254,7 @@ class GPT(nn.Module):
         self.to(device)
         if device.type == "cuda":
             self.transformer.wte.bfloat16()
-            if importlib.util.find_spec("flash_attn_interface"):            # FlashAttention 3, where it is installed
-                activate_flash_attention_impl("FA3")
+            activate_attention(device)
             if compile:             # block by block: looped layers reuse one graph, and DDP overlaps between blocks
                 torch._dynamo.config.recompile_limit = 64       # training, scoring and teaching each have their kinds of block
                 torch._dynamo.config.optimize_ddp = False       # would cut each block at DDP's buckets

@@ -149,6 +149,8 @@ def join_world(config):
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     data_rank, data_size, data_group = 0, 1, None
     if kind == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            refuse(f"{torch.cuda.get_device_name(device)} has neither bf16 nor flash attention: use a GPU of compute capability 8.0 or more, or the CPU (CUDA_VISIBLE_DEVICES=)", common=True)
         torch.cuda.set_device(device)
     if size > 1:
         backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import from_args, refuse
 from data import loader
-from model import GPT, attention_kind
+from model import GPT, activate_attention
 from optim import MuonAdamW
 from population import Run, fits_in_memory, join_world, next_command
 
@@ -163,7 +163,7 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     world.barrier(everyone=True)
     if world.rank == 0:
         print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
-              f"{world.data_size}, on {world.device.type}, {attention_kind(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+              f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
     if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
         refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)

@@ -73,6 +73,21 @@ def test_linear_flops_against_torchs_counter(micro):
     assert linear == 64 * (terms["layers"] + terms["value embeddings"] + terms["head"] - saved)
 
 
+def test_attention_flops_against_torchs_counter(micro):
+    """As plain products torch counts T x T; of these a token attends to the pairs of its window."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    config = from_args(micro(iha=False, n_layer=4, window_pattern="SL"), "")
+    model, T = GPT(config).init_weights().eval(), 32
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.randint(257, (2, T)))
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))
+    assert counted == 4 * (2 * 2 * T * T * config.n_embd) * 2           # four layers, QK' and PV, two sequences
+    pairs = lambda window: sum(1 for q in range(T) for k in range(T) if 0 <= q - k <= window)
+    attended = counted * (2 * pairs(T) + 2 * pairs(T // 2)) / (4 * T * T)
+    assert plan.forward_flops(model, True, mtp=False)["attention"] * 2 * T == pytest.approx(attended)
+
+
 @pytest.mark.parametrize("flags, change", [
     (["--n_embd=1024", "--n_head=8"], lambda p, o: p["gflop"] < o["gflop"] / 3 and p["members"] == o["members"]),
     (["--cycles=32"], lambda p, o: p["flops"] / o["flops"] == pytest.approx((8 * 25.529 + 24 * 33.7046) / (8 * 25.529 + 56 * 33.7046), rel=1e-3) and p["gflop"] == o["gflop"]),

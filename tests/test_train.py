@@ -455,6 +455,15 @@ def test_a_world_of_one_needs_no_launcher(micro):
     world.close()
 
 
+def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(SystemExit) as stop:
+        join_world(from_args(micro(), ""))
+    assert stop.value.code == 2 and "Tesla T4" in error_line(capsys.readouterr().err)
+
+
 def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "label_loss", lambda model, batch: model(batch[:, :-1], batch[:, 1:])[1] * float("nan"))
     with pytest.raises(SystemExit) as stop:

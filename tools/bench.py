@@ -24,7 +24,7 @@ import distill
 import train
 from config import from_args, refuse, take_actions
 from data import loader
-from model import GPT, attend, attention_kind
+from model import GPT, attend, activate_attention
 from optim import MuonAdamW
 from prior import fit_weights
 from tests.parity import adamw300
@@ -303,8 +303,10 @@ def main(argv=None):
     if not set(steps) <= {"train", "distill", "score", "prior"} or min(options.rounds, options.members, options.tokens) < 1:
         refuse(f"bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, not {vars(options)}")
     config = from_args(argv, __doc__)
+    if options.memory and DEVICE.type != "cuda":
+        refuse("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {attention_kind(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; medians over {options.rounds} rounds, and their range")
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {activate_attention(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; medians over {options.rounds} rounds, and their range")
     peak = peak_flops(options)
     print(f"peak: {peak / 1e12:.3g} TFLOPS; {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}")
     for name in steps:
