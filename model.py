@@ -71,7 +71,8 @@ def activate_attention(device):
     """What attend() runs there, in words; FlashAttention 3 where it is installed."""
     if device.type != "cuda":
         return "PyTorch's attention"
-    if importlib.util.find_spec("flash_attn_interface") and current_flash_attention_impl() is None:
+    installed = importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9
+    if installed and current_flash_attention_impl() is None:
         activate_flash_attention_impl("FA3")
     return f"flash attention ({current_flash_attention_impl() or 'FA2'})"
 
@@ -94,7 +95,7 @@ class Attention(nn.Module):
 
     def weights(self, dtype):
         """What every application needs: q, k and v as one (3C, C), every head's weights a mix of all heads', and c_proj's (C, C)."""
-        W = torch.stack([self.c_q.weight, self.c_k.weight, self.c_v.weight]).to(dtype).view(3, self.n_head, -1)
+        W = torch.stack([linear.weight.to(dtype) for linear in (self.c_q, self.c_k, self.c_v)]).view(3, self.n_head, -1)
         if self.iha:
             W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W                 # 3, H, H @ 3, H, D * C
         return W.view(-1, self.c_q.in_features), self.c_proj.weight.to(dtype)
@@ -121,7 +122,7 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def weights(self, dtype):
-        return torch.cat([self.c_gate.weight, self.c_fc.weight]).to(dtype), self.c_proj.weight.to(dtype)
+        return torch.cat([self.c_gate.weight.to(dtype), self.c_fc.weight.to(dtype)]), self.c_proj.weight.to(dtype)
 
     def forward(self, x, gate_fc, proj):
         gate, fc = F.linear(x, gate_fc).chunk(2, dim=-1)
@@ -146,30 +147,30 @@ class Block(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """
-    The mean over N tokens of a loss of capped logits, from hidden states x (N, C) and the head's weight (V or more, C).
+    The mean over N tokens of a loss of capped logits, from hidden states x (N, C) and the head's weight (padded V, C).
     Loss and gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive.
     token_loss(logits (n, V) float32, targets (n,), chunk: slice of N) is a chunk's sum.
     """
 
     @staticmethod
     def forward(ctx, x, weight, V, targets, token_loss):
-        N, w, train = len(x), weight[:V].to(x.dtype), ctx.needs_input_grad[0]
+        N, w, train = len(x), weight.to(x.dtype), ctx.needs_input_grad[0]
         total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         for chunk in chunks(x, V):
-            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, V
+            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, padded V: rows of an even size are faster
             with torch.set_grad_enabled(train):
-                loss = token_loss(cap(z), targets[chunk], chunk) / N
+                loss = token_loss(cap(z[:, :V]), targets[chunk], chunk) / N
             total += loss.detach()
             if train:
                 dz, = torch.autograd.grad(loss, z)
                 dx[chunk] = dz @ w
-                dw[:V] += dz.T @ x[chunk]
+                dw += dz.T @ x[chunk]
         ctx.gradients = dx, dw
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        dx, dw = ctx.gradients
+        (dx, dw), ctx.gradients = ctx.gradients, None                   # freed with this pass
         return dx.mul_(scale), dw.mul_(scale), None, None, None
 
 
@@ -180,6 +181,7 @@ def cap(z):
 def chunks(x, V):
     """Slices of the N tokens of x (N, C), few enough each for their V logits not to count."""
     n = max(1, (2 ** 28 if x.is_cuda else 2 ** 26) // (4 * V))
+    n = n // 128 * 128 or n
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
@@ -260,7 +262,7 @@ class GPT(nn.Module):
                 torch._dynamo.config.optimize_ddp = False       # would cut each block at DDP's buckets
                 for block in self.modules():
                     if isinstance(block, Block):
-                        block.compile()
+                        block.compile(dynamic=False)
         return self
 
     @mixed_precision
@@ -269,28 +271,28 @@ class GPT(nn.Module):
         c, T, half = self.config, idx.size(1), self.config.n_layer // 2
         rope = self.cos[:T], self.sin[:T]
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
-        # what a layer needs, once, however often it is applied
-        weights = [block.weights(x.dtype) for block in self.transformer.h]
-        ve = {int(i): proj(x0) for i, proj in self.ve_projs.items()}
-        encoder, applied = {}, set()
+        weights, ve, encoder = {}, {}, {}
         for i in self.layers if self.looping else range(c.n_layer):
             if i >= half:                                                       # U-Net: decoder i pairs with L-1-i
                 x = x + self.skip_weights[i - half] * encoder[c.n_layer - 1 - i]
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            again = i in weights
+            if not again:       # once, however often the layer is applied; not earlier, or gradients would all come last
+                weights[i] = self.transformer.h[i].weights(x.dtype)
+                ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
-            inputs = x, weights[i], ve.get(i), rope, None if long else c.sequence_len // 2
-            if self.checkpointing and i in applied and torch.is_grad_enabled():
+            inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2
+            if self.checkpointing and again and torch.is_grad_enabled():
                 x = checkpoint(self.transformer.h[i], *inputs, use_reentrant=False)
             else:
                 x = self.transformer.h[i](*inputs)
-            applied.add(i)
             if i < half:
                 encoder[i] = x
         return norm(x)
 
     def logits(self, x):
         """Capped logits in fp32 (..., V), without the padding of the vocabulary; x (..., C) is normed."""
-        return cap(F.linear(x, self.lm_head.weight[:self.config.vocab_size].to(x.dtype)))
+        return cap(F.linear(x, self.lm_head.weight.to(x.dtype))[..., :self.config.vocab_size])
 
     def head_loss(self, x, targets, token_loss=cross_entropy):
         """The mean of a token_loss (see HeadLoss) of hidden states (B, T, C)."""

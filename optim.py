@@ -86,7 +86,7 @@ class MuonAdamW:
         if process_group is not None:
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.groups = make_groups(named_parameters, lr_scale)
-        self.steps, self.lr_multiplier, self.wd_multiplier = 0, 1.0, 1.0
+        self.steps, self.lr_multiplier, self.wd_multiplier, self.sending = 0, 1.0, 1.0, []
         owned = [id(p) for g in self.groups for p in g["params"]]
         assert sorted(owned) == sorted(map(id, named_parameters.values())), "each parameter in exactly one group"
         for g in self.groups:
@@ -104,9 +104,9 @@ class MuonAdamW:
         self.lr_multiplier, self.wd_multiplier = lr_multiplier, wd_multiplier
 
     def zero_grad(self):
-        for g in self.groups:
-            for p in g["params"]:
-                p.grad = None
+        """In place: gradients stay what DDP reduces."""
+        for p in (p for g in self.groups for p in g["params"] if p.grad is not None):
+            p.grad.zero_()
 
     @torch.no_grad()
     def step(self):
@@ -114,6 +114,8 @@ class MuonAdamW:
         for g in self.groups:
             lr, decay = g["lr"] * self.lr_multiplier, g["weight_decay"] * self.wd_multiplier
             (self.adamw if g["kind"] == "adamw" else self.muon)(g, lr, decay)
+        while self.sending:
+            self.sending.pop().wait()
 
     def adamw(self, g, lr, decay):
         adamw(g["params"], [p.grad for p in g["params"]], g["m"], g["v"], [], g["steps"], fused=True, amsgrad=False, maximize=False,
@@ -129,10 +131,8 @@ class MuonAdamW:
             # cautious: decay only where the step shrinks a weight too
             weights -= lr * updates + lr * decay * weights * (updates * weights >= 0)
             torch._foreach_copy_(mine[part], weights.unbind())
-        if self.size > 1:
-            sent = [dist.broadcast(p, group=self.process_group, group_src=i % self.size, async_op=True) for i, p in enumerate(g["params"])]
-            for work in sent:
-                work.wait()
+        if self.size > 1:           # while the next group steps
+            self.sending += [dist.broadcast(p, group=self.process_group, group_src=i % self.size, async_op=True) for i, p in enumerate(g["params"])]
 
     def moments(self):
         """Name -> (m, v), views of what this rank keeps."""
@@ -140,19 +140,16 @@ class MuonAdamW:
         return {n: (m, v) for g in self.groups for n, m, v in zip(share(g), g["m"], g["v"])}
 
     def state_dict(self):
-        """The whole state, whoever keeps it, with the moments of others on the CPU. All ranks call it together."""
+        """The whole state, whoever keeps it, for rank 0 (the moments of others on the CPU). All ranks call it together."""
         own, moments = self.moments(), {}
         for g in self.groups:
             for i, (name, p) in enumerate(zip(g["names"], g["params"])):
-                if name in own:
-                    moments[name] = tuple(t.contiguous() for t in own[name])
-                else:
-                    moments[name] = torch.empty_like(p), torch.empty(g["v"].shape[1:], device=p.device)
+                pair = own.get(name) or (torch.empty_like(p), torch.empty(g["v"].shape[1:], device=p.device))
                 if g["kind"] == "muon" and self.size > 1:
-                    for t in moments[name]:
+                    for t in pair:
                         dist.broadcast(t, group=self.process_group, group_src=i % self.size)
-                if name not in own:
-                    moments[name] = tuple(t.cpu() for t in moments[name])
+                if self.rank == 0:
+                    moments[name] = pair if name in own else tuple(t.cpu() for t in pair)
         return dict(steps=self.steps, moments=moments)
 
     def load_state_dict(self, state):

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from tqdm import tqdm
 
@@ -62,8 +61,9 @@ def fits_in_memory(config):
         yield
     except torch.OutOfMemoryError:
         config_module.prints = True         # whichever rank it is
-        mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
-        refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend or 'no smaller one shares the batches, take a smaller model or more GPUs'}"
+        mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1))) or "no smaller one shares the batches, take a smaller model or more GPUs"
+        mend += " (or --checkpoint=True)" * (config.loop_extra > 0 and not config.checkpoint)
+        refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend}"
                "; what is done is kept, and python -m tools.plan estimates what fits")
 
 
@@ -151,12 +151,15 @@ def join_world(config):
     if kind == "cuda":
         if torch.cuda.get_device_capability(device) < (8, 0):
             refuse(f"{torch.cuda.get_device_name(device)} has neither bf16 nor flash attention: use a GPU of compute capability 8.0 or more, or the CPU (CUDA_VISIBLE_DEVICES=)", common=True)
+        if config.n_embd // config.n_head % 8 or config.n_embd // config.n_head > 256:
+            refuse(f"n_head={config.n_head}: flash attention wants heads of a multiple of 8, up to 256, n_embd={config.n_embd} gives {config.n_embd // config.n_head}; change one", common=True)
         torch.cuda.set_device(device)
     if size > 1:
         backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
         dist.init_process_group(**backend, timeout=timedelta(days=30))      # groups of ranks may finish hours apart
-        mesh = init_device_mesh(kind, (groups, size // groups), mesh_dim_names=("trajectory", "data"))
-        data_rank, data_size, data_group = mesh.get_local_rank("data"), size // groups, mesh.get_group("data")
+        data_size = size // groups
+        data_rank, members = rank % data_size, [list(range(i, i + data_size)) for i in range(0, size, data_size)]
+        data_group, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(days=30))
     group = rank // (size // groups)
     config_module.prints = data_rank == 0
     return World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size, data_group)

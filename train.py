@@ -174,7 +174,7 @@ def run_cycles(config, first, last, loss_for_cycle, then):
             continue
         trajectory = model = loss_fn = None     # frees the last one's memory
         trajectory = Trajectory(config, t, data, world, state)
-        model = trajectory.model
+        model, states[t] = trajectory.model, None           # lets go of the file
         for cycle in range(trajectory.cycles_done, last):
             tokens = tokens_per_step(config, cycle)
             if cycle > 0 and config.restart == "noise":
@@ -202,12 +202,13 @@ def run_cycles(config, first, last, loss_for_cycle, then):
             if average:                             # what goes on, too, is the average
                 model.load_state_dict(average)
             trajectory.cycles_done = cycle + 1
-            state = trajectory.state_dict()         # of all its ranks
+            state = trajectory.state_dict()         # all its ranks together
             if world.lead:
                 fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
                 run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
                 run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
                 run.save_resume(t, state)
+            state = None
             world.barrier()                     # the member can be read by all its ranks
     bar.close()
     world.barrier(everyone=True)

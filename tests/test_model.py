@@ -220,7 +220,7 @@ def test_place_compiles_every_block_on_cuda_only(monkeypatch):
     """Without a GPU: the blocks are asked for, and the embedding table becomes bf16."""
     from model import Block
     compiled, model = [], small()
-    monkeypatch.setattr(Block, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(Block, "compile", lambda self, dynamic: compiled.append(self))
     monkeypatch.setattr(GPT, "to", lambda self, device: self)
     for name in ("recompile_limit", "optimize_ddp"):
         monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))

@@ -180,7 +180,9 @@ def extra_memory(kind, chain, config, options):
         torch.cuda.reset_peak_memory_stats()
         runner, rows = kind(config, chain, options), random_rows(config, config.micro_batch * config.sequence_len)
         runner.step(rows)
-        kept = torch.cuda.memory_allocated() + sum(p.numel() * p.element_size() for p in runner.model.parameters())      # gradients are freed
+        for p in runner.model.parameters():
+            p.grad = None
+        kept = torch.cuda.memory_allocated() + sum(p.numel() * p.element_size() for p in runner.model.parameters())      # and gradients
         torch.cuda.reset_peak_memory_stats()
         runner.step(rows)
         return (torch.cuda.max_memory_allocated() - kept) / plan.GIB
@@ -231,17 +233,18 @@ def bench_step(name, chain, config, options, peak):
     flops = plan.step_flops(model, True, chain) * config.batch_tokens
     seconds = {kind: [] for kind in runners}
     for i in range(options.rounds + 1):                     # the first warms up
-        for kind, runner in runners.items():
-            took, _ = timed(lambda: runner.step(rows))
+        for kind in runners:
+            took, _ = timed(lambda: runners[kind].step(rows))
             if i:
                 seconds[kind].append(took)
+    parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
+    runners.clear()                                         # a GPU holds one side while memory is measured
     print(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
     for kind, took in seconds.items():
         ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
         memory = extra_memory(kinds(options)[kind], chain, config, options)
         print(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak, "
               f"{memory:.2f} GiB beyond weights, gradients and state{ratio}")
-    parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
     for part in parts[0]:
         print(f"    {part}, of one micro-batch: {spread([p[part] for p in parts], 4)} s")
 
