@@ -10,6 +10,7 @@ Of its own: --rounds=5   --steps=0 (0: all of it; else a comma list of train, di
             --members=480  --tokens=131072   (of the fit)
 """
 import contextlib
+import re
 import resource
 import statistics
 import sys
@@ -198,7 +199,7 @@ def resident(kind, chain, config, options):
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     for _ in range(2):
         runner.step(rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])       # ru_maxrss would be the parent's
     ours = Ours(config, False, options)
     made = 4 * sum(p.numel() for p in ours.model.parameters())
     if kind is not Ours:                    # theirs makes its state with the first step, ours before it
@@ -285,14 +286,11 @@ def log_probabilities(members, tokens):
 def bench_prior(options):
     """The exact fit beside the public script's 300 AdamW steps."""
     log_p = log_probabilities(options.members, options.tokens)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    before, ours, theirs = peak(), [], []
+    ours, theirs = [], []
     print(f"\nfit: {options.members} members x {options.tokens} tokens")
-    for i in range(options.rounds):
+    for _ in range(options.rounds):
         seconds, (w, gap) = timed(lambda: fit_weights(log_p))
         ours.append(seconds)
-        if i == 0:
-            print(f"  memory beyond the {log_p.nbytes / 2 ** 30:.2f} GiB of log_p: ours {max(0, peak() - before):.2f} GiB at its peak")
         seconds, v = timed(lambda: adamw300(log_p.exp()))
         theirs.append(seconds)
     loss = lambda w: -(w @ log_p.double().exp()).log().mean().item()
