@@ -146,6 +146,17 @@ def seed_step(seed, step, rank):
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
+def keep(run, world, data, trajectory, t):
+    """At a cycle's end: the member, with its loss on the fitness set, and the resume state, both from the same weights."""
+    config, cycle, state = run.config, trajectory.cycles_done - 1, trajectory.state_dict()      # all ranks of the group together
+    if world.lead:
+        fit_loss = -float(loader.score(trajectory.model, data.fit, config.micro_batch).mean())
+        run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
+        run.save_member(t, cycle, trajectory.model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
+        run.save_resume(t, state)
+    world.barrier()                                 # the member can be read by all its ranks
+
+
 def run_cycles(config, first, last, loss_for_cycle, then):
     """
     Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
@@ -153,6 +164,9 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     """
     data = loader.load(config)
     run = Run(config, data.fingerprint)
+    lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
+    if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
+        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
     world = join_world(config)
     states = {t: run.read_resume(t) for t in world.trajectories}        # mapped from disk, not yet read
     behind = [t for t, state in states.items() if first > (state["cycles_done"] if state else 0)]
@@ -164,9 +178,6 @@ def run_cycles(config, first, last, loss_for_cycle, then):
     if world.rank == 0:
         print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
               f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
-    lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
-    if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
-        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
     # counts all cycles, so that the ETA is that of the population: train.py alone ends early
     bar = world.progress(total=sum(lengths) * len(states), initial=sum(s["step"] for s in states.values() if s), unit="step")
     for t, state in states.items():             # one after another; other groups of ranks take other trajectories
@@ -202,14 +213,7 @@ def run_cycles(config, first, last, loss_for_cycle, then):
             if average:                             # what goes on, too, is the average
                 model.load_state_dict(average)
             trajectory.cycles_done = cycle + 1
-            state = trajectory.state_dict()         # all its ranks together
-            if world.lead:
-                fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
-                run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
-                run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-                run.save_resume(t, state)
-            state = None
-            world.barrier()                     # the member can be read by all its ranks
+            keep(run, world, data, trajectory, t)
     bar.close()
     world.barrier(everyone=True)
     world.close()

@@ -237,7 +237,7 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
     assert -loader.score(model, loader.load(config).fit, 4).mean() == pytest.approx(about["fit_loss"], abs=1e-5)
     with pytest.raises(SystemExit) as stop:
         train.main(ready(trajectories=1, cycles=1, distill_from=1, ema_decay=0.75, run_dir=tmp_path / "other"))
-    assert stop.value.code == 2 and "ema_every=10" in error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and "ema_every=10" in error_line(capsys.readouterr().err) and not (tmp_path / "other").exists()
 
 
 def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
