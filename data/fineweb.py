@@ -66,7 +66,7 @@ class Download:
         self.of = dict(source=SOURCE, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens)
         self.tokens, self.documents, self.place = 0, 0, None
         if self.state_path.exists():
-            begin_again = f"delete it and {self.tokens_path.name}, to begin again"
+            begin_again = f"delete {self.state_path.name} and {self.tokens_path.name}, to begin again"
             state = read_json(self.state_path)
             of, self.tokens, self.documents, self.place = (state.get(key) for key in ("of", "tokens", "documents", "place"))
             if [type(x) for x in (of, self.tokens, self.documents, self.place)] != [dict, int, int, dict] or self.tokens < 0:
@@ -74,7 +74,7 @@ class Download:
             if of != self.of:
                 refuse(f"{self.state_path} belongs to another download ({differences(of, self.of)}): finish that, {begin_again}, or name another --data_dir")
             if not self.tokens_path.exists() or self.tokens_path.stat().st_size < 2 * self.tokens:
-                refuse(f"{self.tokens_path} has lost tokens: {begin_again.replace('it', self.state_path.name, 1)}")
+                refuse(f"{self.tokens_path} has lost tokens: {begin_again}")
 
     def save(self, f, stream):
         f.flush()

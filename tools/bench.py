@@ -10,6 +10,7 @@ Of its own: --rounds=5   --steps=0 (0: all of it; else a comma list of train, di
             --members=480  --tokens=131072   (of the fit)
 """
 import contextlib
+import functools
 import re
 import resource
 import statistics
@@ -211,20 +212,10 @@ def kinds(options):
     """name -> constructor of what is compared."""
     rows = {"ours": Ours}
     if options.slowrun:
-        rows["theirs as it is"] = TheirsAsIs
+        rows["theirs as it is"] = functools.partial(Theirs, honest=False)
         if DEVICE.type == "cpu":
-            rows["theirs, our attention, fp32"] = TheirsHonest
+            rows["theirs, our attention, fp32"] = functools.partial(Theirs, honest=True)
     return rows
-
-
-class TheirsAsIs(Theirs):
-    def __init__(self, config, chain, options):
-        super().__init__(config, chain, options, honest=False)
-
-
-class TheirsHonest(Theirs):
-    def __init__(self, config, chain, options):
-        super().__init__(config, chain, options, honest=True)
 
 
 def bench_step(name, chain, config, options, peak):

@@ -89,6 +89,11 @@ def sequences_per_epoch(config):
     return (config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
 
 
+def held_out_tokens(config):
+    """Targets that prior.py scores, of both sets."""
+    return sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
+
+
 def cycles_of(config, sequences):
     """[(first, last, steps, tokens of a step)] of runs of like cycles."""
     rows = []
@@ -105,15 +110,14 @@ def flops_of(config, model, sequences):
     """{script: model FLOPs in all}."""
     lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
     flops = {"train.py": 0, "distill.py": 0}
+    per_token = {(looping, teacher): step_flops(model, looping, teacher) for looping in (False, True) for teacher in (False, True)}
     for cycle, length in enumerate(lengths):
         teacher = cycle >= config.distill_from
         for looping in (False, True):
             places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
             steps = sum((place >= config.loop_from * span) == looping for place, span in places)
-            per_token = step_flops(model, looping, teacher)
-            flops["distill.py" if teacher else "train.py"] += config.trajectories * steps * tokens_per_step(config, cycle) * per_token
-    held_out = sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
-    flops["prior.py"] = config.trajectories * config.cycles * held_out * sum(forward_flops(model, looping=True, mtp=False).values())
+            flops["distill.py" if teacher else "train.py"] += config.trajectories * steps * tokens_per_step(config, cycle) * per_token[looping, teacher]
+    flops["prior.py"] = config.trajectories * config.cycles * held_out_tokens(config) * sum(forward_flops(model, looping=True, mtp=False).values())
     return flops
 
 
@@ -190,7 +194,7 @@ def print_machine(config, model, options):
     whole = memory_of(config, model, 1)[0]
     state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
     members = config.trajectories * config.cycles
-    scores = members * 4 * sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
+    scores = members * 4 * held_out_tokens(config)
     print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {config.trajectories} states of {state / 1e9:.3g} = "
           f"{config.trajectories * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}")
 
