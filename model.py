@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -56,6 +55,7 @@ def attend(q, k, v, window):
     """
     B, T, H, D = q.shape
     if q.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn           # here: a second of import that the CPU need not wait for
         ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
         y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, T, T, window_size=(-1 if window is None else window, 0))
         return y.view(B, T, H, D)
@@ -123,11 +123,10 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def weights(self, dtype):
-        return torch.cat([self.c_gate.weight.to(dtype), self.c_fc.weight.to(dtype)]), self.c_proj.weight.to(dtype)
+        return self.c_gate.weight.to(dtype), self.c_fc.weight.to(dtype), self.c_proj.weight.to(dtype)
 
-    def forward(self, x, gate_fc, proj):
-        gate, fc = F.linear(x, gate_fc).chunk(2, dim=-1)
-        x = F.linear(F.silu(gate) * fc, proj)                           # SwiGLU
+    def forward(self, x, gate, fc, proj):
+        x = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, fc), proj)         # SwiGLU
         return F.dropout(x, self.dropout, self.training)
 
 

@@ -29,8 +29,8 @@ def polar_express(u):
     tall = X.size(-2) > X.size(-1)
     for a, b, c in POLAR_EXPRESS:
         A = X.mT @ X if tall else X @ X.mT                      # the smaller of the two Gram matrices
-        B = b * A + c * (A @ A)
-        X = a * X + (X @ B if tall else B @ X)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X.float()
 
 

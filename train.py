@@ -11,8 +11,10 @@ metrics.jsonl, and per trajectory its members cycle_CCC.pt and resume.pt. Run ag
 import contextlib
 import math
 import time
+import warnings
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import from_args, refuse
@@ -131,14 +133,20 @@ class Trajectory:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.batches.position, self.cycles_done, self.step = state["position"], state["cycles_done"], state["step"]
-        self.ddp_model = self.model     # with several ranks, the one that averages their gradients
-        if world.data_size > 1:
-            self.ddp_model = DistributedDataParallel(self.model, process_group=world.data_group,
-                                                     gradient_as_bucket_view=True, broadcast_buffers=False)
+        self.ddp_model = share(self.model, world.data_group)
 
     def state_dict(self):
         return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
                     position=self.batches.position, cycles_done=self.cycles_done, step=self.step)
+
+
+def share(model, process_group):
+    """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank (None)."""
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return model
+    with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers, which 2.11 only knows by this name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def seed_step(seed, step, rank):

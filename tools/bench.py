@@ -1,7 +1,8 @@
 """
 Times what is really run: python -m tools.bench CONFIG [--name=value ...]
 One optimizer step of train.py and of distill.py (on random tokens, every micro-batch of it), one of scoring, by part, with
-tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit.
+tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit. Under
+torchrun (with --trajectories=1) the ranks share each step, and what they send is timed alone, too.
 
 Of its own: --rounds=5   --steps=0 (0: all of it; else a comma list of train, distill, score, prior)
             --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating
@@ -19,7 +20,9 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import distill
@@ -28,6 +31,7 @@ from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT, attend, activate_attention
 from optim import MuonAdamW
+from population import join_world
 from prior import fit_weights
 from tests.parity import adamw300
 from tools import plan
@@ -56,13 +60,16 @@ def spread(values, digits=3):
 # ------------------------------------------------------------------------------------------------ ours
 
 class Ours:
-    """A model as train.py makes it, and one optimizer step of train.py or distill.py on random tokens."""
+    """A model as train.py makes it, and one optimizer step of train.py or distill.py on random tokens, shared by the ranks of a group."""
 
-    def __init__(self, config, chain, options):
+    def __init__(self, config, chain, options, group=None):
         torch.manual_seed(config.seed)
-        self.config, self.model = config, GPT(config).init_weights().place(DEVICE, config.compile)
+        self.config, self.model, self.group = config, GPT(config).init_weights().place(DEVICE, config.compile), group
         self.model.checkpointing = config.checkpoint
-        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale)
+        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
+        self.ddp_model = train.share(self.model, group)
+        tokens = np.random.default_rng(0).integers(config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
+        self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple, config.seed)
         self.loss_fn = train.label_loss
         if chain:
             teacher = GPT(config).init_weights().place(DEVICE, config.compile).eval().requires_grad_(False)
@@ -70,17 +77,30 @@ class Ours:
             self.loss_fn = lambda model, batch: distill.chain_loss(model, teacher, batch, config.distill_alpha, config.distill_temperature)
 
     def step(self, rows):
-        train.train_step(self.model, self.optimizer, rows.split(self.config.micro_batch), self.loss_fn, (1.0, 1.0))
+        train.train_step(self.ddp_model, self.optimizer, rows.split(self.config.micro_batch), self.loss_fn, (1.0, 1.0))
 
     def parts(self, rows):
-        """Seconds of the parts of a step over one micro-batch, and of its optimizer step."""
+        """Seconds of the parts of a step over one micro-batch, of its optimizer step, and of the batch's way from the data."""
         batch = rows[:self.config.micro_batch]
         self.optimizer.zero_grad()
-        hidden, _ = timed(lambda: self.model.hidden(batch[:, :-1]))
+        data, _ = timed(lambda: self.batches.take(len(rows)))
+        hidden, x = timed(lambda: self.model.hidden(batch[:, :-1]))
+        x = x.detach().requires_grad_()
+        head, _ = timed(lambda: self.model.head_loss(x, batch[:, 1:]))
         forward, loss = timed(lambda: self.loss_fn(self.model, batch))
         backward, _ = timed(loss.backward)
+        sent = {"communication, alone, of the step": timed(self.communicate)[0]} if self.group else {}
         step, _ = timed(lambda: train.apply_gradients(self.model, self.optimizer, 1.0, 1.0))
-        return {"hidden states": hidden, "head, MTP and teacher": forward - hidden, "backward": backward, "clip and optimizer": step}
+        return {"data, of the step": data, "hidden states": hidden, "loss head (labels)": head, "MTP and teacher": forward - hidden - head,
+                "backward": backward, "clip and optimizer, of the step": step, **sent}
+
+    def communicate(self):
+        """What a step sends, and nothing else: the gradients to all, each Muon matrix from the rank that stepped it."""
+        for p in self.model.parameters():
+            dist.all_reduce(p.grad, group=self.group)
+        for g in self.optimizer.groups:
+            for i, p in enumerate(g["params"] if g["kind"] == "muon" else []):
+                dist.broadcast(p.detach(), group=self.group, group_src=i % self.optimizer.size)
 
 
 # ---------------------------------------------------------------------------------------------- theirs
@@ -159,8 +179,8 @@ class Theirs:
 
 # ------------------------------------------------------------------------------------------ measurements
 
-def random_rows(config, tokens=None):
-    n = (tokens or config.batch_tokens) // config.sequence_len
+def random_rows(config, tokens=None, ranks=1):
+    n = (tokens or config.batch_tokens // ranks) // config.sequence_len
     return torch.randint(config.vocab_size, (n, config.sequence_len + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
@@ -218,9 +238,12 @@ def kinds(options):
     return rows
 
 
-def bench_step(name, chain, config, options, peak):
-    """One table: seconds of a step, tokens/s, share of the peak, ratios to ours, memory."""
-    rows, runners = random_rows(config), {kind: make(config, chain, options) for kind, make in kinds(options).items()}
+def bench_step(name, chain, config, options, peak, world):
+    """One table: seconds of a step, tokens/s, share of the peak of all ranks, ratios to ours, memory."""
+    rows, compared = random_rows(config, ranks=world.data_size), kinds(options)
+    if world.size > 1:
+        compared = {"ours": functools.partial(Ours, group=world.data_group)}
+    runners, peak = {kind: make(config, chain, options) for kind, make in compared.items()}, peak * world.data_size
     model = plan.meta_model(config)
     flops = plan.step_flops(model, True, chain) * config.batch_tokens
     seconds = {kind: [] for kind in runners}
@@ -231,14 +254,16 @@ def bench_step(name, chain, config, options, peak):
                 seconds[kind].append(took)
     parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
     runners.clear()                                         # a GPU holds one side while memory is measured
+    if world.rank > 0:
+        return
     print(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
     for kind, took in seconds.items():
         ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
-        memory = extra_memory(kinds(options)[kind], chain, config, options)
-        print(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak, "
-              f"{memory:.2f} GiB beyond weights, gradients and state{ratio}")
+        memory = f", {extra_memory(compared[kind], chain, config, options):.2f} GiB beyond weights, gradients and state" if world.size == 1 else ""
+        print(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak{memory}{ratio}")
+    print("  parts of ours, of one micro-batch where nothing else is said:")
     for part in parts[0]:
-        print(f"    {part}, of one micro-batch: {spread([p[part] for p in parts], 4)} s")
+        print(f"    {part}: {spread([p[part] for p in parts], 4)} s")
 
 
 def bench_score(config, options, peak):
@@ -297,19 +322,25 @@ def main(argv=None):
     config = from_args(argv, __doc__)
     if options.memory and DEVICE.type != "cuda":
         refuse("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
+    world = join_world(config)
+    if world.size > 1 and (world.groups > 1 or options.slowrun or options.memory or not set(steps) <= {"train", "distill"}):
+        refuse("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory", common=True)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {activate_attention(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; medians over {options.rounds} rounds, and their range")
+    if world.rank == 0:
+        print(f"{device}, {world.size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, {activate_attention(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; medians over {options.rounds} rounds, and their range")
     peak = peak_flops(options)
-    print(f"peak: {peak / 1e12:.3g} TFLOPS; {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}")
+    if world.rank == 0:
+        print(f"peak: {peak / 1e12:.3g} TFLOPS; {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}")
     for name in steps:
         if name in ("train", "distill"):
-            bench_step(name, name == "distill", config, options, peak)
+            bench_step(name, name == "distill", config, options, peak, world)
         elif name == "score":
             bench_score(config, options, peak)
         else:
             bench_prior(options)
     if options.memory:
         bench_memory(config, options)
+    world.close()
 
 
 if __name__ == "__main__":
