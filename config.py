@@ -21,11 +21,11 @@ VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it
 prints = False          # whether this rank speaks for itself, beside rank 0: once grouped, the first of each group
 
 
-def refuse(message, common=False) -> NoReturn:
-    """Bad input: one line on standard error, exit code 2. common: every rank refuses with it, and rank 0 speaks for all."""
+def refuse(message, common=False, code=2) -> NoReturn:
+    """One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way). common: every rank comes here, and rank 0 speaks for all."""
     if os.environ.get("RANK", "0") == "0" or prints and not common:
         tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)         # on a line of its own, whatever bars there are
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def free(**default):
@@ -66,6 +66,8 @@ class Config(GPTConfig):
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
     # running
+    keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two (all keep their scores)
+    resume_every: int = free(default=0)     # steps between two states to go on from inside a cycle; 0: only at its end
     compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
     checkpoint: bool = free(default=False)  # repeats of looped layers are computed again for backward, not kept
 
@@ -87,7 +89,7 @@ class Config(GPTConfig):
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
-MAY_BE_ZERO = {"dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha"}
+MAY_BE_ZERO = {"dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha", "resume_every"}
 OPTIONAL = {int | None: int, float | None: float}
 
 
@@ -100,6 +102,7 @@ def rules(c):
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
     yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
+    yield c.keep in ("all", "last"), "keep", "must be all or last"
     yield c.restart in ("noise", "none"), "restart", "must be noise or none"
     yield not c.ema_decay or c.restart == "noise" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"

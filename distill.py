@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from config import from_args
 from model import GPT, cross_entropy
-from population import fits_in_memory, next_command
 from train import run_cycles
+from world import next_command, one_line_errors
 
 
 def distillation_kl(student_logits, teacher_logits, temperature):
@@ -59,13 +59,12 @@ class Chain:
 
 def main(argv=None):
     config = from_args(argv, __doc__)
-    then = next_command("prior.py", argv)
     if config.distill_from >= config.cycles:
         if os.environ.get("RANK", "0") == "0":
-            print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\n{then}")
+            print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\nnext: {next_command('prior.py', argv)}")
         return
-    with fits_in_memory(config):
-        run_cycles(config, config.distill_from, config.cycles, Chain(config), then)
+    with one_line_errors(config):
+        run_cycles(config, config.distill_from, config.cycles, Chain(config), argv, "distill.py", then="prior.py")
 
 
 if __name__ == "__main__":

@@ -1,224 +1,169 @@
 """
-Who trains what on which rank, and where it is kept. World: ranks, grouped by trajectory. Run: the run directory with
-its members (bf16 weights and what they are), resume states, scores and metrics. A member is a state dict and a dict;
-this file knows neither the model nor the data.
+The run directory in which the scripts meet: members (bf16 weights and what they are), resume states, scores and metrics.
+Nothing here knows the model or the data. Every file is written whole or not at all, and carries a SHA-256 that is
+checked when it is read; a file from elsewhere can hold tensors and plain values only.
 
 `python -m population CONFIG [--name=value ...]` checks a config and its run directory, and prints how many processes
 run.sh starts for it.
 """
-import contextlib
-import ctypes
+import fcntl
 import hashlib
+import io
 import json
-import math
 import os
+import platform
 import re
-import shlex
+import shutil
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from tqdm import tqdm
-
-import config as config_module
 from config import from_args, refuse
+from world import processes
+
+FORMAT = 1                  # of all files below; to be raised where an older reader would go wrong
 
 
-# ---------------------------------------------------------------------------------------------- ranks
-
-def micro_batches(config, size):
-    """Every micro_batch in which `size` ranks can share the batches of this config."""
-    ranks = size // math.gcd(size, config.trajectories)
-    sequences = [tokens // config.sequence_len for tokens in (config.batch_tokens, config.batch_tokens_ends)]
-    return [m for m in range(1, min(sequences) // ranks + 1) if not any(n % (ranks * m) for n in sequences)]
-
-
-def smaller_micro_batch(config, size):
-    """What to do where micro_batch is too large."""
-    fits = [m for m in micro_batches(config, size) if m < config.micro_batch]
-    return f"try --micro_batch={fits[-1]}" if fits else None
-
-
-def cannot_share(config, size):
-    """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
-    if config.micro_batch in micro_batches(config, size):
-        return None
-    return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, sequences of {config.sequence_len}, cannot be shared by "
-            f"{size // math.gcd(size, config.trajectories)} ranks per trajectory in micro-batches of micro_batch={config.micro_batch}; "
-            f"{smaller_micro_batch(config, size) or 'start fewer processes, or raise them'}")
-
-
-@contextlib.contextmanager
-def fits_in_memory(config):
-    """Where a GPU's memory runs out inside: exits with code 2, naming the micro-batch to try."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        config_module.prints = True         # whichever rank it is
-        mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1))) or "no smaller one shares the batches, take a smaller model or more GPUs"
-        mend += " (or --checkpoint=True)" * (config.loop_extra > 0 and not config.checkpoint)
-        refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend}"
-               "; what is done is kept, and python -m tools.plan estimates what fits")
-
-
-def processes(config):
-    """How many processes to start on this machine: one per GPU, else one per trajectory up to the cores; fewer where
-    those could not share a batch. Exits with code 2 where even one cannot."""
-    most = torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
-    fitting = [size for size in range(1, most + 1) if not cannot_share(config, size)]
-    return fitting[-1] if fitting else refuse(cannot_share(config, 1))
-
-
-def progress_bar(iterable=None, **options):
-    """tqdm's; in a log file a line now and then."""
-    return tqdm(iterable, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
-
-
-@dataclass
-class World:
-    """
-    gcd(ranks, trajectories) groups of equally many ranks; each group takes every groups-th trajectory, one after
-    another. Rank `data_rank` of a group's `data_size` takes its share of every batch; rank 0 of a group writes.
-    """
-    rank: int
-    size: int
-    device: torch.device
-    trajectories: list      # of this rank's group
-    groups: int
-    data_rank: int
-    data_size: int
-    data_group: object      # process group, None in a single process
-
-    @property
-    def lead(self):
-        return self.data_rank == 0
-
-    def progress(self, iterable=None, **options):
-        """A bar on rank 0."""
-        return progress_bar(iterable, disable=self.rank > 0 or iterable == [], **options)
-
-    def to_device(self, rows):
-        """A tensor of the CPU's; a GPU does not wait for the copy."""
-        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
-
-    def mean(self, value):
-        """The mean of a tensor of one element over the ranks of this group, as a float."""
-        if self.data_size > 1:
-            dist.all_reduce(value, group=self.data_group)
-        return value.item() / self.data_size
-
-    def gather(self, value):
-        """The plain values of all ranks, in their order, on every rank."""
-        values = [value]
-        if self.size > 1:
-            values = [None] * self.size
-            dist.all_gather_object(values, value)
-        return values
-
-    def send(self, value, source):
-        """A plain value of rank `source`, on every rank."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=source)
-        return values[0]
-
-    def barrier(self, everyone=False):
-        """Wait for the ranks of this group, or for all."""
-        if self.size > 1:
-            dist.barrier(group=None if everyone else self.data_group)
-
-    def close(self):
-        if self.size > 1:
-            dist.destroy_process_group()
-
-
-def keep_freed_memory():
-    """On the CPU: glibc keeps what tensors free, else every step faults it in again, a tenth of the demo's time."""
-    with contextlib.suppress(OSError, AttributeError):          # another C library
-        mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)                      # the most it takes
-
-
-def join_world(config):
-    """The World of this process, from torchrun's environment. Exits with code 2 where the ranks cannot share a batch."""
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    reason = cannot_share(config, size)
-    if reason:
-        refuse(reason)
-    groups = math.gcd(size, config.trajectories)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
-    data_rank, data_size, data_group = 0, 1, None
-    keep_freed_memory()
-    if kind == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            refuse(f"{torch.cuda.get_device_name(device)} has neither bf16 nor flash attention: use a GPU of compute capability 8.0 or more, or the CPU (CUDA_VISIBLE_DEVICES=)", common=True)
-        if config.n_embd // config.n_head % 8 or config.n_embd // config.n_head > 256:
-            refuse(f"n_head={config.n_head}: flash attention wants heads of a multiple of 8, up to 256, n_embd={config.n_embd} gives {config.n_embd // config.n_head}; change one", common=True)
-        torch.cuda.set_device(device)
-    if size > 1:
-        backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**backend, timeout=timedelta(days=30))      # groups of ranks may finish hours apart
-        data_size = size // groups
-        data_rank, members = rank % data_size, [list(range(i, i + data_size)) for i in range(0, size, data_size)]
-        data_group, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(days=30))
-    group = rank // (size // groups)
-    config_module.prints = data_rank == 0
-    return World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size, data_group)
-
-
-# -------------------------------------------------------------------------------------- run directory
-
-def next_command(script, argv):
-    """What to run after this script, on the same arguments (argv None: the process's own)."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks)}" if ranks > 1 and script.endswith(".py") else "python"
-    return f"next: {launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-
+# ------------------------------------------------------------------------------------------------ files
 
 def write_whole(path, save):
-    """Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """
+    Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk. Where that
+    fails (a full disk): one line, exit code 2, and what was there before is still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}")
-    with open(temporary, "wb") as f:
-        save(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)      # the new name, too, outlives a power cut
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as e:                # torch.save turns the one into the other
+        reason = next((x.strerror for x in (e, e.__context__, e.__cause__) if isinstance(x, OSError)), str(e).split("\n")[0])
+        refuse(f"{path} could not be written: {reason}; make room or mend it, and run this again: what was there stays")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sweep(folder, pattern):
+    """Remove what killed writers left: temporary files of this pattern."""
+    for path in folder.glob(pattern):
+        if re.fullmatch(r"\..+\.\d+\.\d+", path.name):
+            path.unlink(missing_ok=True)
+
+
+def seal(value):
+    """A plain value's SHA-256."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, value):
-    write_whole(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+    value = {"format": FORMAT, **value}
+    write_whole(path, lambda f: f.write((json.dumps({**value, "sha256": seal(value)}, indent=1) + "\n").encode()))
 
 
 def read_json(path):
+    """What write_json wrote. Exits with code 2 where it is damaged or of a newer version."""
+    mend = "restore it, or delete it and run the script that writes it again"
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        refuse(f"{path} is not readable ({type(e).__name__}): restore it, or delete it and run the script that writes it again")
+        value = dict(json.loads(path.read_text()))
+        kept, version = value.pop("sha256", None), int(value.get("format", 0))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        refuse(f"{path} is not readable ({type(e).__name__}): {mend}")
+    if version > FORMAT:
+        refuse(f"{path} was written by a newer version of this code (format {version}, this reads {FORMAT}): update it")
+    if kept != seal(value):
+        refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
+    return value
 
 
-def read_tensors(path, mend):
-    """A file of tensors and plain values, the tensors mapped from disk. Exits with code 2 where it is damaged."""
+def read_prior(folder):
+    """folder/prior.json, checked to be what prior.py writes. Exits with code 2 where it is not there, or is not that."""
+    path = Path(folder) / "prior.json"
+    result = read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
+    try:
+        members, answers = result["members"], result["answers"]
+        good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"]))
+        good &= {"best", "learned"} <= {a["rule"] for a in answers} and type(result["distill_from"]) is int
+        for a in answers:
+            good &= len(a["weights"]) == len(a["members"]) == a["K"] > 0 and set(a["members"]) <= set(range(len(members))) and 0 <= min(a["weights"])
+        numbers = [row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")] + [g[key] for g in result["growing"] for key in ("cycle", "epochs")]
+        good &= len(numbers) > 2 and all(0 <= x < 1e9 for x in numbers) and isinstance(result["text"], dict) and bool(result["growing"])
+    except (KeyError, TypeError, ValueError):
+        good = False
+    return result if good else refuse(f"{path} is not what prior.py writes: run it on its config again")
+
+
+def digest(tensors):
+    """SHA-256 of named tensors: names, types, shapes, contents."""
+    sha = hashlib.sha256()
+    for name, w in sorted(tensors.items()):
+        sha.update(f"{name} {w.dtype} {tuple(w.shape)} ".encode())
+        sha.update(w.contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+class Damaged(Exception):
+    """Why a file of tensors cannot be used."""
+
+
+def load(path):
+    """What a file of tensors and plain values holds, the tensors mapped from disk. Raises Damaged."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as e:      # torch.load raises nearly anything on damaged bytes
-        refuse(f"{path} is not readable ({type(e).__name__}): {mend}")
+        raise Damaged(f"is not readable ({type(e).__name__})") from None
 
+
+def dense(w):
+    """Whether a tensor from a file is what it seems: its elements lie there one after another."""
+    return isinstance(w, torch.Tensor) and w.layout == torch.strided and not w.is_meta and w.is_contiguous()
+
+
+def save_tensors(path, tensors, **about):
+    """A file of named tensors, and of what they are: plain values, as one JSON text."""
+    about = json.dumps({"format": FORMAT, **about, "sha256": digest(tensors)}, sort_keys=True)
+    file = {"tensors": tensors, "about": about, "about_sha256": hashlib.sha256(about.encode()).hexdigest()}
+    write_whole(path, lambda f: torch.save(file, f))
+
+
+def load_tensors(path, check=True):
+    """(tensors, mapped from disk; about) of save_tensors. check: all contents are read and compared with their SHA-256. Raises Damaged."""
+    file = load(path)
+    try:
+        tensors, text = file["tensors"], file["about"]
+        about = json.loads(text)
+        if about["format"] > FORMAT:
+            raise Damaged(f"was written by a newer version of this code (format {about['format']}, this reads {FORMAT})")
+        whole = file["about_sha256"] == hashlib.sha256(text.encode()).hexdigest() and all(isinstance(n, str) and dense(w) for n, w in tensors.items())
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise Damaged("is not a file of this code") from None
+    if not whole or check and digest(tensors) != about["sha256"]:
+        raise Damaged("is damaged, its SHA-256 is another")
+    return tensors, about
+
+
+# -------------------------------------------------------------------------------------- run directory
 
 def code_version():
     """SHA-256, shortened, of the Python files of the method: an edited copy is another version."""
     root = Path(__file__).parent
     files = sorted([*root.glob("*.py"), *root.glob("data/*.py")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def setup(config, world):
+    """What the bits of a run depend on, beside its identity."""
+    return dict(machine=platform.machine(), device=world.device.type, torch=torch.__version__.split("+")[0], ranks=world.data_size,
+                micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
 def differences(theirs, mine):
@@ -233,7 +178,7 @@ class Run:
     """
 
     def __init__(self, config, data_fingerprint):
-        self.config, self.path = config, Path(config.run_dir)
+        self.config, self.path, self.locks = config, Path(config.run_dir), []
         # through JSON and back, so that what is compared is what a file can hold
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
         self.config_path = self.path / "config.json"
@@ -244,16 +189,39 @@ class Run:
             differ = differences(theirs, self.identity)
             if differ:
                 refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir")
-        there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+        self.there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
         try:
-            tempfile.TemporaryFile(dir=there).close()
+            tempfile.TemporaryFile(dir=self.there).close()
         except OSError as e:
             refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
 
-    def claim(self):
-        """Make the directory, with config.json, where there is none; one rank per machine."""
+    def lock(self, folder, doing):
+        """Refuse a second process that does the same; the lock goes with this process, however it ends."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.locks.append(open(folder / ".lock", "a"))
+        try:
+            fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refuse(f"run_dir={self.path}: another process is {doing} it: wait for it or stop it, or name another --run_dir")
+        except OSError:
+            pass                # a file system without locks
+
+    def unlock(self):
+        while self.locks:
+            self.locks.pop().close()
+
+    def claim(self, steps=None):
+        """
+        For training, which goes on from these steps (trajectory -> step): lock the directory, write config.json where there
+        is none, sweep what was left half written, and cut metrics.jsonl back. One rank per machine; rank 0 does most of it.
+        """
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return
+        if os.environ.get("RANK", "0") == "0":
+            self.lock(self.path, "training")
+            sweep(self.path, ".config.json.*")
+            self.cut_metrics(steps or {})
+        sweep(self.path, "trajectory_*/.*")
         code = code_version()
         if self.config_path.exists():
             begun = read_json(self.config_path).get("code")
@@ -262,82 +230,151 @@ class Run:
             return
         write_json(self.config_path, {"identity": self.identity, "config": vars(self.config), "code": code, "torch": torch.__version__})
 
+    def claim_scores(self):
+        """For prior.py, which may run beside training."""
+        if os.environ.get("RANK", "0") == "0":
+            self.lock(self.path / "scores", "scoring")
+            sweep(self.path, "scores/*/.*")
+            sweep(self.path, "scores/.*")
+            sweep(self.path, ".prior.json.*")
+
+    def begin(self, world, first, last):
+        """
+        Claim the directory for cycles first .. last - 1. The states to go on from, trajectory -> (tensors, about) or None.
+        Exits with code 2 where a trajectory has not had the cycles before.
+        """
+        states = {t: self.read_resume(t) for t in world.trajectories}
+        behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
+        behind = sorted(sum(world.gather(behind), []))
+        if behind:
+            refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: run train.py on this config first", common=True)
+        steps = world.gather({t: state[1]["step"] for t, state in states.items() if state})
+        self.claim({t: step for of_rank in steps for t, step in of_rank.items()})
+        world.barrier(everyone=True)
+        for t, state in states.items():
+            differ = differences(state[1]["setup"], setup(self.config, world)) if state and state[1]["cycles_done"] < last else ""
+            if differ and world.lead:
+                print(f"note: trajectory {t} goes on under another set-up ({differ}): not bit for bit what it would have been", file=sys.stderr)
+        return states
+
+    def check_room(self, parameters):
+        """Exits with code 2 where the disk has no room for what training will still write, of a model of so many parameters."""
+        c, member, state = self.config, 2 * parameters, 12 * parameters         # at most: bf16; fp32 weights and two moments
+        members = c.trajectories * (c.cycles if c.keep == "all" else min(c.cycles, 3))
+        need = max(0, members - len(self.members())) * member
+        need += (c.trajectories * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
+        free = shutil.disk_usage(self.there).free
+        if need > free:
+            refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: make room, "
+                   f"name another --run_dir" + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (c.keep == "all"))
+
+    # ---- members
+
     def member_path(self, t, c):
         return self.path / f"trajectory_{t:02d}" / f"cycle_{c:03d}.pt"
 
     def members(self):
-        """The (t, c) of every member that is there, in order."""
-        return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles) if self.member_path(t, c).exists()]
+        """The (t, c) of every member that is there, or (keep=last) was, and left its scores; in order."""
+        return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles)
+                if self.member_path(t, c).exists() or self.config.keep == "last" and self.score_paths(t, c)["of"].exists()]
 
     def save_member(self, t, c, state_dict, **about):
-        """A member: the weights in bf16, and what they are as one JSON text with their own fingerprint."""
+        """A member: the weights in bf16, and what they are."""
         weights = {name: w.detach().to("cpu", torch.bfloat16, copy=True) for name, w in state_dict.items()}
-        digest = hashlib.sha256()
-        for w in weights.values():
-            digest.update(w.view(torch.int16).numpy())
-        about = dict(trajectory=t, cycle=c, **about, weights_sha256=digest.hexdigest(), identity=self.identity)
-        write_whole(self.member_path(t, c), lambda f: torch.save({"weights": weights, "about": json.dumps(about)}, f))
+        save_tensors(self.member_path(t, c), weights, trajectory=t, cycle=c, identity=self.identity, **about)
+
+    def drop_member(self, t, c):
+        """Its weights go; its scores stay."""
+        self.member_path(t, c).unlink(missing_ok=True)
 
     def mend(self, t):
         """What to do about a damaged member."""
         return f"delete trajectory_{t:02d} and run train.py and distill.py again, they train what is missing"
 
-    def read_member(self, t, c):
-        """(weights: name -> bf16 tensor on disk, about) of a member of this population."""
+    def read_member(self, t, c, check=True):
+        """(weights: name -> bf16 tensor on disk, about) of a member of this population; "sha256" in about is that of its weights."""
         path, mend = self.member_path(t, c), self.mend(t)
-        file = read_tensors(path, mend)
+        if not path.exists():
+            refuse(f"{path} is gone" + (", keep=last dropped it when it was scored" if self.config.keep == "last" else f": {mend}"))
         try:
-            weights, about = file["weights"], json.loads(file["about"])
-        except (KeyError, TypeError, ValueError):
-            refuse(f"{path} is no member: {mend}")
+            weights, about = load_tensors(path, check)
+        except Damaged as e:
+            refuse(f"{path} {e}: {mend}")
         differ = differences(about.get("identity", {}), self.identity)
         if differ:
             refuse(f"{path} is a member of another population ({differ}): {mend}")
         return weights, about
 
-    def save_resume(self, t, state):
-        write_whole(self.path / f"trajectory_{t:02d}" / "resume.pt", lambda f: torch.save(state, f))
+    # ---- resume states, named by their step; the newest two stay
+
+    def states(self, t):
+        """Paths, oldest first."""
+        return sorted((self.path / f"trajectory_{t:02d}").glob("resume_*.pt"))
+
+    def save_resume(self, t, tensors, **about):
+        """about: at least `step`. Older states but one go, and newer ones, which could not be used."""
+        path = self.path / f"trajectory_{t:02d}" / f"resume_{about['step']:08d}.pt"
+        save_tensors(path, tensors, trajectory=t, identity=self.identity, **about)
+        kept = [p for p in self.states(t) if p <= path][-2:]
+        for old in set(self.states(t)) - set(kept):
+            old.unlink()
 
     def read_resume(self, t):
-        """What save_resume wrote, or None."""
-        path, mend = self.path / f"trajectory_{t:02d}" / "resume.pt", self.mend(t)
-        state = read_tensors(path, mend) if path.exists() else None
-        if state is not None and not (isinstance(state, dict) and {"model", "optimizer", "position", "cycles_done", "step"} <= state.keys()):
-            refuse(f"{path} is no resume state: {mend}")
-        return state
+        """(tensors, about) of the newest state that is whole, None where there is none. Says which ones it passes over."""
+        reasons = []
+        for path in reversed(self.states(t)):
+            try:
+                tensors, about = load_tensors(path)
+                differ = differences(about.get("identity", {}), self.identity)
+                if differ:
+                    raise Damaged(f"is of another population ({differ})")
+                return tensors, about
+            except Damaged as e:
+                reasons.append(f"{path} {e}")
+                print(f"note: {reasons[-1]}; looking for an older one", file=sys.stderr)
+        if reasons:
+            refuse(f"{reasons[0]}, and no older one is whole: {self.mend(t)}")
+
+    # ---- scores
 
     def score_paths(self, t, c):
         """split -> the file of one member's scores; "of" says whose they are."""
         folder, name = self.path / "scores", f"{t:02d}_{c:03d}"
         return {"fit": folder / "fit" / f"{name}.npy", "val": folder / "val" / f"{name}.npy", "of": folder / f"{name}.json"}
 
-    def fingerprint(self, t, c):
-        """SHA-256 of the weights that one member's scores belong to, None without scores."""
+    def scores_of(self, t, c):
+        """Whose scores they are ("weights_sha256") and their own SHA-256 by split; {} without scores."""
         path = self.score_paths(t, c)["of"]
-        return read_json(path).get("weights_sha256") if path.exists() else None
+        return read_json(path) if path.exists() else {}
 
     def scored(self, t, c):
         """Whether the scores of this very member are there."""
-        return self.fingerprint(t, c) == self.read_member(t, c)[1]["weights_sha256"]
+        whose = self.scores_of(t, c).get("weights_sha256")
+        return whose is not None and (not self.member_path(t, c).exists() or whose == self.read_member(t, c, check=False)[1]["sha256"])
 
     def save_scores(self, t, c, scores):
         """scores: split -> (tokens,) float32 log-probabilities. Whose they are is written last, and makes them valid."""
-        paths = self.score_paths(t, c)
+        paths, of = self.score_paths(t, c), {"weights_sha256": self.read_member(t, c, check=False)[1]["sha256"]}
         for split, log_p in scores.items():
             if not np.isfinite(log_p).all():
                 refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: {self.mend(t)}")
-            write_whole(paths[split], lambda f: np.save(f, log_p))
-        write_json(paths["of"], {"weights_sha256": self.read_member(t, c)[1]["weights_sha256"]})
+            np.save(array := io.BytesIO(), log_p)           # numpy's own writing does not notice a full disk
+            write_whole(paths[split], lambda f: f.write(array.getbuffer()))
+            of[split] = hashlib.sha256(log_p).hexdigest()
+        write_json(paths["of"], of)
 
     def read_scores(self, split, t, c, tokens):
         """(tokens,) float32, mapped from disk."""
         path = self.score_paths(t, c)[split]
+        mend = f"delete {path.parent.parent} and run prior.py again"
         try:
             scores = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as e:
-            scores = np.array([np.nan]) if path.exists() else refuse(f"{path} is gone: delete {path.parent.parent} and run prior.py again ({e})")
-        if scores.dtype != np.float32 or scores.shape != (tokens,) or not np.isfinite(scores).all() or scores.max() > 1e-3:
-            refuse(f"{path} is damaged, not a list of log-probabilities: delete {path.parent.parent} and run prior.py again")
+            scores = np.array([np.nan]) if path.exists() else refuse(f"{path} is gone: {mend} ({e})")
+        if scores.dtype != np.float32 or scores.shape != (tokens,) or hashlib.sha256(scores).hexdigest() != self.scores_of(t, c).get(split):
+            refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
+        if not np.isfinite(scores).all() or scores.max() > 1e-3:
+            refuse(f"{path} is no list of log-probabilities: {mend}")
         return scores
 
     def read_score_files(self, t, c):
@@ -347,10 +384,33 @@ class Run:
         for kind, path in self.score_paths(t, c).items():
             write_whole(path, lambda f: f.write(files[kind]))
 
+    # ---- metrics
+
     def log(self, **record):
         """One line of metrics.jsonl: a logged step, cycle or score."""
-        with open(self.path / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            refuse(f"{path} could not be written: {e.strerror}; make room or mend it, and run this again")
+
+    def cut_metrics(self, steps):
+        """Take out what will be logged again, steps after those that training goes on from, and torn lines."""
+        path = self.path / "metrics.jsonl"
+        sweep(self.path, ".metrics.jsonl.*")
+        if not path.exists():
+            return
+        def stays(line):
+            try:
+                record = json.loads(line)
+                return record["kind"] == "score" or record["step"] <= steps.get(record["trajectory"], 0)
+            except (ValueError, KeyError, TypeError):
+                return False
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if stays(line)]
+        if kept != lines:
+            write_whole(path, lambda f: f.writelines(kept))
 
 
 class SlowrunFolder(Run):
@@ -375,19 +435,23 @@ class SlowrunFolder(Run):
     def mend(self, t):
         return "fetch it again, or move it away and go without it"
 
-    def read_member(self, t, c):
+    def read_member(self, t, c, check=True):
         """(weights: name -> tensor on disk, about); the prefixes of DDP and torch.compile go."""
         path = self.member_path(t, c)
-        weights = read_tensors(path, self.mend(t))
-        dense = lambda w: isinstance(w, torch.Tensor) and w.is_floating_point() and w.layout == torch.strided and not w.is_meta
-        if not isinstance(weights, dict) or not all(isinstance(n, str) and dense(w) for n, w in weights.items()):
+        try:
+            weights = load(path)
+        except Damaged as e:
+            refuse(f"{path} {e}: {self.mend(t)}")
+        if not isinstance(weights, dict) or not all(isinstance(n, str) and dense(w) and w.is_floating_point() for n, w in weights.items()):
             refuse(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: {self.mend(t)}")
         own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
         if len(own) < len(weights):
             refuse(f"{path} holds a weight twice, with and without a prefix: {self.mend(t)}")
         with zipfile.ZipFile(path) as records:          # their checksums stand for the contents, without reading them
-            digest = hashlib.sha256(repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
-        return own, dict(weights_sha256=digest)
+            sha256 = hashlib.sha256(repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
+            if check and records.testzip():
+                refuse(f"{path} is damaged, its checksum is another: {self.mend(t)}")
+        return own, dict(sha256=sha256)
 
 
 def open_run(config, data_fingerprint, members):

@@ -18,7 +18,8 @@ import torch
 from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT
-from population import fits_in_memory, join_world, next_command, open_run, write_json
+from population import open_run, write_json
+from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
@@ -207,13 +208,15 @@ def score_members(config, data, run, world):
     members = sorted(set().union(*seen))
     if not members:
         refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first, or name others' by --members=FOLDER", common=True)
+    run.claim_scores()
+    world.barrier(everyone=True)
     sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
     owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
     todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
         load_member(model, run, *member)
-        scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in ("fit", "val")}
+        scores = loader.score_sets(model, data, config.micro_batch)
         run.save_scores(*member, scores)
         run.log(kind="score", trajectory=member[0], cycle=member[1], **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
     world.barrier(everyone=True)
@@ -261,7 +264,7 @@ def main(argv=None):
     if options.members:
         run.claim()
         world.barrier(everyone=True)
-    with fits_in_memory(config):
+    with one_line_errors(config):
         members = score_members(config, data, run, world)
     world.close()
     if world.rank > 0:
@@ -276,7 +279,7 @@ def main(argv=None):
     best = int(rules["best"][0][0])                             # its index, among members and so among mixtures
     rows = iter(evaluate(mixtures, best, log_p, data))          # taken in the order of mixtures
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
-    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.fingerprint(t, c), **next(rows)) for t, c in members]
+    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.scores_of(t, c)["weights_sha256"], **next(rows)) for t, c in members]
     result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **next(rows)) for cycle, chosen, _ in grown]
     kept = {len(members), *(2 ** i for i in range(len(members).bit_length()))}
     for rule, answers in rules.items():
@@ -286,7 +289,8 @@ def main(argv=None):
     result["answers"].sort(key=lambda a: a["K"])
     write_json(run.path / "prior.json", result)
     print_table(config, result)
-    print(f"wrote {run.path / 'prior.json'}; {next_command('-m tools.plot', argv)}")
+    run.unlock()
+    print(f"wrote {run.path / 'prior.json'}; next: {next_command('-m tools.plot', argv)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
 
 Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir: config.json,
-metrics.jsonl, and per trajectory its members cycle_CCC.pt and resume.pt. Run again, it does only what is missing.
+metrics.jsonl, and per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from. Run again, it does
+only what is missing; stopped by Ctrl-C or SIGTERM it finishes its step and saves that state first.
 """
 import contextlib
 import math
@@ -21,7 +22,8 @@ from config import from_args, refuse
 from data import loader
 from model import GPT, activate_attention
 from optim import MuonAdamW
-from population import Run, fits_in_memory, join_world, next_command
+from population import Run, setup
+from world import STOPPED, StopSignals, join_world, next_command, one_line_errors
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
 NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
@@ -87,10 +89,11 @@ def label_loss(model, batch):
 
 
 def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
-    """Clip to norm 1 and step; the norm before clipping."""
+    """Clip to norm 1 and step; the norm before clipping. A norm that is no finite number, the same on all ranks: no step."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.set_rates(lr_multiplier, wd_multiplier)
-    optimizer.step()
+    if norm.isfinite():
+        optimizer.set_rates(lr_multiplier, wd_multiplier)
+        optimizer.step()
     return norm
 
 
@@ -119,7 +122,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 # ------------------------------------------------------------------------------------------- the loop
 
 class Trajectory:
-    """One model on its way, and all that is needed to go on bit for bit: its state_dict() is resume.pt."""
+    """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about()."""
 
     def __init__(self, config, t, data, world, state):
         self.seed = config.seed + t
@@ -128,16 +131,27 @@ class Trajectory:
         self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, world.data_group)
         self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed)
-        self.cycles_done, self.step = 0, 0
+        self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, where there is one
         if state:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.batches.position, self.cycles_done, self.step = state["position"], state["cycles_done"], state["step"]
+            tensors, about = state
+            part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
+            self.model.load_state_dict(part("model."))
+            self.optimizer.load_state_dict(dict(steps=about["step"], moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
+            self.average = {name: w.to(world.device, copy=True) for name, w in part("average.").items()} or None
+            self.batches.position = about["position"]
+            self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
         self.ddp_model = share(self.model, world.data_group)
 
-    def state_dict(self):
-        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                    position=self.batches.position, cycles_done=self.cycles_done, step=self.step)
+    def tensors(self):
+        """name -> tensor. All ranks of the group call it together; those of the first are whole."""
+        tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": w for name, w in (self.average or {}).items()}
+        for name, moments in self.optimizer.state_dict()["moments"].items():
+            tensors[f"m.{name}"], tensors[f"v.{name}"] = moments
+        return {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
+
+    def about(self):
+        return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step, step=self.step)
 
 
 def share(model, process_group):
@@ -154,87 +168,119 @@ def seed_step(seed, step, rank):
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def keep(run, world, data, trajectory, t):
-    """At a cycle's end: the member, with its loss on the fitness set, and the resume state, both from the same weights."""
-    config, cycle, state = run.config, trajectory.cycles_done - 1, trajectory.state_dict()      # all ranks of the group together
+def save_state(run, world, trajectory, t):
+    tensors = trajectory.tensors()                              # all ranks of the group together
     if world.lead:
-        fit_loss = -float(loader.score(trajectory.model, data.fit, config.micro_batch).mean())
+        run.save_resume(t, tensors, setup=setup(run.config, world), **trajectory.about())
+    world.barrier()                                 # on disk for all of them
+
+
+def keep(run, world, data, trajectory, t):
+    """At a cycle's end: the member, with its loss on the fitness set, and the state to go on from, both from the same weights."""
+    config, cycle, model = run.config, trajectory.cycles_done - 1, trajectory.model
+    if world.lead:
+        fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
+        if not math.isfinite(fit_loss):
+            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, set another lr_scale or seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
-        run.save_member(t, cycle, trajectory.model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-        run.save_resume(t, state)
-    world.barrier()                                 # the member can be read by all its ranks
+        run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
+    save_state(run, world, trajectory, t)
+    if config.keep == "last" and world.lead:        # two stay: the older resume state may need its teacher
+        run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
+        run.drop_member(t, cycle - 2)
 
 
-def run_cycles(config, first, last, loss_for_cycle, then):
+def as_saved(model, config):
+    """A copy whose weights went through the members' bf16."""
+    copy = GPT(config).place(model.cos.device)
+    copy.load_state_dict({name: w.bfloat16() for name, w in model.state_dict().items()})
+    return copy
+
+
+def run_cycles(config, first, last, loss_for_cycle, argv, script, then):
     """
     Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
-    a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. `then`: what to run next.
+    a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. argv, script: how this was
+    called; then: the script to run next.
     """
     data = loader.load(config)
     run = Run(config, data.fingerprint)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
+    world = join_world(config)
     if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
         refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
-    world = join_world(config)
-    states = {t: run.read_resume(t) for t in world.trajectories}        # mapped from disk, not yet read
-    behind = [t for t, state in states.items() if first > (state["cycles_done"] if state else 0)]
-    behind = sorted(sum(world.gather(behind), []))
-    if behind:
-        refuse(f"run_dir={run.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: run train.py on this config first", common=True)
-    run.claim()
-    world.barrier(everyone=True)
+    states = run.begin(world, first, last)                      # trajectory -> (tensors, about) or None
     if world.rank == 0:
         print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
               f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
     # counts all cycles, so that the ETA is that of the population: train.py alone ends early
-    bar = world.progress(total=sum(lengths) * len(states), initial=sum(s["step"] for s in states.values() if s), unit="step")
-    for t, state in states.items():             # one after another; other groups of ranks take other trajectories
-        if state and state["cycles_done"] >= last:
-            continue
-        trajectory = model = loss_fn = None     # frees the last one's memory
-        trajectory = Trajectory(config, t, data, world, state)
-        model, states[t] = trajectory.model, None           # lets go of the file
-        for cycle in range(trajectory.cycles_done, last):
-            tokens = tokens_per_step(config, cycle)
-            if cycle > 0 and config.restart == "noise":
-                perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
-            loss_fn, average = loss_for_cycle(run, world.device, t, cycle), None
-            for s in range(lengths[cycle]):
-                began = time.perf_counter()
-                place, span = place_in_decay(config, lengths, cycle, s)
-                model.looping = place >= config.loop_from * span
-                seed_step(trajectory.seed, trajectory.step, world.data_rank)
-                rows = trajectory.batches.take(tokens // config.sequence_len)           # of all ranks: (n, T + 1)
-                mine = world.to_device(rows[world.data_rank::world.data_size])
-                multipliers = rate_multipliers(config.schedule, place, span)
-                loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
-                if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
-                    average = average_weights(average, model, config.ema_decay)
-                loss, trajectory.step = world.mean(loss), trajectory.step + 1
-                if not math.isfinite(loss):
-                    raise SystemExit(f"trajectory {t}, cycle {cycle}, step {s}: the loss is {loss}; this cycle is not kept")
-                speed = tokens / (time.perf_counter() - began) * world.groups
-                bar.set_postfix_str(f"trajectory {t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                bar.update()
-                if world.lead:
-                    run.log(kind="step", trajectory=t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm.item(), tokens_per_s=round(speed))
-            if average:                             # what goes on, too, is the average
-                model.load_state_dict(average)
-            trajectory.cycles_done = cycle + 1
-            keep(run, world, data, trajectory, t)
+    bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
+    with StopSignals() as stop:
+        for t in states:                        # one after another; other groups of ranks take other trajectories
+            if states[t] and states[t][1]["cycles_done"] >= last:
+                continue
+            trajectory = loss_fn = None         # frees the last one's memory
+            trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
+            run.check_room(sum(p.numel() for p in trajectory.model.parameters()))
+            for cycle in range(trajectory.cycles_done, last):
+                if trajectory.cycle_step == 0 and cycle > 0 and config.restart == "noise":
+                    perturb(trajectory.model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
+                loss_fn = loss_for_cycle(run, world.device, t, cycle)
+                train_cycle(run, world, bar, stop, trajectory, t, cycle, lengths, loss_fn)
+                if stop.asked:
+                    save_state(run, world, trajectory, t)
+                    bar.close()
+                    if world.lead:
+                        print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {next_command(script, argv)}", flush=True)
+                    raise SystemExit(STOPPED)
+                trajectory.cycles_done, trajectory.cycle_step = cycle + 1, 0
+                if trajectory.average:          # what goes on, too, is the average
+                    trajectory.model.load_state_dict(trajectory.average)
+                    trajectory.average = None
+                keep(run, world, data, trajectory, t)
     bar.close()
     world.barrier(everyone=True)
+    run.unlock()
     world.close()
     if world.rank == 0:
-        print(then)
+        print("next:", next_command(then, argv))
+
+
+def train_cycle(run, world, bar, stop, trajectory, t, cycle, lengths, loss_fn):
+    """The steps of a cycle that are left, or until a rank of the group is asked to stop."""
+    config, model, tokens = run.config, trajectory.model, tokens_per_step(run.config, cycle)
+    for s in range(trajectory.cycle_step, lengths[cycle]):
+        began = time.perf_counter()
+        place, span = place_in_decay(config, lengths, cycle, s)
+        model.looping = place >= config.loop_from * span
+        seed_step(trajectory.seed, trajectory.step, world.data_rank)
+        rows = trajectory.batches.take(tokens // config.sequence_len)               # of all ranks: (n, T + 1)
+        mine = world.to_device(rows[world.data_rank::world.data_size])
+        multipliers = rate_multipliers(config.schedule, place, span)
+        loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
+        loss, norm, stop.asked = world.agree(loss, norm, stop.asked)
+        if not math.isfinite(loss + norm):
+            refuse(f"trajectory {t}, cycle {cycle}, step {s}: loss {loss}, gradient norm {norm} on sequences {trajectory.batches.position - len(rows)} .. "
+                   f"{trajectory.batches.position - 1} of its order; the step was not taken, what was saved before stays: set another lr_scale or seed", code=1)
+        if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
+            trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
+        trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
+        speed = tokens / (time.perf_counter() - began) * world.groups
+        bar.set_postfix_str(f"trajectory {t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        bar.update()
+        if world.lead:
+            run.log(kind="step", trajectory=t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(speed))
+        if stop.asked:
+            return
+        if config.resume_every and trajectory.step % config.resume_every == 0 and s + 1 < lengths[cycle]:
+            save_state(run, world, trajectory, t)
 
 
 def main(argv=None):
     config = from_args(argv, __doc__)
     last = min(config.distill_from, config.cycles)
-    then = next_command("distill.py" if last < config.cycles else "prior.py", argv)
-    with fits_in_memory(config):
-        run_cycles(config, 0, last, lambda run, device, t, cycle: label_loss, then)
+    with one_line_errors(config):
+        run_cycles(config, 0, last, lambda run, device, t, cycle: label_loss, argv, "train.py", then="distill.py" if last < config.cycles else "prior.py")
 
 
 if __name__ == "__main__":

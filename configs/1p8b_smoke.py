@@ -27,3 +27,4 @@ batch_tokens_ends = 393_216
 micro_batch = 2
 distill_from = 2
 compile = True
+resume_every = 5

@@ -65,6 +65,15 @@ def split_fitness(tokens, starts, fitness_tokens):
     return tokens[:end], tokens[end:], starts[last + 1:] - end
 
 
+def fingerprint(splits):
+    """SHA-256 of the tokens and document starts of both files: {"val": (tokens, starts), "train": ...}."""
+    digest = hashlib.sha256()
+    for split in ("val", "train"):
+        for array in splits[split]:
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
 @dataclass
 class Data:
     train: np.ndarray           # tokens
@@ -80,11 +89,10 @@ class Data:
 
 def load(config):
     """The Data of a config. Exits with code 2 where it is missing, damaged or another config's."""
-    digest = hashlib.sha256()
     splits = {split: read_tokens(config, split) for split in ("val", "train")}
-    for tokens, starts in splits.values():
-        digest.update(np.ascontiguousarray(tokens))
-        digest.update(np.ascontiguousarray(starts))
+    found = fingerprint(splits)
+    if text_source(config).get("fingerprint", found) != found:
+        refuse(f"the files in data_dir={config.data_dir} are not what data.prepare wrote, their SHA-256 is another: delete them and run python -m data.prepare again")
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     per_epoch = sequences_per_epoch(train, config.sequence_len, config.epoch_multiple)
     if not per_epoch:
@@ -93,7 +101,7 @@ def load(config):
     T = config.sequence_len
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
     return Data(train, starts, fit, val, documents_of(fit, splits["train"][1]), documents_of(val, splits["val"][1]),
-                read_token_bytes(config), per_epoch, digest.hexdigest())
+                read_token_bytes(config), per_epoch, found)
 
 
 def read_token_bytes(config):
@@ -178,3 +186,8 @@ def score(model, sequences, batch_size):
     log_p = [model.log_p(row[:, :-1].to(device), row[:, 1:].to(device)) for row in rows]
     model.train(training)
     return torch.cat(log_p).flatten().float().cpu().numpy()
+
+
+def score_sets(model, data, batch_size):
+    """score() of both held-out sets, by split."""
+    return {split: score(model, getattr(data, split), batch_size) for split in ("fit", "val")}

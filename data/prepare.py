@@ -22,7 +22,7 @@ import torch
 
 from config import from_args, refuse, take_actions
 from data import fineweb
-from data.loader import file_name, load, text_source
+from data.loader import file_name, fingerprint, load, text_source
 from data.tokenizer import get_tokenizer, install_ranks
 from population import Run
 
@@ -121,7 +121,7 @@ def take(documents, budget):
 
 def write(config, splits, token_bytes, source):
     """Every file whole or not at all: written in a folder of its own under its final name, then moved, the .json last."""
-    target = Path(config.data_dir)
+    target, source = Path(config.data_dir), {**source, "fingerprint": fingerprint(splits)}
     try:
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:

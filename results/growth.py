@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prior                                                                                            # noqa: E402
 from config import from_args                                                                            # noqa: E402
-from population import keep_freed_memory                                                                # noqa: E402
 from results.demo import commit                                                                         # noqa: E402
 from tools.bench import Ours, extra_memory, log_probabilities, random_rows, timed                       # noqa: E402
+from world import keep_freed_memory                                                                     # noqa: E402
 
 ROUNDS = 5
 

@@ -8,6 +8,7 @@ import torch
 
 from config import from_args
 from data import fineweb, loader, prepare, tokenizer
+from population import read_json, write_json
 from tests.conftest import error_line
 
 pa = pytest.importorskip("pyarrow")
@@ -127,7 +128,7 @@ def test_what_is_pinned():
 def test_a_damaged_state_of_a_download(state, documents, micro, tmp_path, capsys):
     bad(micro(data="fineweb", train_tokens=30_000), capsys)             # ends too early, keeps what came
     path = tmp_path / "data" / "fineweb.partial.json"
-    path.write_text(state if isinstance(state, str) else json.dumps({**json.loads(path.read_text()), **state}))
+    path.write_text(state) if isinstance(state, str) else write_json(path, {**read_json(path), **state})
     kept = files(tmp_path / "data")
     err = bad(micro(data="fineweb", train_tokens=30_000), capsys)
     assert "fineweb.partial.json" in err and files(tmp_path / "data") == kept

@@ -1,5 +1,4 @@
 """Sampling from mixtures: the probabilities are the weighted sum, K members cost K passes, bad input is refused."""
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ import distill
 import prior
 import train
 from data import prepare
+from population import read_json, write_json
 from tools import generate
 
 
@@ -83,9 +83,9 @@ def test_a_prior_of_other_members_is_refused(population, capsys):
     folder, argv = population
     path = folder / "run" / "prior.json"
     kept = path.read_text()
-    other = json.loads(kept)
+    other = read_json(path)
     other["members"][1]["weights_sha256"] = "0" * 64
-    path.write_text(json.dumps(other))
+    write_json(path, other)
     with pytest.raises(SystemExit) as stop:
         generate.main(argv)
     path.write_text(kept)

@@ -1,4 +1,5 @@
 """The product as a user meets it: scripts end to end, run.sh and torchrun, and bad input (one line, exit code 2, nothing changed)."""
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import train
 from config import from_args
 from data import loader, prepare
 from model import GPT
-from population import Run
+from population import Run, read_json, write_json
 from tests.conftest import ROOT, error_line
 from tools import generate, plot
 
@@ -128,11 +129,15 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
     monkeypatch.chdir(folder)
     path = folder / "out" / "prior.json"
     kept, scores = path.read_bytes(), {p: p.read_bytes() for p in (folder / "out" / "scores" / "val").iterdir()}
+    of = {p: p.read_bytes() for p in (folder / "out" / "scores").glob("*.json")}
     for p in scores:
-        np.save(p, -np.random.default_rng(len(p.name)).exponential(3, np.load(p).shape).astype(np.float32))
+        noise = -np.random.default_rng(len(p.name)).exponential(3, np.load(p).shape).astype(np.float32)
+        np.save(p, noise)
+        whose = p.parent.parent / f"{p.stem}.json"
+        write_json(whose, {**read_json(whose), "val": hashlib.sha256(noise).hexdigest()})
     prior.main(argv)
     before, after = json.loads(kept), json.loads(path.read_bytes())
-    for p, content in scores.items():
+    for p, content in (scores | of).items():
         p.write_bytes(content)
     path.write_bytes(kept)
     assert before["answers"][0]["val_loss"] != after["answers"][0]["val_loss"]
@@ -252,13 +257,13 @@ def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
     assert "prior.py" in refused(lambda: plot.main([*argv, "--beside=nowhere"]), capsys)
     path = folder / "out" / "prior.json"
     kept = path.read_text()
-    other = json.loads(kept)
+    other = read_json(path)
     (folder / "elsewhere").mkdir()
-    (folder / "elsewhere" / "prior.json").write_text(json.dumps({**other, "text": {**other["text"], "val_tokens": 7}}))
+    write_json(folder / "elsewhere" / "prior.json", {**other, "text": {**other["text"], "val_tokens": 7}})
     assert "val_tokens" in refused(lambda: plot.main([*argv, "--beside=elsewhere"]), capsys)
     for a in [a for a in other["answers"] if a["rule"] == "learned"]:       # a rule that the picture has never heard of
         other["answers"].append({**a, "rule": "newest", "val_error": None})
-    path.write_text(json.dumps(other))
+    write_json(path, other)
     plot.main(argv)
     path.write_text(kept)
 
@@ -362,7 +367,7 @@ def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
 
 def test_run_sh_refuses_before_anything_starts(tmp_path):
     (tmp_path / "of_another").mkdir()
-    (tmp_path / "of_another" / "config.json").write_text('{"identity": {"seed": 5}}')
+    write_json(tmp_path / "of_another" / "config.json", {"identity": {"seed": 5}})
     for flags, name in ((["--run_dir=of_another"], "seed is 5 there and 42 here"), (["--run_dir=/proc/none"], "run_dir"), (["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"), (["--micro_batch=3"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
         done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
         assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1, done.stderr

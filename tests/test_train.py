@@ -17,8 +17,9 @@ from config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from population import Run, World, cannot_share, fits_in_memory, join_world, processes, write_whole
+from population import Run, load_tensors, write_whole
 from tests.conftest import ROOT, error_line
+from world import World, cannot_share, join_world, one_line_errors, processes
 
 RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "") for name in ("1p8b", "1p8b_960")}
 
@@ -144,6 +145,11 @@ def run_all(argv):
     distill.main(argv)
 
 
+def model_of(state):
+    """name -> weight of a resume state."""
+    return {name.removeprefix("model."): w for name, w in state[0].items() if name.startswith("model.")}
+
+
 def members(folder):
     return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("trajectory_*/cycle_*.pt"))}
 
@@ -208,7 +214,7 @@ def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
     assert [run.read_member(0, c)[1]["epochs"] for c in range(3)] == [1.25, 1.75, 2.25]
     # the same training without a snapshot on the way ends at the same weights
     train.main(ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
-    once = torch.load(tmp_path / "one" / "trajectory_00" / "cycle_000.pt", weights_only=True)["weights"]
+    once = torch.load(tmp_path / "one" / "trajectory_00" / "cycle_000.pt", weights_only=True)["tensors"]
     assert all(torch.equal(w, once[n]) for n, w in run.read_member(0, 2)[0].items())
 
 
@@ -230,7 +236,7 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
     run = Run(config, loader.load(config).fingerprint)
     member, about = run.read_member(0, 1)
     assert L > 30 and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
-    for name, w in run.read_resume(0)["model"].items():
+    for name, w in model_of(run.read_resume(0)).items():
         assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[name], w.bfloat16())
     model = GPT(config)
     model.load_state_dict({n: w.float() for n, w in average.items()})
@@ -268,7 +274,7 @@ def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monk
             assert stop.value.code == 2 and names in error_line(capsys.readouterr().err)
         monkeypatch.setenv("WORLD_SIZE", "2")                  # on two ranks of one trajectory a batch of 4 leaves 2 for each
         monkeypatch.setenv("RANK", "1")                         # and the rank that fails speaks, whichever it is
-        with pytest.raises(SystemExit), fits_in_memory(from_args(ready(trajectories=1), "")):
+        with pytest.raises(SystemExit), one_line_errors(from_args(ready(trajectories=1), "")):
             out_of_memory()
         assert "--micro_batch=1" in error_line(capsys.readouterr().err)
         monkeypatch.undo()
@@ -310,7 +316,7 @@ def test_members_say_what_they_are(ready, tmp_path):
     model = GPT(config)
     model.load_state_dict(weights)
     assert -loader.score(model, data.fit, 4).mean() == pytest.approx(about["fit_loss"], abs=0.01)     # bf16 against fp32
-    model.load_state_dict(run.read_resume(1)["model"])
+    model.load_state_dict(model_of(run.read_resume(1)))
     assert -loader.score(model, data.fit, 2).mean() == pytest.approx(run.read_member(1, 3)[1]["fit_loss"], abs=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"step", "cycle"} and len([x for x in lines if x["kind"] == "cycle"]) == 8
@@ -359,7 +365,7 @@ def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
     two = members(tmp_path / "run")
     assert len(two) == 8 and one.items() <= two.items()
     # trajectory 1 of seed 42 is trajectory 0 of seed 43: same weights
-    weights = [torch.load(p, weights_only=True)["weights"] for p in (tmp_path / "run" / "trajectory_01" / "cycle_003.pt", tmp_path / "other" / "trajectory_00" / "cycle_003.pt")]
+    weights = [torch.load(p, weights_only=True)["tensors"] for p in (tmp_path / "run" / "trajectory_01" / "cycle_003.pt", tmp_path / "other" / "trajectory_00" / "cycle_003.pt")]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
@@ -395,14 +401,14 @@ def test_two_processes_take_the_step_of_one(ready, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1, run_dir=tmp_path / name), processes)
         steps.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
-        states.append(torch.load(tmp_path / name / "trajectory_00" / "resume.pt", weights_only=True))
-    assert [state["step"] for state in states] == [1, 1] and states[0]["position"] == states[1]["position"] == 4
+        states.append(load_tensors(tmp_path / name / "trajectory_00" / "resume_00000001.pt"))
+    assert [about["step"] for _, about in states] == [1, 1] and [about["position"] for _, about in states] == [4, 4]
     assert steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5) and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5)
-    for name, a in states[0]["model"].items():
+    for name, a in model_of(states[0]).items():
         # q and k heads are normalised, so the diagonal of their mix has no gradient but rounding, which AdamW takes for one
         if not name.endswith(("q_mix", "k_mix")):
-            assert (a - states[1]["model"][name]).norm() <= 2e-3 * a.norm(), name
-        first, second = (state["optimizer"]["moments"][name][0] for state in states)       # the first moment: the gradient
+            assert (a - model_of(states[1])[name]).norm() <= 2e-3 * a.norm(), name
+        first, second = (tensors[f"m.{name}"] for tensors, _ in states)       # the first moment: the gradient
         assert (first - second).norm() <= 1e-4 * first.norm() + 1e-9, name
 
 
@@ -423,8 +429,8 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
             seen.setdefault((size, rank), []).append(torch.cat(micro_batches))
             return torch.zeros(()), torch.zeros(())
         monkeypatch.setattr(train, "train_step", step)
-        monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size, None))
-        monkeypatch.setattr(World, "mean", lambda self, value: 0.0)
+        monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size))
+        monkeypatch.setattr(World, "agree", lambda self, loss, norm, stop: (0.0, 0.0, stop))
         train.main(argv)
     monkeypatch.setattr(Run, "save_member", lambda *a, **k: None)       # so that each of these runs starts anew
     monkeypatch.setattr(Run, "save_resume", lambda *a, **k: None)
@@ -463,8 +469,8 @@ def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
     assert stop.value.code == 2 and "Tesla T4" in error_line(capsys.readouterr().err)
 
 
-def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "label_loss", lambda model, batch: model(batch[:, :-1], batch[:, 1:])[1] * float("nan"))
     with pytest.raises(SystemExit) as stop:
         train.main(ready())
-    assert "nan" in str(stop.value.code) and not members(tmp_path / "run")
+    assert stop.value.code == 1 and "nan" in error_line(capsys.readouterr().err) and not members(tmp_path / "run")

@@ -31,10 +31,10 @@ from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT, attend, activate_attention
 from optim import MuonAdamW
-from population import join_world
 from prior import fit_weights
 from tests.parity import adamw300
 from tools import plan
+from world import join_world
 
 ACTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0, members=480, tokens=131072)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,16 +7,15 @@ Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all;
             --tokens=80  --temperature=0.8  --top_k=50 (0: no limit)  --sample_seed=0
             --member=T,C (trajectory and cycle: that member alone, instead of both)  --members=FOLDER (as of prior.py)
 """
-from pathlib import Path
-
 import torch
 
 from config import from_args, refuse, take_actions
 from data import loader
 from data.tokenizer import get_tokenizer
 from model import GPT
-from population import join_world, open_run, read_json
+from population import open_run, read_prior
 from prior import load_member
+from world import join_world
 
 ACTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", members="")
 
@@ -52,7 +51,7 @@ def choose(options, prior, run):
     """[(label, members as (trajectory, cycle), weights)] to sample from. Exits with code 2 where they do not exist."""
     members = [(m["trajectory"], m["cycle"]) for m in prior["members"]]
     for m in prior["members"]:
-        if run.member_path(m["trajectory"], m["cycle"]).exists() and run.read_member(m["trajectory"], m["cycle"])[1]["weights_sha256"] != m["weights_sha256"]:
+        if run.member_path(m["trajectory"], m["cycle"]).exists() and run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
             refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: run prior.py on this config again")
     if options.member:
         chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
@@ -82,10 +81,7 @@ def main(argv=None):
     if any("\ud800" <= c <= "\udfff" for c in options.prompt):
         refuse("prompt: is not text in UTF-8")
     run = open_run(config, loader.load(config).fingerprint, options.members)
-    path = Path(config.run_dir) / "prior.json"
-    if not path.exists():
-        refuse(f"no {path}: run prior.py on this config first")
-    picked = choose(options, read_json(path), run)
+    picked = choose(options, read_prior(config.run_dir), run)
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join_world(config).device
     for label, members, weights in picked:

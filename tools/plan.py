@@ -15,8 +15,8 @@ from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT
 from optim import MuonAdamW
-from population import cannot_share, micro_batches
 from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
+from world import cannot_share, micro_batches
 
 ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30

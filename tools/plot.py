@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from config import from_args, refuse, take_actions
-from population import read_json
+from population import read_prior
 
 RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
          "learned": ("learned prior, K members", "tab:blue")}
@@ -105,11 +105,6 @@ def draw(priors, path, beside):
     figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def read_prior(folder):
-    path = Path(folder) / "prior.json"
-    return read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
 
 
 def main(argv=None):

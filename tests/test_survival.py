@@ -1,0 +1,377 @@
+"""Killed, stopped, starved, damaged: nothing finished is lost, and what goes on goes on bit for bit."""
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import population
+import prior
+import train
+import world
+from config import from_args
+from data import loader
+from population import Damaged, Run, load_tensors, save_tensors, write_json
+from tests import kill
+from tests.conftest import error_line
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """(folder with data, files of an uninterrupted run in folder/whole)."""
+    folder = tmp_path_factory.mktemp("kills")
+    kill.prepare(folder)
+    return folder, kill.uninterrupted(kill.arguments(folder), folder / "whole")
+
+
+@pytest.fixture
+def begun(reference, tmp_path):
+    """(argv of a run of its own, its folder, its log, the files it should end with)."""
+    folder, whole = reference
+    return [*kill.arguments(folder), f"--run_dir={tmp_path / 'run'}"], tmp_path / "run", tmp_path / "log", whole
+
+
+def finishes(begun, size=1):
+    """It goes on to the end, and leaves what an uninterrupted run leaves."""
+    argv, folder, log, whole = begun
+    assert kill.finish(kill.start(argv, log, size)) == [0] * size, log.read_text()[-2000:]
+    assert kill.difference(whole, folder) == []
+
+
+# ------------------------------------------------------------------------------------- killed and stopped
+
+def test_twenty_kills_at_random_moments(begun):
+    argv, folder, log, whole = begun
+    kills, phases = 0, set()
+    while kills < 20:
+        children = kill.start(argv, log)
+        moment = kill.within(kill.RANDOM.choice(kill.PHASES), children, kill.RANDOM.uniform(0, 0.02))
+        phase = kill.kill_when(children, moment)
+        if phase is None:                           # it ended first: compare, begin anew
+            assert kill.difference(whole, folder) == []
+            shutil.rmtree(folder)
+        else:
+            kills, phases = kills + 1, phases | {phase}
+    finishes(begun)
+    assert len(phases) > 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_goes_on(number, begun):
+    argv, folder, log, _ = begun
+    [child] = kill.start(argv, log)
+    assert kill.within("distillation step", [child], 0)()
+    os.kill(child, number)
+    os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
+    assert kill.finish([child]) == [world.STOPPED]
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert f"resume_{steps[-1]:08d}.pt" in os.listdir(folder / "trajectory_00") and "to go on: python distill.py" in log.read_text() and "Traceback" not in log.read_text()
+    finishes(begun)
+
+
+def test_asked_twice_it_stops_at_once(begun):
+    argv, folder, log, _ = begun
+    def slow(rank):
+        train.train_step = lambda *args: time.sleep(60)
+    [child] = kill.start(argv, log, patch=slow)
+    assert kill.within("training step", [child], 0.2)()
+    os.kill(child, signal.SIGTERM)
+    time.sleep(1.2)
+    os.kill(child, signal.SIGTERM)
+    assert kill.finish([child], seconds=20) == [-signal.SIGTERM]
+    finishes(begun)
+
+
+def test_all_ranks_of_a_group_leave_at_the_same_step(begun):
+    argv, folder, log, whole = begun
+    argv = [*argv, "--micro_batch=1"]
+    children = kill.start(argv, log, size=2)
+    assert kill.within("training step", children, 0)()
+    os.kill(children[1], signal.SIGTERM)
+    assert kill.finish(children) == [world.STOPPED] * 2, log.read_text()[-3000:]
+    assert kill.finish(kill.start(argv, log, 2)) == [0, 0] and kill.debris(folder) == []
+    assert [s[:2] for s in kill.left(folder)["steps"]] == [s[:2] for s in whole["steps"]]
+
+
+def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):
+    """Begun on one rank, gone on with on two, and back: every step has the tokens of an uninterrupted run, once."""
+    argv, folder, log, _ = begun
+    def watch(rank):
+        take = loader.Batches.take
+        def watched(self, n):
+            rows = take(self, n)
+            if rank == 0:
+                with open(tmp_path / "tokens", "a") as f:
+                    f.write(hashlib.sha256(rows.numpy()).hexdigest() + "\n")
+            return rows
+        loader.Batches.take = watched
+    assert kill.finish(kill.start([*argv, f"--run_dir={tmp_path / 'whole'}"], log, patch=watch)) == [0]
+    wanted = (tmp_path / "tokens").read_text()
+    (tmp_path / "tokens").unlink()
+    for phase, size, micro_batch in (("training step", 1, 4), ("distillation step", 2, 1), ("distillation step", 2, 2), ("fit", 1, 1)):
+        children = kill.start([*argv, f"--micro_batch={micro_batch}"], log, size, patch=watch)
+        if phase == "fit":
+            assert kill.finish(children) == [0]
+        else:
+            assert kill.within(phase, children, 0)()
+            os.kill(children[0], signal.SIGTERM)
+            assert kill.finish(children) == [world.STOPPED] * size, log.read_text()[-2000:]
+    assert (tmp_path / "tokens").read_text() == wanted and len(wanted.splitlines()) == len(set(wanted.splitlines()))
+    assert "ranks is 1 there and 2 here" in log.read_text() and "not bit for bit" in log.read_text()
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+def limit(size):
+    return lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("file, scripts, size", [
+    ("config.json", kill.SCRIPTS, 100), ("metrics.jsonl", kill.SCRIPTS, 3_000_000), ("cycle_000.pt", kill.SCRIPTS, 20_000), ("resume_00000002.pt", kill.SCRIPTS, 200_000),
+    ("00_000.npy", (prior,), 1000), ("00_000.json", (prior,), 150), ("prior.json", (prior,), 2000),
+])
+def test_a_full_disk(file, scripts, size, begun, reference):
+    """A limit on the size of files, in bytes, stops each kind of file; what was there stays, and the run goes on once there is room."""
+    argv, folder, log, whole = begun
+    if scripts == (prior,):
+        shutil.copytree(reference[0] / "whole", folder, ignore=shutil.ignore_patterns("prior.json", *["scores"] * (file != "prior.json")))
+    if file == "metrics.jsonl":
+        folder.mkdir()
+        (folder / file).write_text('{"kind": "score"}\n' * (size // 18))
+    metrics = (folder / "metrics.jsonl").read_bytes() if scripts == (prior,) else b""
+    if metrics:
+        (folder / "metrics.jsonl").write_bytes(b"")
+    limited = [*argv, "--resume_every=0"] if "cycle" in file else argv                  # a state is larger than a member
+    assert kill.finish(kill.start(limited, log, patch=limit(size), scripts=scripts)) == [2], log.read_text()
+    if metrics:
+        (folder / "metrics.jsonl").write_bytes(metrics)
+    err = error_line(log.read_text())
+    assert f"{file} could not be written" in err and "make room" in err and not list(folder.rglob(f"*{file}*.*.*")), err
+    finishes(begun)
+
+
+def flipped(content, n):
+    """A copy of bytes with their n-th bit turned."""
+    return content[:n // 8] + bytes([content[n // 8] ^ 1 << n % 8]) + content[n // 8 + 1:]
+
+
+def test_no_flipped_bit_passes(reference, tmp_path):
+    """Of a member and a state: a bit flipped anywhere is found, or changes nothing that is read."""
+    found = 0
+    for path in ("cycle_001.pt", "resume_00000009.pt"):
+        content = (reference[0] / "whole" / "trajectory_00" / path).read_bytes()
+        tensors, about = load_tensors(reference[0] / "whole" / "trajectory_00" / path)
+        for _ in range(150):
+            (tmp_path / path).write_bytes(flipped(content, kill.RANDOM.randrange(8 * len(content))))
+            try:
+                theirs, their_about = load_tensors(tmp_path / path)
+            except Damaged:
+                found += 1
+                continue
+            assert their_about == about and theirs.keys() == tensors.keys() and all(torch.equal(w, theirs[n]) for n, w in tensors.items())
+    assert found > 200
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: flipped(b, 4 * len(b)), lambda b: b""])
+def test_a_damaged_state_is_passed_over(damage, begun, reference):
+    argv, folder, log, _ = begun
+    [child] = kill.start(argv, log)
+    assert kill.within("distillation step", [child], 0)()
+    os.kill(child, signal.SIGTERM)
+    kill.finish([child])
+    older, newest = sorted((folder / "trajectory_00").glob("resume_*"))         # never more than two
+    newest.write_bytes(damage(newest.read_bytes()))
+    finishes(begun)
+    assert f"{newest} " in log.read_text() and "looking for an older one" in log.read_text()
+
+
+def test_no_whole_state_is_refused(begun, reference, capsys):
+    argv, folder, log, _ = begun
+    shutil.copytree(reference[0] / "whole", folder)
+    for path in folder.glob("trajectory_00/resume_*"):
+        path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2 and "delete trajectory_00" in (err := error_line(capsys.readouterr().err)) and "resume_" in err
+
+
+@pytest.mark.parametrize("split", ["fit", "val"])
+def test_flipped_scores_and_results_are_named(split, begun, reference, capsys):
+    argv, folder, _, _ = begun
+    shutil.copytree(reference[0] / "whole", folder)
+    for path in (folder / "scores" / split / "00_001.npy", folder / "scores" / "00_001.json"):
+        kept = path.read_bytes()
+        path.write_bytes(flipped(kept, 8 * (len(kept) - 40)))
+        with pytest.raises(SystemExit) as stop:
+            prior.main(argv)
+        path.write_bytes(kept)
+        assert stop.value.code == 2 and "00_001" in error_line(capsys.readouterr().err)
+    (folder / "prior.json").write_bytes((folder / "prior.json").read_bytes().replace(b'"K": 1', b'"K": 2', 1))
+    with pytest.raises(SystemExit):
+        population.read_prior(folder)
+    assert "prior.json is damaged" in error_line(capsys.readouterr().err)
+
+
+def test_flipped_data_is_refused(reference, tmp_path, capsys):
+    shutil.copytree(reference[0] / "data", tmp_path / "data")
+    argv = [*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"]
+    path = tmp_path / "data" / "manual_train.pt"
+    file = torch.load(path)
+    file["tokens"].view(torch.uint8)[100] ^= 1
+    torch.save(file, path)
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2 and "data.prepare" in error_line(capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_no_step_is_taken_on_what_is_no_number(what, begun):
+    """The fifth step's loss or gradient is no number: it stops, names the step, and without the cause goes on as if nothing had been."""
+    argv, folder, log, _ = begun
+    def poison(rank):
+        real, calls = train.label_loss, []
+        class Infinite(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+            @staticmethod
+            def backward(ctx, g):
+                return g * float("inf")
+        def loss(model, batch):
+            calls.append(1)
+            good = real(model, batch)
+            return good if len(calls) != 5 else good * float("nan") if what == "loss" else Infinite.apply(good)
+        train.label_loss = loss
+    assert kill.finish(kill.start(argv, log, patch=poison)) == [1]
+    assert "step 2:" in (err := error_line(log.read_text())) and "sequences 8 .. 11" in err and ("nan" in err or "inf" in err), err
+    finishes(begun)
+
+
+def test_a_member_that_is_no_number_is_not_kept(begun):
+    argv, folder, log, _ = begun
+    def poison(rank):
+        score = loader.score
+        loader.score = lambda *args: score(*args) * float("nan")
+    assert kill.finish(kill.start(argv, log, patch=poison)) == [1]
+    assert "fitness set is nan" in error_line(log.read_text()) and not list(folder.glob("trajectory_00/cycle_*"))
+    finishes(begun)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_the_others(fault, begun):
+    argv, folder, log, whole = begun
+    argv = [*argv, "--micro_batch=1"]
+    def impatient(rank):
+        world.HANG = world.timedelta(seconds=5)
+    children = kill.start(argv, log, 2, patch=impatient)
+    assert kill.within("training step", children, 0)()
+    os.kill(children[1], fault)
+    assert kill.finish(children[:1], seconds=60) == [1], log.read_text()[-2000:]
+    os.kill(children[1], signal.SIGKILL)
+    kill.finish(children[1:])
+    assert "lost another one" in error_line(log.read_text())
+    assert kill.finish(kill.start(argv, log, 2)) == [0, 0] and kill.debris(folder) == []
+    assert [s[:2] for s in kill.left(folder)["steps"]] == [s[:2] for s in whole["steps"]]
+
+
+def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
+    argv, folder, log, whole = begun
+    first = kill.start(argv, log)
+    assert kill.within("training step", first, 0)()
+    assert kill.finish(kill.start(argv, tmp_path / "second")) == [2]
+    assert "another process is training" in error_line((tmp_path / "second").read_text())
+    assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
+
+
+@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "trajectory_00/resume_00000009.pt", "config.json", "prior.json", "scores/00_001.json"])
+def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
+    argv, folder, _, _ = begun
+    shutil.copytree(reference[0] / "whole", folder)
+    monkeypatch.setattr(population, "FORMAT", 2)
+    path = folder / file
+    if path.suffix == ".json":
+        write_json(path, {k: v for k, v in population.read_json(path).items() if k != "format"})
+    else:
+        tensors, about = load_tensors(path)
+        save_tensors(path, {n: w.clone() for n, w in tensors.items()}, **{k: v for k, v in about.items() if k not in ("format", "sha256")})
+        shutil.rmtree(folder / "scores")
+        for other in set(folder.glob("trajectory_00/resume_*")) - {path}:
+            other.unlink()
+    monkeypatch.setattr(population, "FORMAT", 1)
+    from tools import plot
+    script = train if "resume" in file else plot if file == "prior.json" else prior
+    with pytest.raises(SystemExit) as stop:
+        script.main(argv)
+    assert stop.value.code == 2 and "newer version" in error_line(capsys.readouterr().err)
+
+
+# --------------------------------------------------------------------------------------------- disk, strangers
+
+def test_keep_last(begun, reference):
+    """Two members of a trajectory keep their weights, all their scores, and the prior is the same."""
+    argv, folder, log, whole = begun
+    assert kill.finish(kill.start([*argv, "--keep=last"], log)) == [0], log.read_text()[-2000:]
+    assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*"))] == ["cycle_001.pt", "cycle_002.pt"]
+    found = kill.left(folder)
+    assert len(whole) - len(found) == 1 and all(found[name] == content for name, content in whole.items() if "cycle_000" not in name)
+
+
+def test_room_is_looked_for_before_the_first_step(begun, monkeypatch, capsys):
+    argv, folder, _, _ = begun
+    usage = shutil.disk_usage(folder.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2 and "--keep=last" in error_line(capsys.readouterr().err) and not list(folder.rglob("*.pt"))
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/q0_was_run",)
+
+
+@pytest.mark.parametrize("tensors", [{"w": Code()}, {"w": torch.zeros(1).expand(10 ** 12)}, {"w": torch.zeros(4).to_sparse()}, {"w": torch.zeros(4, device="meta")}, {"w": [1]}, {1: torch.zeros(1)}, [torch.zeros(1)], None])
+def test_a_strangers_tensors(tensors, tmp_path):
+    path, about = tmp_path / "member.pt", json.dumps({"format": 1, "sha256": "0"})
+    torch.save({"tensors": tensors, "about": about, "about_sha256": hashlib.sha256(about.encode()).hexdigest()}, path)
+    with pytest.raises(Damaged):
+        load_tensors(path)
+    assert not os.path.exists("/tmp/q0_was_run")
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r["answers"][0].update(members=[99]), lambda r: r["answers"][0].update(weights=["x"]), lambda r: r["members"].clear(), lambda r: r.update(answers={}),
+    lambda r: r["members"][0].update(trajectory="../../x"), lambda r: r["answers"].clear(), lambda r: r.update(growing=[{}]), lambda r: r.pop("text"),
+])
+def test_a_strangers_prior(change, begun, reference, capsys):
+    argv, folder, _, _ = begun
+    folder.mkdir()
+    result = population.read_json(reference[0] / "whole" / "prior.json")
+    change(result)
+    write_json(folder / "prior.json", result)
+    from tools import generate, plot
+    for tool in (plot, generate):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(argv)
+        assert stop.value.code == 2 and "prior.json" in error_line(capsys.readouterr().err)
+
+
+def test_the_resume_state_is_the_populations(begun, reference, capsys):
+    """A state of another population under this name is not gone on from."""
+    argv, folder, _, _ = begun
+    shutil.copytree(reference[0] / "whole", folder)
+    config = from_args(argv, "")
+    run = Run(config, loader.load(config).fingerprint)
+    tensors, about = run.read_resume(0)
+    run.identity = {**run.identity, "seed": 7}
+    for path in run.states(0):
+        path.unlink()
+    run.save_resume(0, {n: w.clone() for n, w in tensors.items()}, **{k: about[k] for k in ("position", "cycles_done", "cycle_step", "step", "setup")})
+    with pytest.raises(SystemExit):
+        train.main(argv)
+    assert "seed is 7 there" in error_line(capsys.readouterr().err.replace("note: ", ""))

@@ -1,0 +1,214 @@
+"""
+Who trains what, on which rank; how ranks wait for each other, and how a run is stopped.
+"""
+import contextlib
+import ctypes
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import config as config_module
+from config import refuse
+
+HANG = timedelta(hours=1)           # so long may ranks of a group wait for one of them: a member written, a step
+STOPPED = 75                        # exit code of a run that was asked to stop, and saved (EX_TEMPFAIL: try again later)
+
+
+# ------------------------------------------------------------------------------- which batches can be shared
+
+def micro_batches(config, size):
+    """Every micro_batch in which `size` ranks can share the batches of this config."""
+    ranks = size // math.gcd(size, config.trajectories)
+    sequences = [tokens // config.sequence_len for tokens in (config.batch_tokens, config.batch_tokens_ends)]
+    return [m for m in range(1, min(sequences) // ranks + 1) if not any(n % (ranks * m) for n in sequences)]
+
+
+def smaller_micro_batch(config, size):
+    """What to do where micro_batch is too large."""
+    fits = [m for m in micro_batches(config, size) if m < config.micro_batch]
+    return f"try --micro_batch={fits[-1]}" if fits else None
+
+
+def cannot_share(config, size):
+    """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
+    if config.micro_batch in micro_batches(config, size):
+        return None
+    return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, sequences of {config.sequence_len}, cannot be shared by "
+            f"{size // math.gcd(size, config.trajectories)} ranks per trajectory in micro-batches of micro_batch={config.micro_batch}; "
+            f"{smaller_micro_batch(config, size) or 'start fewer processes, or raise them'}")
+
+
+def processes(config):
+    """How many processes to start on this machine: one per GPU, else one per trajectory up to the cores; fewer where
+    those could not share a batch. Exits with code 2 where even one cannot."""
+    most = torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
+    fitting = [size for size in range(1, most + 1) if not cannot_share(config, size)]
+    return fitting[-1] if fitting else refuse(cannot_share(config, 1))
+
+
+# ------------------------------------------------------------------------------------------- the ranks
+
+def progress_bar(iterable=None, **options):
+    """tqdm's; in a log file a line now and then."""
+    return tqdm(iterable, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 30, **options)
+
+
+@dataclass
+class World:
+    """
+    gcd(ranks, trajectories) groups of equally many ranks; each group takes every groups-th trajectory, one after
+    another. Rank `data_rank` of a group's `data_size` takes its share of every batch; rank 0 of a group writes.
+    """
+    rank: int
+    size: int
+    device: torch.device
+    trajectories: list      # of this rank's group
+    groups: int
+    data_rank: int
+    data_size: int
+    data_group: object = None       # process group, None in a single process
+    everyone: object = None         # all ranks, over gloo: groups may finish hours apart, which NCCL would take for a hang
+
+    @property
+    def lead(self):
+        return self.data_rank == 0
+
+    def progress(self, iterable=None, **options):
+        """A bar on rank 0."""
+        return progress_bar(iterable, disable=self.rank > 0 or iterable == [], **options)
+
+    def to_device(self, rows):
+        """A tensor of the CPU's; a GPU does not wait for the copy."""
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+
+    def agree(self, loss, norm, stop):
+        """Of a group's ranks: (mean loss, gradient norm, whether any was asked to stop), floats and a bool, in one exchange."""
+        values = torch.stack([loss.float(), norm.float(), loss.new_tensor(float(stop))])
+        if self.data_size > 1:
+            dist.all_reduce(values, group=self.data_group)
+        loss, norm, stop = values.tolist()
+        return loss / self.data_size, norm / self.data_size, stop > 0
+
+    def gather(self, value):
+        """The plain values of all ranks, in their order, on every rank."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.everyone)
+        return values
+
+    def send(self, value, source):
+        """A plain value of rank `source`, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=source, group=self.everyone)
+        return values[0]
+
+    def barrier(self, everyone=False):
+        """Wait for the ranks of this group, or for all."""
+        if self.size > 1:
+            dist.barrier(group=self.everyone if everyone else self.data_group)
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def keep_freed_memory():
+    """On the CPU: glibc keeps what tensors free, else every step faults it in again, a tenth of the demo's time."""
+    with contextlib.suppress(OSError, AttributeError):          # another C library
+        mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)                      # the most it takes
+
+
+def join_world(config):
+    """The World of this process, from torchrun's environment. Exits with code 2 where the ranks cannot share a batch."""
+    rank, size, local = (os.environ.get(k, d) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    if not (rank + size + local).isdecimal() or int(rank) >= int(size) or int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        config_module.prints = True
+        refuse(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}, with MASTER_ADDR and MASTER_PORT, are torchrun's to set: start with torchrun, or unset them")
+    rank, size, local = int(rank), int(size), int(local)
+    reason = cannot_share(config, size)
+    if reason:
+        refuse(reason)
+    groups = math.gcd(size, config.trajectories)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    keep_freed_memory()
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            refuse(f"this machine has {torch.cuda.device_count()} GPUs: start so many processes on it, not more", common=True)
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            refuse(f"{torch.cuda.get_device_name(device)} has neither bf16 nor flash attention: use a GPU of compute capability 8.0 or more, or the CPU (CUDA_VISIBLE_DEVICES=)", common=True)
+        if config.n_embd // config.n_head % 8 or config.n_embd // config.n_head > 256:
+            refuse(f"n_head={config.n_head}: flash attention wants heads of a multiple of 8, up to 256, n_embd={config.n_embd} gives {config.n_embd // config.n_head}; change one", common=True)
+        torch.cuda.set_device(device)
+    data_size = size // groups
+    group, data_rank = divmod(rank, data_size)
+    world = World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size)
+    if size > 1:
+        backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
+        dist.init_process_group(**backend, timeout=HANG)
+        world.data_group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + data_size)) for i in range(0, size, data_size)], timeout=HANG)
+        world.everyone = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    config_module.prints = data_rank == 0
+    return world
+
+
+# --------------------------------------------------------------------------------------- ends of a script
+
+def next_command(script, argv):
+    """How to run a script, on the same arguments (argv None: the process's own)."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks)}" if ranks > 1 and script.endswith(".py") else "python"
+    return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+
+@contextlib.contextmanager
+def one_line_errors(config):
+    """Where a GPU's memory runs out inside, or another rank is gone: one line instead of a traceback, exit code 2 or 1."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        config_module.prints = True         # whichever rank it is
+        mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1))) or "no smaller one shares the batches, take a smaller model or more GPUs"
+        mend += " (or --checkpoint=True)" * (config.loop_extra > 0 and not config.checkpoint)
+        refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend}"
+               "; what is done is kept, and python -m tools.plan estimates what fits")
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        config_module.prints = True
+        refuse(f"rank {os.environ.get('RANK')} lost another one, which stopped or hangs: see its own last line; what was saved stays, start all again", code=1)
+
+
+class StopSignals:
+    """
+    While entered, SIGTERM and Ctrl-C only set `asked`, so that a step can be finished and saved; another one, a second
+    or more after the first (torchrun passes Ctrl-C on, so that it comes twice), ends the process at once.
+    """
+
+    def __enter__(self):
+        self.asked, self.since = False, 0.0
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked and time.monotonic() - self.since > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked, self.since = True, self.since or time.monotonic()
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
