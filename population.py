@@ -174,7 +174,8 @@ def differences(theirs, mine):
 class Run:
     """
     The run directory of a config; exits with code 2 where one of another config or other data stands there (of any data
-    where data_fingerprint is None), or none can be made. Nothing is written before claim(). t and c are trajectory and cycle.
+    where data_fingerprint is None), or none can be made. Nothing is written before claim(), whose lock is held until the end
+    of a `with`. t and c are trajectory and cycle.
     """
 
     def __init__(self, config, data_fingerprint):
@@ -206,7 +207,10 @@ class Run:
         except OSError:
             pass                # a file system without locks
 
-    def unlock(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
         while self.locks:
             self.locks.pop().close()
 

@@ -255,20 +255,8 @@ def print_table(config, result):
           f"documents, of the difference to the best member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
-def main(argv=None):
-    options, argv = take_actions(argv, members="")
-    config = from_args(argv, __doc__)
-    data = loader.load(config)
-    run = open_run(config, data.fingerprint, options.members)
-    world = join_world(config)
-    if options.members:
-        run.claim()
-        world.barrier(everyone=True)
-    with one_line_errors(config):
-        members = score_members(config, data, run, world)
-    world.close()
-    if world.rank > 0:
-        return
+def weigh(config, data, run, members):
+    """The contents of prior.json, from the members' scores."""
     log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members] for split in ("fit", "val")}
     fit = torch.from_numpy(np.stack(log_p["fit"]))              # members, tokens
     rules, gap = answers_for(fit)
@@ -287,9 +275,25 @@ def main(argv=None):
         result["answers"] += [a for a in answers if a["K"] in kept]
         result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
     result["answers"].sort(key=lambda a: a["K"])
-    write_json(run.path / "prior.json", result)
+    return result
+
+
+def main(argv=None):
+    options, argv = take_actions(argv, members="")
+    config = from_args(argv, __doc__)
+    data = loader.load(config)
+    world = join_world(config)
+    with open_run(config, data.fingerprint, options.members) as run, one_line_errors(config):
+        if options.members:
+            run.claim()
+            world.barrier(everyone=True)
+        members = score_members(config, data, run, world)
+        world.close()
+        if world.rank > 0:
+            return
+        result = weigh(config, data, run, members)
+        write_json(run.path / "prior.json", result)
     print_table(config, result)
-    run.unlock()
     print(f"wrote {run.path / 'prior.json'}; next: {next_command('-m tools.plot', argv)}")
 
 

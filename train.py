@@ -125,7 +125,7 @@ class Trajectory:
     """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about()."""
 
     def __init__(self, config, t, data, world, state):
-        self.seed = config.seed + t
+        self.t, self.seed = t, config.seed + t
         torch.manual_seed(self.seed)
         self.model = GPT(config).init_weights().place(world.device, config.compile)
         self.model.checkpointing = config.checkpoint
@@ -168,26 +168,11 @@ def seed_step(seed, step, rank):
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def save_state(run, world, trajectory, t):
+def save_state(run, world, trajectory):
     tensors = trajectory.tensors()                              # all ranks of the group together
     if world.lead:
-        run.save_resume(t, tensors, setup=setup(run.config, world), **trajectory.about())
+        run.save_resume(trajectory.t, tensors, setup=setup(run.config, world), **trajectory.about())
     world.barrier()                                 # on disk for all of them
-
-
-def keep(run, world, data, trajectory, t):
-    """At a cycle's end: the member, with its loss on the fitness set, and the state to go on from, both from the same weights."""
-    config, cycle, model = run.config, trajectory.cycles_done - 1, trajectory.model
-    if world.lead:
-        fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
-        if not math.isfinite(fit_loss):
-            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, set another lr_scale or seed", code=1)
-        run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
-        run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-    save_state(run, world, trajectory, t)
-    if config.keep == "last" and world.lead:        # two stay: the older resume state may need its teacher
-        run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
-        run.drop_member(t, cycle - 2)
 
 
 def as_saved(model, config):
@@ -197,58 +182,24 @@ def as_saved(model, config):
     return copy
 
 
-def run_cycles(config, first, last, loss_for_cycle, argv, script, then):
-    """
-    Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
-    a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. argv, script: how this was
-    called; then: the script to run next.
-    """
-    data = loader.load(config)
-    run = Run(config, data.fingerprint)
-    lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
-    world = join_world(config)
-    if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
-        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
-    states = run.begin(world, first, last)                      # trajectory -> (tensors, about) or None
-    if world.rank == 0:
-        print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
-              f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
-    # counts all cycles, so that the ETA is that of the population: train.py alone ends early
-    bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
-    with StopSignals() as stop:
-        for t in states:                        # one after another; other groups of ranks take other trajectories
-            if states[t] and states[t][1]["cycles_done"] >= last:
-                continue
-            trajectory = loss_fn = None         # frees the last one's memory
-            trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
-            run.check_room(sum(p.numel() for p in trajectory.model.parameters()))
-            for cycle in range(trajectory.cycles_done, last):
-                if trajectory.cycle_step == 0 and cycle > 0 and config.restart == "noise":
-                    perturb(trajectory.model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
-                loss_fn = loss_for_cycle(run, world.device, t, cycle)
-                train_cycle(run, world, bar, stop, trajectory, t, cycle, lengths, loss_fn)
-                if stop.asked:
-                    save_state(run, world, trajectory, t)
-                    bar.close()
-                    if world.lead:
-                        print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {next_command(script, argv)}", flush=True)
-                    raise SystemExit(STOPPED)
-                trajectory.cycles_done, trajectory.cycle_step = cycle + 1, 0
-                if trajectory.average:          # what goes on, too, is the average
-                    trajectory.model.load_state_dict(trajectory.average)
-                    trajectory.average = None
-                keep(run, world, data, trajectory, t)
-    bar.close()
-    world.barrier(everyone=True)
-    run.unlock()
-    world.close()
-    if world.rank == 0:
-        print("next:", next_command(then, argv))
+def keep(run, world, data, trajectory):
+    """At a cycle's end: the member, with its loss on the fitness set, and the state to go on from, both from the same weights."""
+    config, t, cycle, model = run.config, trajectory.t, trajectory.cycles_done - 1, trajectory.model
+    if world.lead:
+        fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
+        if not math.isfinite(fit_loss):
+            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, set another lr_scale or seed", code=1)
+        run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
+        run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
+    save_state(run, world, trajectory)
+    if config.keep == "last" and world.lead:        # two stay: the older resume state may need its teacher
+        run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
+        run.drop_member(t, cycle - 2)
 
 
-def train_cycle(run, world, bar, stop, trajectory, t, cycle, lengths, loss_fn):
+def train_cycle(run, world, bar, stop, trajectory, lengths, loss_fn):
     """The steps of a cycle that are left, or until a rank of the group is asked to stop."""
-    config, model, tokens = run.config, trajectory.model, tokens_per_step(run.config, cycle)
+    config, model, cycle, tokens = run.config, trajectory.model, trajectory.cycles_done, tokens_per_step(run.config, trajectory.cycles_done)
     for s in range(trajectory.cycle_step, lengths[cycle]):
         began = time.perf_counter()
         place, span = place_in_decay(config, lengths, cycle, s)
@@ -260,20 +211,74 @@ def train_cycle(run, world, bar, stop, trajectory, t, cycle, lengths, loss_fn):
         loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
         loss, norm, stop.asked = world.agree(loss, norm, stop.asked)
         if not math.isfinite(loss + norm):
-            refuse(f"trajectory {t}, cycle {cycle}, step {s}: loss {loss}, gradient norm {norm} on sequences {trajectory.batches.position - len(rows)} .. "
-                   f"{trajectory.batches.position - 1} of its order; the step was not taken, what was saved before stays: set another lr_scale or seed", code=1)
+            last = trajectory.batches.position - 1
+            refuse(f"trajectory {trajectory.t}, cycle {cycle}, step {s}: loss {loss}, gradient norm {norm} on sequences {last - len(rows) + 1} .. {last} of its order; "
+                   "the step was not taken, what was saved before stays: set another lr_scale or seed", code=1)
         if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
         trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
         speed = tokens / (time.perf_counter() - began) * world.groups
-        bar.set_postfix_str(f"trajectory {t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"trajectory {trajectory.t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
         if world.lead:
-            run.log(kind="step", trajectory=t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(speed))
+            run.log(kind="step", trajectory=trajectory.t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(speed))
         if stop.asked:
             return
         if config.resume_every and trajectory.step % config.resume_every == 0 and s + 1 < lengths[cycle]:
-            save_state(run, world, trajectory, t)
+            save_state(run, world, trajectory)
+
+
+def train_trajectory(run, world, data, bar, stop, trajectory, lengths, last, loss_for_cycle):
+    """Its cycles that are left, up to `last`, a member at the end of each; or until asked to stop."""
+    config, model = run.config, trajectory.model
+    run.check_room(sum(p.numel() for p in model.parameters()))
+    for cycle in range(trajectory.cycles_done, last):
+        if trajectory.cycle_step == 0 and cycle > 0 and config.restart == "noise":
+            perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
+        train_cycle(run, world, bar, stop, trajectory, lengths, loss_for_cycle(run, world.device, trajectory.t, cycle))
+        if stop.asked:
+            return save_state(run, world, trajectory)
+        if trajectory.average:                      # what goes on, too, is the average
+            model.load_state_dict(trajectory.average)
+        trajectory.cycles_done, trajectory.cycle_step, trajectory.average = cycle + 1, 0, None
+        keep(run, world, data, trajectory)
+
+
+def run_cycles(config, first, last, loss_for_cycle, argv, script, then):
+    """
+    Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
+    a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. script, argv: how this was
+    called; then: the script to run next. Asked to stop, it exits with code 75 once the step at hand is saved.
+    """
+    data = loader.load(config)
+    run = Run(config, data.fingerprint)
+    lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
+    if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
+        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
+    world = join_world(config)
+    with run, StopSignals() as stop:
+        states = run.begin(world, first, last)      # trajectory -> (tensors, about) or None
+        if world.rank == 0:
+            print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
+                  f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+        # counts all cycles, so that the ETA is that of the population: train.py alone ends early
+        bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
+        for t in states:                            # one after another; other groups of ranks take other trajectories
+            if states[t] and states[t][1]["cycles_done"] >= last:
+                continue
+            trajectory = None                       # frees the last one's memory
+            trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
+            train_trajectory(run, world, data, bar, stop, trajectory, lengths, last, loss_for_cycle)
+            if stop.asked:
+                bar.close()
+                if world.lead:
+                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {next_command(script, argv)}", flush=True)
+                raise SystemExit(STOPPED)
+        bar.close()
+        world.barrier(everyone=True)
+    world.close()
+    if world.rank == 0:
+        print("next:", next_command(then, argv))
 
 
 def main(argv=None):
