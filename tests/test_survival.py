@@ -65,7 +65,7 @@ def test_twenty_kills_at_random_moments(begun):
 def test_asked_to_stop_it_saves_and_goes_on(number, begun):
     argv, folder, log, _ = begun
     [child] = kill.start(argv, log)
-    assert kill.within("distillation step", [child], 0)()
+    assert kill.within("distillation step", [child], 0)(), log.read_text()[-3000:]
     os.kill(child, number)
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
     assert kill.finish([child]) == [world.STOPPED]
@@ -79,7 +79,7 @@ def test_asked_twice_it_stops_at_once(begun):
     def slow(rank):
         train.train_step = lambda *args: time.sleep(60)
     [child] = kill.start(argv, log, patch=slow)
-    assert kill.within("training step", [child], 0.2)()
+    assert kill.within("training step", [child], 0.2)(), log.read_text()[-3000:]
     os.kill(child, signal.SIGTERM)
     time.sleep(1.2)
     os.kill(child, signal.SIGTERM)
@@ -91,7 +91,7 @@ def test_all_ranks_of_a_group_leave_at_the_same_step(begun):
     argv, folder, log, whole = begun
     argv = [*argv, "--micro_batch=1"]
     children = kill.start(argv, log, size=2)
-    assert kill.within("training step", children, 0)()
+    assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
     os.kill(children[1], signal.SIGTERM)
     assert kill.finish(children) == [world.STOPPED] * 2, log.read_text()[-3000:]
     assert kill.finish(kill.start(argv, log, 2)) == [0, 0] and kill.debris(folder) == []
@@ -118,7 +118,7 @@ def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):
         if phase == "fit":
             assert kill.finish(children) == [0]
         else:
-            assert kill.within(phase, children, 0)()
+            assert kill.within(phase, children, 0)(), log.read_text()[-3000:]
             os.kill(children[0], signal.SIGTERM)
             assert kill.finish(children) == [world.STOPPED] * size, log.read_text()[-2000:]
     assert (tmp_path / "tokens").read_text() == wanted and len(wanted.splitlines()) == len(set(wanted.splitlines()))
@@ -181,7 +181,7 @@ def test_no_flipped_bit_passes(reference, tmp_path):
 def test_a_damaged_state_is_passed_over(damage, begun, reference):
     argv, folder, log, _ = begun
     [child] = kill.start(argv, log)
-    assert kill.within("distillation step", [child], 0)()
+    assert kill.within("distillation step", [child], 0)(), log.read_text()[-3000:]
     os.kill(child, signal.SIGTERM)
     kill.finish([child])
     older, newest = sorted((folder / "trajectory_00").glob("resume_*"))         # never more than two
@@ -269,7 +269,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(fault, begun):
     def impatient(rank):
         world.HANG = world.timedelta(seconds=5)
     children = kill.start(argv, log, 2, patch=impatient)
-    assert kill.within("training step", children, 0)()
+    assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
     os.kill(children[1], fault)
     assert kill.finish(children[:1], seconds=60) == [1], log.read_text()[-2000:]
     os.kill(children[1], signal.SIGKILL)
@@ -282,7 +282,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(fault, begun):
 def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
     argv, folder, log, whole = begun
     first = kill.start(argv, log)
-    assert kill.within("training step", first, 0)()
+    assert kill.within("training step", first, 0)(), log.read_text()[-3000:]
     assert kill.finish(kill.start(argv, tmp_path / "second")) == [2]
     assert "another process is training" in error_line((tmp_path / "second").read_text())
     assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
