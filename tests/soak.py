@@ -1,0 +1,65 @@
+"""
+Kills a population hundreds of times, in each phase of its making: python -m tests.soak [KILLS] > results/soak.md
+(240 by default: ten minutes on two cores; not part of the suite). Each kill is a SIGKILL to every process, at a random moment
+of a chosen phase; then the scripts are started again. Whenever a population is done, its members, scores, prior.json
+and logged steps are compared with those of an uninterrupted one, byte by byte, and the next is begun.
+"""
+import collections
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from results.demo import commit
+from tests import kill
+
+
+def soak(size, kills, folder):
+    """(kills by phase, populations compared, names that differed) of populations on `size` ranks."""
+    argv, log, population = [*kill.arguments(folder), "--micro_batch=1"], folder / f"log{size}", folder / f"killed{size}"
+    whole = kill.uninterrupted(argv, folder / f"whole{size}", size)
+    argv, phases, compared, differ = [*argv, f"--run_dir={population}"], collections.Counter(), 0, []
+    wanted = [phase for phase in kill.PHASES for _ in range(-(-kills // len(kill.PHASES)))]
+    kill.RANDOM.shuffle(wanted)
+    while wanted:
+        children = kill.start(argv, log, size)
+        # a phase that this start still comes to: one that it does not ends in a finished population
+        phase = kill.kill_when(children, kill.within(wanted[-1], children, kill.RANDOM.uniform(0, 0.01)))
+        if phase is not None:
+            phases[phase] += 1
+            if phase in wanted:
+                wanted.remove(phase)
+            print(f"{size} ranks: killed in '{phase}', {len(wanted)} to go", file=sys.stderr, flush=True)
+            continue
+        compared += 1
+        differ += kill.difference(whole, population)
+        shutil.rmtree(population)
+    assert kill.finish(kill.start(argv, log, size)) == [0] * size, log.read_text()[-3000:]
+    return phases, compared + 1, differ + kill.difference(whole, population)
+
+
+def main():
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 240
+    with tempfile.TemporaryDirectory() as folder:
+        sys.stdout, out = sys.stderr, sys.stdout            # what data.prepare says is not part of the report
+        kill.prepare(Path(folder))
+        results = {size: soak(size, kills // 2, Path(folder)) for size in (1, 2)}
+        sys.stdout = out
+    print(f"# Killed, and started again\n\nPrinted by `python -m tests.soak {kills}` at commit {commit()}; torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n"
+          f"{__doc__.split('by default')[1].split(chr(10), 1)[1].strip()}\n")
+    print("| phase of rank 0 | kills, 1 process | kills, 2 processes |\n|---|---|---|")
+    for phase in kill.PHASES:
+        print(f"| {phase} | {results[1][0][phase]} | {results[2][0][phase]} |")
+    print(f"| all | {results[1][0].total()} | {results[2][0].total()} |")
+    print(f"| populations finished and compared | {results[1][1]} | {results[2][1]} |")
+    print(f"| files that differed or were left over | {len(results[1][2])} | {len(results[2][2])} |")
+    for name in results[1][2] + results[2][2]:
+        print(f"\n{name}")
+
+
+if __name__ == "__main__":
+    main()
