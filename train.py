@@ -122,7 +122,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 # ------------------------------------------------------------------------------------------- the loop
 
 class Trajectory:
-    """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about()."""
+    """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about(), or `state`."""
 
     def __init__(self, config, t, data, world, state):
         self.t, self.seed = t, config.seed + t
@@ -142,12 +142,11 @@ class Trajectory:
             self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
         self.ddp_model = share(self.model, world.data_group)
 
-    def tensors(self):
-        """name -> tensor. All ranks of the group call it together; those of the first are whole."""
+    def tensors(self, moments):
+        """name -> tensor on the CPU, of the weights, their average and these moments (name -> (m, v))."""
         tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
         tensors |= {f"average.{name}": w for name, w in (self.average or {}).items()}
-        for name, moments in self.optimizer.state_dict()["moments"].items():
-            tensors[f"m.{name}"], tensors[f"v.{name}"] = moments
+        tensors |= {f"{kind}.{name}": w for name, pair in moments.items() for kind, w in zip("mv", pair)}
         return {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
 
     def about(self):
@@ -169,9 +168,9 @@ def seed_step(seed, step, rank):
 
 
 def save_state(run, world, trajectory):
-    tensors = trajectory.tensors()                              # all ranks of the group together
+    moments = trajectory.optimizer.state_dict()["moments"]      # all ranks of the group together; the first has them all
     if world.lead:
-        run.save_resume(trajectory.t, tensors, setup=setup(run.config, world), **trajectory.about())
+        run.save_resume(trajectory.t, trajectory.tensors(moments), setup=setup(run.config, world), **trajectory.about())
     world.barrier()                                 # on disk for all of them
 
 

@@ -176,9 +176,11 @@ def next_command(script, argv):
 
 @contextlib.contextmanager
 def one_line_errors(config):
-    """Where a GPU's memory runs out inside, or another rank is gone: one line instead of a traceback, exit code 2 or 1."""
+    """Where a GPU's memory runs out inside, another rank is gone, or Ctrl-C is pressed: one line instead of a traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        refuse("stopped; what is done is kept, run this again to go on", code=130)
     except torch.OutOfMemoryError:
         config_module.prints = True         # whichever rank it is
         mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1))) or "no smaller one shares the batches, take a smaller model or more GPUs"

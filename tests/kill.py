@@ -27,6 +27,7 @@ from tests.conftest import MICRO, ROOT
 SCRIPTS = (train, distill, prior)
 PHASES = ("between", "training step", "distillation step", "fitness loss", "member saved", "state saved", "scoring", "scores saved", "fit", "prior.json saved")
 WRITERS = []
+LINGER = 0.001                      # seconds before and after each marked function: some are too short to be met
 RANDOM = random.Random(0)
 board = mmap.mmap(-1, 1)            # what rank 0 of the forked processes is in: an index into PHASES
 
@@ -44,7 +45,10 @@ def mark(owner, name, phase):
     def marked(*args, **kwargs):
         before, board[0] = board[0], PHASES.index(phase)
         try:
-            return function(*args, **kwargs)
+            time.sleep(LINGER)
+            result = function(*args, **kwargs)
+            time.sleep(LINGER)
+            return result
         finally:
             board[0] = before
     setattr(owner, name, marked)

@@ -28,7 +28,7 @@ def soak(size, kills, folder):
     while wanted:
         children = kill.start(argv, log, size)
         # a phase that this start still comes to: one that it does not ends in a finished population
-        phase = kill.kill_when(children, kill.within(wanted[-1], children, kill.RANDOM.uniform(0, 0.01)))
+        phase = kill.kill_when(children, kill.within(wanted[-1], children, kill.RANDOM.choice([0, 0.001, 0.003, 0.01])))
         if phase is not None:
             phases[phase] += 1
             if phase in wanted:
