@@ -159,4 +159,5 @@ class MuonAdamW:
             count.fill_(self.steps)
         for name, moments in own.items():
             for mine, saved in zip(moments, state["moments"][name]):
+                assert mine.shape == saved.shape, f"moments of another shape: {name}"
                 mine.copy_(saved)

@@ -214,9 +214,9 @@ class Run:
         while self.locks:
             self.locks.pop().close()
 
-    def claim(self, steps=None):
+    def claim(self, begun=None):
         """
-        For training, which goes on from these steps (trajectory -> step): lock the directory, write config.json where there
+        For training, which goes on from these states (trajectory -> about): lock the directory, write config.json where there
         is none, sweep what was left half written, and cut metrics.jsonl back. One rank per machine; rank 0 does most of it.
         """
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -224,7 +224,7 @@ class Run:
         if os.environ.get("RANK", "0") == "0":
             self.lock(self.path, "training")
             sweep(self.path, ".config.json.*")
-            self.cut_metrics(steps or {})
+            self.cut_metrics(begun or {})
         sweep(self.path, "trajectory_*/.*")
         code = code_version()
         if self.config_path.exists():
@@ -252,8 +252,8 @@ class Run:
         behind = sorted(sum(world.gather(behind), []))
         if behind:
             refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: run train.py on this config first", common=True)
-        steps = world.gather({t: state[1]["step"] for t, state in states.items() if state})
-        self.claim({t: step for of_rank in steps for t, step in of_rank.items()})
+        found = world.gather({t: state[1] for t, state in states.items() if state})
+        self.claim({t: about for of_rank in found for t, about in of_rank.items()})
         world.barrier(everyone=True)
         for t, state in states.items():
             differ = differences(state[1]["setup"], setup(self.config, world)) if state and state[1]["cycles_done"] < last else ""
@@ -288,8 +288,9 @@ class Run:
         save_tensors(self.member_path(t, c), weights, trajectory=t, cycle=c, identity=self.identity, **about)
 
     def drop_member(self, t, c):
-        """Its weights go; its scores stay."""
-        self.member_path(t, c).unlink(missing_ok=True)
+        """The weights of a member that is scored go; its scores stay."""
+        if self.member_path(t, c).exists() and self.scored(t, c):
+            self.member_path(t, c).unlink()
 
     def mend(self, t):
         """What to do about a damaged member."""
@@ -332,6 +333,8 @@ class Run:
                 differ = differences(about.get("identity", {}), self.identity)
                 if differ:
                     raise Damaged(f"is of another population ({differ})")
+                if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step")) or not isinstance(about.get("setup"), dict):
+                    raise Damaged("is no resume state")
                 return tensors, about
             except Damaged as e:
                 reasons.append(f"{path} {e}")
@@ -399,8 +402,8 @@ class Run:
         except OSError as e:
             refuse(f"{path} could not be written: {e.strerror}; make room or mend it, and run this again")
 
-    def cut_metrics(self, steps):
-        """Take out what will be logged again, steps after those that training goes on from, and torn lines."""
+    def cut_metrics(self, begun):
+        """Take out what will be logged again after these states (trajectory -> about), and torn lines."""
         path = self.path / "metrics.jsonl"
         sweep(self.path, ".metrics.jsonl.*")
         if not path.exists():
@@ -408,7 +411,8 @@ class Run:
         def stays(line):
             try:
                 record = json.loads(line)
-                return record["kind"] == "score" or record["step"] <= steps.get(record["trajectory"], 0)
+                about = begun.get(record["trajectory"], {"step": 0, "cycles_done": 0})
+                return record["kind"] == "score" or record["step"] <= about["step"] and (record["kind"] == "step" or record["cycle"] < about["cycles_done"])
             except (ValueError, KeyError, TypeError):
                 return False
         lines = path.read_bytes().splitlines(keepends=True)

@@ -122,7 +122,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 # ------------------------------------------------------------------------------------------- the loop
 
 class Trajectory:
-    """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about(), or `state`."""
+    """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about(), which `state` is."""
 
     def __init__(self, config, t, data, world, state):
         self.t, self.seed = t, config.seed + t
@@ -133,14 +133,19 @@ class Trajectory:
         self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed)
         self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, where there is one
         if state:
-            tensors, about = state
-            part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
+            self.go_on_from(*state)
+        self.ddp_model = share(self.model, world.data_group)
+
+    def go_on_from(self, tensors, about):
+        part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
+        try:
             self.model.load_state_dict(part("model."))
             self.optimizer.load_state_dict(dict(steps=about["step"], moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
-            self.average = {name: w.to(world.device, copy=True) for name, w in part("average.").items()} or None
-            self.batches.position = about["position"]
-            self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
-        self.ddp_model = share(self.model, world.data_group)
+        except (KeyError, RuntimeError, AssertionError):
+            refuse(f"the resume state of trajectory {self.t} is of another model: restore it, or delete the trajectory's folder and train it again")
+        self.average = {name: w.to(self.model.cos.device, copy=True) for name, w in part("average.").items()} or None
+        self.batches.position = about["position"]
+        self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
 
     def tensors(self, moments):
         """name -> tensor on the CPU, of the weights, their average and these moments (name -> (m, v))."""
@@ -190,10 +195,11 @@ def keep(run, world, data, trajectory):
             refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, set another lr_scale or seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
         run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
+        if config.keep == "last":
+            run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
     save_state(run, world, trajectory)
-    if config.keep == "last" and world.lead:        # two stay: the older resume state may need its teacher
-        run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
-        run.drop_member(t, cycle - 2)
+    if config.keep == "last" and world.lead:
+        run.drop_member(t, cycle - 2)               # two stay: the older resume state may need its teacher
 
 
 def train_cycle(run, world, bar, stop, trajectory, lengths, loss_fn):

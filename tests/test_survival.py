@@ -142,7 +142,7 @@ def test_a_full_disk(file, scripts, size, begun, reference):
         shutil.copytree(reference[0] / "whole", folder, ignore=shutil.ignore_patterns("prior.json", *["scores"] * (file != "prior.json")))
     if file == "metrics.jsonl":
         folder.mkdir()
-        (folder / file).write_text('{"kind": "score"}\n' * (size // 18))
+        (folder / file).write_text('{"kind": "score", "trajectory": 0}\n' * (size // 35))
     metrics = (folder / "metrics.jsonl").read_bytes() if scripts == (prior,) else b""
     if metrics:
         (folder / "metrics.jsonl").write_bytes(b"")
@@ -319,6 +319,22 @@ def test_keep_last(begun, reference):
     assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*"))] == ["cycle_001.pt", "cycle_002.pt"]
     found = kill.left(folder)
     assert len(whole) - len(found) == 1 and all(found[name] == content for name, content in whole.items() if "cycle_000" not in name)
+
+
+def test_keep_last_drops_no_member_without_scores(begun, reference):
+    """Begun with keep=all, the first member has no scores when its turn to go comes: it stays."""
+    argv, folder, log, whole = begun
+    assert kill.finish(kill.start(argv, log, scripts=(train,))) == [0]
+    assert kill.finish(kill.start([*argv, "--keep=last"], log)) == [0], log.read_text()[-2000:]
+    assert kill.difference(whole, folder) == []
+
+
+def test_prior_may_run_beside_training(begun):
+    argv, folder, log, whole = begun
+    first = kill.start(argv, log)
+    assert kill.within("distillation step", first, 0)(), log.read_text()[-3000:]
+    assert kill.finish(kill.start(argv, log, scripts=(prior,))) == [0] and "of 3 members" in log.read_text()
+    assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
 
 
 def test_room_is_looked_for_before_the_first_step(begun, monkeypatch, capsys):
