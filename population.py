@@ -1,7 +1,6 @@
 """
 The run directory in which the scripts meet: members (bf16 weights and what they are), resume states, scores and metrics.
-Nothing here knows the model or the data. Every file is written whole or not at all, and carries a SHA-256 that is
-checked when it is read; a file from elsewhere can hold tensors and plain values only.
+Nothing here knows the model or the data.
 
 `python -m population CONFIG [--name=value ...]` checks a config and its run directory, and prints how many processes
 run.sh starts for it.
@@ -23,135 +22,9 @@ import numpy as np
 import torch
 
 from config import from_args, refuse
+from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sweep, write_json, write_whole
 from world import processes
 
-FORMAT = 1                  # of all files below; to be raised where an older reader would go wrong
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-def write_whole(path, save):
-    """
-    Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk. Where that
-    fails (a full disk): one line, exit code 2, and what was there before is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)      # the new name, too, outlives a power cut
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as e:                # torch.save turns the one into the other
-        reason = next((x.strerror for x in (e, e.__context__, e.__cause__) if isinstance(x, OSError)), str(e).split("\n")[0])
-        refuse(f"{path} could not be written: {reason}; make room or mend it, and run this again: what was there stays")
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sweep(folder, pattern):
-    """Remove what killed writers left: temporary files of this pattern."""
-    for path in folder.glob(pattern):
-        if re.fullmatch(r"\..+\.\d+\.\d+", path.name):
-            path.unlink(missing_ok=True)
-
-
-def seal(value):
-    """A plain value's SHA-256."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path, value):
-    value = {"format": FORMAT, **value}
-    write_whole(path, lambda f: f.write((json.dumps({**value, "sha256": seal(value)}, indent=1) + "\n").encode()))
-
-
-def read_json(path):
-    """What write_json wrote. Exits with code 2 where it is damaged or of a newer version."""
-    mend = "restore it, or delete it and run the script that writes it again"
-    try:
-        value = dict(json.loads(path.read_text()))
-        kept, version = value.pop("sha256", None), int(value.get("format", 0))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
-        refuse(f"{path} is not readable ({type(e).__name__}): {mend}")
-    if version > FORMAT:
-        refuse(f"{path} was written by a newer version of this code (format {version}, this reads {FORMAT}): update it")
-    if kept != seal(value):
-        refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
-    return value
-
-
-def read_prior(folder):
-    """folder/prior.json, checked to be what prior.py writes. Exits with code 2 where it is not there, or is not that."""
-    path = Path(folder) / "prior.json"
-    result = read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
-    try:
-        members, answers = result["members"], result["answers"]
-        good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"]))
-        good &= {"best", "learned"} <= {a["rule"] for a in answers} and type(result["distill_from"]) is int
-        for a in answers:
-            good &= len(a["weights"]) == len(a["members"]) == a["K"] > 0 and set(a["members"]) <= set(range(len(members))) and 0 <= min(a["weights"])
-        numbers = [row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")] + [g[key] for g in result["growing"] for key in ("cycle", "epochs")]
-        good &= len(numbers) > 2 and all(0 <= x < 1e9 for x in numbers) and isinstance(result["text"], dict) and bool(result["growing"])
-    except (KeyError, TypeError, ValueError):
-        good = False
-    return result if good else refuse(f"{path} is not what prior.py writes: run it on its config again")
-
-
-def digest(tensors):
-    """SHA-256 of named tensors: names, types, shapes, contents."""
-    sha = hashlib.sha256()
-    for name, w in sorted(tensors.items()):
-        sha.update(f"{name} {w.dtype} {tuple(w.shape)} ".encode())
-        sha.update(w.contiguous().view(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-class Damaged(Exception):
-    """Why a file of tensors cannot be used."""
-
-
-def load(path):
-    """What a file of tensors and plain values holds, the tensors mapped from disk. Raises Damaged."""
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as e:      # torch.load raises nearly anything on damaged bytes
-        raise Damaged(f"is not readable ({type(e).__name__})") from None
-
-
-def dense(w):
-    """Whether a tensor from a file is what it seems: its elements lie there one after another."""
-    return isinstance(w, torch.Tensor) and w.layout == torch.strided and not w.is_meta and w.is_contiguous()
-
-
-def save_tensors(path, tensors, **about):
-    """A file of named tensors, and of what they are: plain values, as one JSON text."""
-    about = json.dumps({"format": FORMAT, **about, "sha256": digest(tensors)}, sort_keys=True)
-    file = {"tensors": tensors, "about": about, "about_sha256": hashlib.sha256(about.encode()).hexdigest()}
-    write_whole(path, lambda f: torch.save(file, f))
-
-
-def load_tensors(path, check=True):
-    """(tensors, mapped from disk; about) of save_tensors. check: all contents are read and compared with their SHA-256. Raises Damaged."""
-    file = load(path)
-    try:
-        tensors, text = file["tensors"], file["about"]
-        about = json.loads(text)
-        if about["format"] > FORMAT:
-            raise Damaged(f"was written by a newer version of this code (format {about['format']}, this reads {FORMAT})")
-        whole = file["about_sha256"] == hashlib.sha256(text.encode()).hexdigest() and all(isinstance(n, str) and dense(w) for n, w in tensors.items())
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        raise Damaged("is not a file of this code") from None
-    if not whole or check and digest(tensors) != about["sha256"]:
-        raise Damaged("is damaged, its SHA-256 is another")
-    return tensors, about
-
-
-# -------------------------------------------------------------------------------------- run directory
 
 def code_version():
     """SHA-256, shortened, of the Python files of the method: an edited copy is another version."""
@@ -164,11 +37,6 @@ def setup(config, world):
     """What the bits of a run depend on, beside its identity."""
     return dict(machine=platform.machine(), device=world.device.type, torch=torch.__version__.split("+")[0], ranks=world.data_size,
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
-
-
-def differences(theirs, mine):
-    """The keys in which two identities differ, with both values; empty where they agree."""
-    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
 
 
 class Run:
@@ -460,6 +328,23 @@ class SlowrunFolder(Run):
             if check and records.testzip():
                 refuse(f"{path} is damaged, its checksum is another: {self.mend(t)}")
         return own, dict(sha256=sha256)
+
+
+def read_prior(folder):
+    """folder/prior.json, checked to be what prior.py writes. Exits with code 2 where it is not there, or is not that."""
+    path = Path(folder) / "prior.json"
+    result = read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
+    try:
+        members, answers = result["members"], result["answers"]
+        good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"]))
+        good &= {"best", "learned"} <= {a["rule"] for a in answers} and type(result["distill_from"]) is int
+        for a in answers:
+            good &= len(a["weights"]) == len(a["members"]) == a["K"] > 0 and set(a["members"]) <= set(range(len(members))) and 0 <= min(a["weights"])
+        numbers = [row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")] + [g[key] for g in result["growing"] for key in ("cycle", "epochs")]
+        good &= len(numbers) > 2 and all(0 <= x < 1e9 for x in numbers) and isinstance(result["text"], dict) and bool(result["growing"])
+    except (KeyError, TypeError, ValueError):
+        good = False
+    return result if good else refuse(f"{path} is not what prior.py writes: run it on its config again")
 
 
 def open_run(config, data_fingerprint, members):

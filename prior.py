@@ -17,8 +17,9 @@ import torch
 
 from config import from_args, refuse, take_actions
 from data import loader
-from model import GPT
-from population import open_run, write_json
+from model import GPT, activate_attention
+from files import write_json
+from population import open_run
 from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
@@ -213,6 +214,8 @@ def score_members(config, data, run, world):
     sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
     owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
     todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]
+    if todo and world.rank == 0:
+        print(f"scoring on {world.device.type}, {activate_attention(world.device)}", flush=True)
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
         load_member(model, run, *member)

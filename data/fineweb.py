@@ -12,7 +12,7 @@ import numpy as np
 
 from config import refuse
 from data.loader import file_name
-from population import differences, read_json, write_json
+from files import differences, read_json, write_json
 from world import progress_bar
 
 SOURCE = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train", revision="9bb295ddab0e05d785b879661af7260fed5140fc")    # v1.4.0

@@ -13,6 +13,8 @@ import torch
 
 from config import refuse
 from data.tokenizer import get_tokenizer
+from files import Damaged, dense
+from files import load as load_file
 
 
 def file_name(config, ending):
@@ -26,9 +28,11 @@ def read_tokens(config, split):
     if not path.exists():
         refuse(f"no data at {path}: run python -m data.prepare on this config first")
     try:
-        file = torch.load(path, weights_only=True)
+        file = load_file(path)
+        if not all(dense(file[name]) and file[name].ndim == 1 for name in ("tokens", "doc_starts")):
+            raise Damaged
         tokens, starts, bos = file["tokens"].numpy(), file["doc_starts"].numpy(), int(file["bos_id"])
-    except Exception:           # torch.load raises nearly anything on damaged bytes
+    except (Damaged, KeyError, TypeError, ValueError):
         refuse(f"{path} is not a readable token file: delete it, and its .json, and run python -m data.prepare again")
     if bos != config.vocab_size - 1 or tokens.dtype != np.uint16 or tokens.max(initial=0) > bos:
         refuse(f"{path} was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the tokenizer or another data_dir")

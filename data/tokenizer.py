@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from config import VOCAB_SIZE, refuse
-from population import write_whole
+from files import write_whole
 
 RANKS_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"         # of r50k_base in tiktoken's cache
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import from_args                                                # noqa: E402
 from data import loader                                                     # noqa: E402
-from population import Run, read_json                                       # noqa: E402
+from population import Run                                                  # noqa: E402
 from prior import mixture_losses                                            # noqa: E402
 from results.demo import commit, loss_of, row, run                          # noqa: E402
 

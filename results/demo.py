@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from population import read_json                        # noqa: E402
+from files import read_json                             # noqa: E402
 from tools.plot import draw                             # noqa: E402
 
 SEEDS = (42, 1042, 2042)

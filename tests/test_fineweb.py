@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 from config import from_args
 from data import fineweb, loader, prepare, tokenizer
-from population import read_json, write_json
+from files import read_json, write_json
 from tests.conftest import error_line
 
 pa = pytest.importorskip("pyarrow")

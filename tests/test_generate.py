@@ -8,7 +8,7 @@ import distill
 import prior
 import train
 from data import prepare
-from population import read_json, write_json
+from files import read_json, write_json
 from tools import generate
 
 

@@ -17,7 +17,8 @@ import train
 from config import from_args
 from data import loader, prepare
 from model import GPT
-from population import Run, read_json, write_json
+from files import read_json, write_json
+from population import Run
 from tests.conftest import ROOT, error_line
 from tools import generate, plot
 

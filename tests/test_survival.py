@@ -10,13 +10,15 @@ import time
 import pytest
 import torch
 
+import files
 import population
 import prior
 import train
 import world
 from config import from_args
 from data import loader
-from population import Damaged, Run, load_tensors, save_tensors, write_json
+from files import Damaged, load_tensors, save_tensors, write_json
+from population import Run
 from tests import kill
 from tests.conftest import error_line
 
@@ -292,17 +294,17 @@ def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
 def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
     argv, folder, _, _ = begun
     shutil.copytree(reference[0] / "whole", folder)
-    monkeypatch.setattr(population, "FORMAT", 2)
+    monkeypatch.setattr(files, "FORMAT", 2)
     path = folder / file
     if path.suffix == ".json":
-        write_json(path, {k: v for k, v in population.read_json(path).items() if k != "format"})
+        write_json(path, {k: v for k, v in files.read_json(path).items() if k != "format"})
     else:
         tensors, about = load_tensors(path)
         save_tensors(path, {n: w.clone() for n, w in tensors.items()}, **{k: v for k, v in about.items() if k not in ("format", "sha256")})
         shutil.rmtree(folder / "scores")
         for other in set(folder.glob("trajectory_00/resume_*")) - {path}:
             other.unlink()
-    monkeypatch.setattr(population, "FORMAT", 1)
+    monkeypatch.setattr(files, "FORMAT", 1)
     from tools import plot
     script = train if "resume" in file else plot if file == "prior.json" else prior
     with pytest.raises(SystemExit) as stop:
@@ -352,11 +354,17 @@ class Code:
 
 
 @pytest.mark.parametrize("tensors", [{"w": Code()}, {"w": torch.zeros(1).expand(10 ** 12)}, {"w": torch.zeros(4).to_sparse()}, {"w": torch.zeros(4, device="meta")}, {"w": [1]}, {1: torch.zeros(1)}, [torch.zeros(1)], None])
-def test_a_strangers_tensors(tensors, tmp_path):
+def test_a_strangers_tensors(tensors, tmp_path, reference, capsys):
     path, about = tmp_path / "member.pt", json.dumps({"format": 1, "sha256": "0"})
     torch.save({"tensors": tensors, "about": about, "about_sha256": hashlib.sha256(about.encode()).hexdigest()}, path)
     with pytest.raises(Damaged):
         load_tensors(path)
+    (tmp_path / "data").mkdir()
+    torch.save({"tokens": torch.zeros(2300, dtype=torch.uint16), "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256}, tmp_path / "data" / "manual_train.pt")
+    shutil.copy(reference[0] / "data" / "manual_val.pt", tmp_path / "data")
+    with pytest.raises(SystemExit) as stop:
+        train.main([*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"])
+    assert stop.value.code == 2 and "manual_train.pt" in error_line(capsys.readouterr().err)
     assert not os.path.exists("/tmp/q0_was_run")
 
 
@@ -367,7 +375,7 @@ def test_a_strangers_tensors(tensors, tmp_path):
 def test_a_strangers_prior(change, begun, reference, capsys):
     argv, folder, _, _ = begun
     folder.mkdir()
-    result = population.read_json(reference[0] / "whole" / "prior.json")
+    result = files.read_json(reference[0] / "whole" / "prior.json")
     change(result)
     write_json(folder / "prior.json", result)
     from tools import generate, plot

@@ -17,7 +17,8 @@ from config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from population import Run, load_tensors, write_whole
+from files import load_tensors, write_whole
+from population import Run
 from tests.conftest import ROOT, error_line
 from world import World, cannot_share, join_world, one_line_errors, processes
 
