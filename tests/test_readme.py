@@ -26,4 +26,4 @@ def test_what_it_names_exists():
     for module in re.findall(r"python -m (population|data\.\w+|tools\.\w+|tests\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for name in re.findall(r"--(\w+)=", README):
-        assert name in {*FIELDS, *ACTIONS, "beside", "epochs", "gpt2_ranks", "members", "rounds", "steps", "nproc_per_node"}, name
+        assert name in {*FIELDS, *ACTIONS, "beside", "epochs", "gpt2_ranks", "members", "rounds", "slowrun", "steps", "nproc_per_node"}, name
