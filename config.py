@@ -18,7 +18,13 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
-prints = False          # whether this rank speaks for itself, beside rank 0: once grouped, the first of each group
+prints = False          # whether a rank other than 0 may print its errors: the first of each group of ranks may
+
+
+def speak(yes=True):
+    """Have this rank say why it refuses, beside rank 0."""
+    global prints
+    prints = yes
 
 
 def refuse(message, common=False, code=2) -> NoReturn:
@@ -102,6 +108,8 @@ def rules(c):
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
     yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
+    for key in ("run_dir", "data_dir"):
+        yield max(map(len, os.fsencode(getattr(c, key)).split(b"/"))) < 240, key, "has a name that is too long for a file"
     yield c.keep in ("all", "last"), "keep", "must be all or last"
     yield c.restart in ("noise", "none"), "restart", "must be noise or none"
     yield not c.ema_decay or c.restart == "noise" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
@@ -130,6 +138,8 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 def typed(key, value):
     """A value of the field's type: text (from the command line) is read, anything else must fit; an int is a fine float."""
     kind = OPTIONAL.get(FIELDS[key].type, FIELDS[key].type)
+    if value is None and FIELDS[key].type in OPTIONAL:
+        return None
     if type(value) is str and kind is bool:
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
     elif kind is float and type(value) is int or type(value) is str and kind is not str:

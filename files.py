@@ -3,6 +3,7 @@ Files that are whole or not there, and that say when they are damaged: JSON, and
 carries a SHA-256 that is checked when it is read, so that no flipped bit passes; what comes from elsewhere can hold tensors
 and plain values only.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -35,14 +36,16 @@ def write_whole(path, save):
         reason = next((x.strerror for x in (e, e.__context__, e.__cause__) if isinstance(x, OSError)), str(e).split("\n")[0])
         refuse(f"{path} could not be written: {reason}; make room or mend it, and run this again: what was there stays")
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sweep(folder, pattern):
-    """Remove what killed writers left: temporary files of this pattern."""
+    """Remove what killed writers left: temporary files of this pattern, of processes that are no more."""
     for path in folder.glob(pattern):
-        if re.fullmatch(r"\..+\.\d+\.\d+", path.name):
-            path.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.\d+\.\d+", path.name) and not os.path.exists(f"/proc/{path.suffix[1:]}"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def seal(value):
@@ -65,6 +68,8 @@ def read_json(path):
         refuse(f"{path} is not readable ({type(e).__name__}): {mend}")
     if version > FORMAT:
         refuse(f"{path} was written by a newer version of this code (format {version}, this reads {FORMAT}): update it")
+    if kept is None:
+        refuse(f"{path} has no SHA-256, so an older version of this code wrote it, or another program: name another --run_dir, or move it away")
     if kept != seal(value):
         refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
     return value
@@ -98,7 +103,7 @@ def load(path):
 
 def dense(w):
     """Whether a tensor from a file is what it seems: its elements lie there one after another."""
-    return isinstance(w, torch.Tensor) and w.layout == torch.strided and not w.is_meta and w.is_contiguous()
+    return isinstance(w, torch.Tensor) and w.layout == torch.strided and not w.is_meta and not w.is_conj() and not w.is_neg() and w.is_contiguous()
 
 
 def save_tensors(path, tensors, **about):
@@ -117,8 +122,9 @@ def load_tensors(path, check=True):
         if about["format"] > FORMAT:
             raise Damaged(f"was written by a newer version of this code (format {about['format']}, this reads {FORMAT})")
         whole = file["about_sha256"] == hashlib.sha256(text.encode()).hexdigest() and all(isinstance(n, str) and dense(w) for n, w in tensors.items())
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        whole = whole and isinstance(about["sha256"], str) and (not check or digest(tensors) == about["sha256"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError):
         raise Damaged("is not a file of this code") from None
-    if not whole or check and digest(tensors) != about["sha256"]:
+    if not whole:
         raise Damaged("is damaged, its SHA-256 is another")
     return tensors, about

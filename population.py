@@ -35,7 +35,8 @@ def code_version():
 
 def setup(config, world):
     """What the bits of a run depend on, beside its identity."""
-    return dict(machine=platform.machine(), device=world.device.type, torch=torch.__version__.split("+")[0], ranks=world.data_size,
+    machine = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return dict(machine=machine, device=world.device.type, torch=torch.__version__.split("+")[0], ranks=world.data_size,
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
@@ -52,7 +53,8 @@ class Run:
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
         self.config_path = self.path / "config.json"
         if self.config_path.exists():
-            theirs = dict(read_json(self.config_path).get("identity") or {})
+            theirs = read_json(self.config_path).get("identity")
+            theirs = theirs if isinstance(theirs, dict) else {}
             if data_fingerprint is None:
                 theirs["data_fingerprint"] = None
             differ = differences(theirs, self.identity)
@@ -66,8 +68,11 @@ class Run:
 
     def lock(self, folder, doing):
         """Refuse a second process that does the same; the lock goes with this process, however it ends."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.locks.append(open(folder / ".lock", "a"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.locks.append(open(folder / ".lock", "a"))
+        except OSError as e:
+            refuse(f"run_dir={self.path}: cannot write to {folder}: {e.strerror}; mend it, or name another --run_dir")
         try:
             fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,7 +95,8 @@ class Run:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return
         if os.environ.get("RANK", "0") == "0":
-            self.lock(self.path, "training")
+            if not self.locks:
+                self.lock(self.path, "training")
             sweep(self.path, ".config.json.*")
             self.cut_metrics(begun or {})
         sweep(self.path, "trajectory_*/.*")
@@ -110,31 +116,41 @@ class Run:
             sweep(self.path, "scores/.*")
             sweep(self.path, ".prior.json.*")
 
-    def begin(self, world, first, last):
+    def begin(self, world, first, end):
         """
-        Claim the directory for cycles first .. last - 1. The states to go on from, trajectory -> (tensors, about) or None.
+        Claim the directory for cycles first .. end - 1. The states to go on from, trajectory -> (tensors, about) or None.
         Exits with code 2 where a trajectory has not had the cycles before.
         """
+        if world.rank == 0 and self.path.exists():
+            self.lock(self.path, "training")        # before any state is read, or another run could go past it
+        world.barrier(everyone=True)
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
         behind = sorted(sum(world.gather(behind), []))
         if behind:
             refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: run train.py on this config first", common=True)
-        found = world.gather({t: state[1] for t, state in states.items() if state})
-        self.claim({t: about for of_rank in found for t, about in of_rank.items()})
+        for t, state in states.items():
+            if not state and any(self.member_path(t, c).exists() for c in range(1, self.config.cycles)):
+                refuse(f"trajectory_{t:02d} of {self.path} has members but no state to go on from: restore its resume_*.pt, or move the folder away to train it again")
+        found = world.gather({t: state[1] if state else {"step": 0, "cycles_done": 0} for t, state in states.items()})
+        begun = {t: about for of_rank in found for t, about in of_rank.items()}
+        if any(about["step"] != begun[t]["step"] for of_rank in found for t, about in of_rank.items()):
+            refuse(f"run_dir={self.path}: the ranks of a trajectory see different resume states: they want one folder, on a disk that all of them see", common=True)
+        self.claim(begun)
         world.barrier(everyone=True)
         for t, state in states.items():
-            differ = differences(state[1]["setup"], setup(self.config, world)) if state and state[1]["cycles_done"] < last else ""
+            differ = differences(state[1]["setup"], setup(self.config, world)) if state and state[1]["cycles_done"] < end else ""
             if differ and world.lead:
                 print(f"note: trajectory {t} goes on under another set-up ({differ}): not bit for bit what it would have been", file=sys.stderr)
         return states
 
     def check_room(self, parameters):
         """Exits with code 2 where the disk has no room for what training will still write, of a model of so many parameters."""
-        c, member, state = self.config, 2 * parameters, 12 * parameters         # at most: bf16; fp32 weights and two moments
+        c, member, state = self.config, 2 * parameters, (16 if self.config.ema_decay else 12) * parameters     # bf16; fp32 weights, two moments, their average
         members = c.trajectories * (c.cycles if c.keep == "all" else min(c.cycles, 3))
-        need = max(0, members - len(self.members())) * member
-        need += (c.trajectories * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
+        need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
+        need += max(0, c.trajectories * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
+        need += max(0, c.trajectories * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
         free = shutil.disk_usage(self.there).free
         if need > free:
             refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: make room, "
@@ -146,9 +162,9 @@ class Run:
         return self.path / f"trajectory_{t:02d}" / f"cycle_{c:03d}.pt"
 
     def members(self):
-        """The (t, c) of every member that is there, or (keep=last) was, and left its scores; in order."""
+        """The (t, c) of every member that is there, or was (keep=last), and left its scores; in order."""
         return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles)
-                if self.member_path(t, c).exists() or self.config.keep == "last" and self.score_paths(t, c)["of"].exists()]
+                if self.member_path(t, c).exists() or self.score_paths(t, c)["of"].exists()]
 
     def save_member(self, t, c, state_dict, **about):
         """A member: the weights in bf16, and what they are."""
@@ -162,18 +178,19 @@ class Run:
 
     def mend(self, t):
         """What to do about a damaged member."""
-        return f"delete trajectory_{t:02d} and run train.py and distill.py again, they train what is missing"
+        return f"move it away and go without it, or delete trajectory_{t:02d} and train that again"
 
     def read_member(self, t, c, check=True):
         """(weights: name -> bf16 tensor on disk, about) of a member of this population; "sha256" in about is that of its weights."""
         path, mend = self.member_path(t, c), self.mend(t)
         if not path.exists():
-            refuse(f"{path} is gone" + (", keep=last dropped it when it was scored" if self.config.keep == "last" else f": {mend}"))
+            refuse(f"{path} is gone" + (", keep=last dropped it when it was scored" if self.scores_of(t, c) else f": {mend}"))
         try:
             weights, about = load_tensors(path, check)
         except Damaged as e:
             refuse(f"{path} {e}: {mend}")
-        differ = differences(about.get("identity", {}), self.identity)
+        identity = about.get("identity")
+        differ = differences(identity if isinstance(identity, dict) else {}, self.identity)
         if differ:
             refuse(f"{path} is a member of another population ({differ}): {mend}")
         return weights, about
@@ -182,7 +199,7 @@ class Run:
 
     def states(self, t):
         """Paths, oldest first."""
-        return sorted((self.path / f"trajectory_{t:02d}").glob("resume_*.pt"))
+        return sorted(p for p in (self.path / f"trajectory_{t:02d}").glob("resume_*.pt") if re.fullmatch(r"resume_\d{8}\.pt", p.name))
 
     def save_resume(self, t, tensors, **about):
         """about: at least `step`. Older states but one go, and newer ones, which could not be used."""
@@ -198,7 +215,7 @@ class Run:
         for path in reversed(self.states(t)):
             try:
                 tensors, about = load_tensors(path)
-                differ = differences(about.get("identity", {}), self.identity)
+                differ = differences(about["identity"], self.identity) if isinstance(about.get("identity"), dict) else "it has no identity"
                 if differ:
                     raise Damaged(f"is of another population ({differ})")
                 if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step")) or not isinstance(about.get("setup"), dict):
@@ -208,7 +225,7 @@ class Run:
                 reasons.append(f"{path} {e}")
                 print(f"note: {reasons[-1]}; looking for an older one", file=sys.stderr)
         if reasons:
-            refuse(f"{reasons[0]}, and no older one is whole: {self.mend(t)}")
+            refuse(f"{reasons[0]}, and no older one is whole: restore one, or delete trajectory_{t:02d} and train it again")
 
     # ---- scores
 
@@ -246,7 +263,7 @@ class Run:
             scores = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as e:
             scores = np.array([np.nan]) if path.exists() else refuse(f"{path} is gone: {mend} ({e})")
-        if scores.dtype != np.float32 or scores.shape != (tokens,) or hashlib.sha256(scores).hexdigest() != self.scores_of(t, c).get(split):
+        if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != (tokens,) or hashlib.sha256(scores).hexdigest() != self.scores_of(t, c).get(split):
             refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
         if not np.isfinite(scores).all() or scores.max() > 1e-3:
             refuse(f"{path} is no list of log-probabilities: {mend}")
@@ -279,8 +296,8 @@ class Run:
         def stays(line):
             try:
                 record = json.loads(line)
-                about = begun.get(record["trajectory"], {"step": 0, "cycles_done": 0})
-                return record["kind"] == "score" or record["step"] <= about["step"] and (record["kind"] == "step" or record["cycle"] < about["cycles_done"])
+                about = begun.get(record["trajectory"])         # None: of a trajectory that this run leaves alone
+                return about is None or record["kind"] == "score" or record["step"] <= about["step"] and (record["kind"] == "step" or record["cycle"] < about["cycles_done"])
             except (ValueError, KeyError, TypeError):
                 return False
         lines = path.read_bytes().splitlines(keepends=True)
@@ -304,6 +321,9 @@ class SlowrunFolder(Run):
                    f"cycles={config.cycles} expect model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
         if next(self.path.glob("trajectory_*"), None):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
+
+    def members(self):
+        return [(t, c) for t, c in super().members() if self.member_path(t, c).exists()]
 
     def member_path(self, t, c):
         return self.folder / f"model_{t * self.config.cycles + c}.pt"
@@ -336,13 +356,15 @@ def read_prior(folder):
     result = read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
     try:
         members, answers = result["members"], result["answers"]
-        good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"]))
+        good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"])) and all(isinstance(m["weights_sha256"], str) for m in members)
+        good &= all(isinstance(result["text"].get(key, ""), str) for key in ("data", "text_sha256"))
         good &= {"best", "learned"} <= {a["rule"] for a in answers} and type(result["distill_from"]) is int
         for a in answers:
             good &= len(a["weights"]) == len(a["members"]) == a["K"] > 0 and set(a["members"]) <= set(range(len(members))) and 0 <= min(a["weights"])
+            good &= a["val_error"] is None or 0 <= a["val_error"] < 1e9
         numbers = [row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")] + [g[key] for g in result["growing"] for key in ("cycle", "epochs")]
         good &= len(numbers) > 2 and all(0 <= x < 1e9 for x in numbers) and isinstance(result["text"], dict) and bool(result["growing"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         good = False
     return result if good else refuse(f"{path} is not what prior.py writes: run it on its config again")
 

@@ -15,7 +15,7 @@ import math
 import numpy as np
 import torch
 
-from config import from_args, refuse, take_actions
+from config import from_args, refuse, speak, take_actions
 from data import loader
 from model import GPT, activate_attention
 from files import write_json
@@ -285,8 +285,9 @@ def main(argv=None):
     options, argv = take_actions(argv, members="")
     config = from_args(argv, __doc__)
     data = loader.load(config)
-    world = join_world(config)
     with open_run(config, data.fingerprint, options.members) as run, one_line_errors(config):
+        world = join_world(config)
+        speak()                                     # every rank scores members of its own
         if options.members:
             run.claim()
             world.barrier(everyone=True)

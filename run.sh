@@ -8,8 +8,9 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours 
 
 config="$root/configs/tiny.py"
 for arg; do case "$arg" in -h|--help) sed -n 2,4p "$0"; exit ;; -*) ;; *) config= ;; esac; done
-usable='import sys, importlib.util as u
-sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy tiktoken datasets pytest matplotlib tqdm".split())))'
+usable='import sys, importlib.util as u, importlib.metadata as m
+sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy tiktoken datasets pytest matplotlib tqdm".split()))
+         or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 11])'
 python=python
 if ! $python -c "$usable" 2>/dev/null; then                 # not the active environment: our own
     python="$root/.venv/bin/python"
@@ -28,7 +29,7 @@ fi
 processes=$("$python" -m population "$@")                   # checks config and run directory, exits 2 where they are wrong
 launch=("$python")
 if [ "$processes" -gt 1 ]; then
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"    # to save when asked to stop
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$processes")
 fi
 "$python" -m data.prepare "$@"

@@ -122,7 +122,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 # ------------------------------------------------------------------------------------------- the loop
 
 class Trajectory:
-    """One model on its way, and all that is needed to go on bit for bit, from any step: tensors() and about(), which `state` is."""
+    """One model on its way, and all that is needed to go on bit for bit, from any step: what tensors() and about() give, `state` brings back."""
 
     def __init__(self, config, t, data, world, state):
         self.t, self.seed = t, config.seed + t
@@ -134,7 +134,7 @@ class Trajectory:
         self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, where there is one
         if state:
             self.go_on_from(*state)
-        self.ddp_model = share(self.model, world.data_group)
+        self.ddp_model = distributed(self.model, world.data_group)
 
     def go_on_from(self, tensors, about):
         part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
@@ -158,13 +158,16 @@ class Trajectory:
         return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step, step=self.step)
 
 
-def share(model, process_group):
+def distributed(model, process_group):
     """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank (None)."""
     if process_group is None or dist.get_world_size(process_group) == 1:
         return model
     with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers, which 2.11 only knows by this name
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
+        shared = DistributedDataParallel(model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # after a first pass DDP lays out its buckets anew, and sums in another order: now, so that a resumed run sums as it would have
+    label_loss(shared, torch.zeros(1, model.config.sequence_len + 1, dtype=torch.int64, device=model.cos.device)).backward()
+    return shared
 
 
 def seed_step(seed, step, rank):
@@ -186,72 +189,84 @@ def as_saved(model, config):
     return copy
 
 
-def keep(run, world, data, trajectory):
+def keep_member(run, world, data, trajectory):
     """At a cycle's end: the member, with its loss on the fitness set, and the state to go on from, both from the same weights."""
     config, t, cycle, model = run.config, trajectory.t, trajectory.cycles_done - 1, trajectory.model
     if world.lead:
         fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
         if not math.isfinite(fit_loss):
-            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, set another lr_scale or seed", code=1)
+            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
         run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
         if config.keep == "last":
             run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
     save_state(run, world, trajectory)
     if config.keep == "last" and world.lead:
-        run.drop_member(t, cycle - 2)               # two stay: the older resume state may need its teacher
+        for old in range(cycle - 1):                # two stay: the older resume state may need its teacher
+            run.drop_member(t, old)
+
+
+def refuse_nan(trajectory, rows, loss, norm):
+    """Where a loss or a gradient norm is no finite number: one line that says on which step and sequences, exit code 1."""
+    if not math.isfinite(loss + norm):
+        newest = trajectory.batches.position - 1
+        refuse(f"trajectory {trajectory.t}, cycle {trajectory.cycles_done}, step {trajectory.cycle_step}: loss {loss}, gradient norm {norm} on sequences {newest - len(rows) + 1} .. {newest} of its "
+               "order; the step was not taken, what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
+
+
+def report(run, world, bar, trajectory, loss, norm, tokens, seconds):
+    speed = tokens / seconds * world.groups
+    bar.set_postfix_str(f"trajectory {trajectory.t} cycle {trajectory.cycles_done} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+    bar.update()
+    if world.lead:
+        run.log(kind="step", trajectory=trajectory.t, cycle=trajectory.cycles_done, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(speed))
 
 
 def train_cycle(run, world, bar, stop, trajectory, lengths, loss_fn):
     """The steps of a cycle that are left, or until a rank of the group is asked to stop."""
-    config, model, cycle, tokens = run.config, trajectory.model, trajectory.cycles_done, tokens_per_step(run.config, trajectory.cycles_done)
+    config, model, cycle = run.config, trajectory.model, trajectory.cycles_done
+    tokens = tokens_per_step(config, cycle)
     for s in range(trajectory.cycle_step, lengths[cycle]):
         began = time.perf_counter()
-        place, span = place_in_decay(config, lengths, cycle, s)
-        model.looping = place >= config.loop_from * span
+        at, span = place_in_decay(config, lengths, cycle, s)
+        model.looping = at >= config.loop_from * span
         seed_step(trajectory.seed, trajectory.step, world.data_rank)
         rows = trajectory.batches.take(tokens // config.sequence_len)               # of all ranks: (n, T + 1)
         mine = world.to_device(rows[world.data_rank::world.data_size])
-        multipliers = rate_multipliers(config.schedule, place, span)
-        loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, multipliers)
-        loss, norm, stop.asked = world.agree(loss, norm, stop.asked)
-        if not math.isfinite(loss + norm):
-            last = trajectory.batches.position - 1
-            refuse(f"trajectory {trajectory.t}, cycle {cycle}, step {s}: loss {loss}, gradient norm {norm} on sequences {last - len(rows) + 1} .. {last} of its order; "
-                   "the step was not taken, what was saved before stays: set another lr_scale or seed", code=1)
+        rates = rate_multipliers(config.schedule, at, span)
+        loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, rates)
+        loss, norm, stop.agreed = world.agree(loss, norm, stop.asked)
+        refuse_nan(trajectory, rows, loss, norm)
         if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
         trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
-        speed = tokens / (time.perf_counter() - began) * world.groups
-        bar.set_postfix_str(f"trajectory {trajectory.t} cycle {cycle} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-        if world.lead:
-            run.log(kind="step", trajectory=trajectory.t, cycle=cycle, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(speed))
-        if stop.asked:
+        report(run, world, bar, trajectory, loss, norm, tokens, time.perf_counter() - began)
+        if stop.agreed:
             return
         if config.resume_every and trajectory.step % config.resume_every == 0 and s + 1 < lengths[cycle]:
             save_state(run, world, trajectory)
 
 
-def train_trajectory(run, world, data, bar, stop, trajectory, lengths, last, loss_for_cycle):
-    """Its cycles that are left, up to `last`, a member at the end of each; or until asked to stop."""
+def train_trajectory(run, world, data, bar, stop, trajectory, lengths, end, loss_for_cycle):
+    """Its cycles that are left before `end`, a member after each; or until asked to stop."""
     config, model = run.config, trajectory.model
     run.check_room(sum(p.numel() for p in model.parameters()))
-    for cycle in range(trajectory.cycles_done, last):
+    for cycle in range(trajectory.cycles_done, end):
         if trajectory.cycle_step == 0 and cycle > 0 and config.restart == "noise":
             perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
         train_cycle(run, world, bar, stop, trajectory, lengths, loss_for_cycle(run, world.device, trajectory.t, cycle))
-        if stop.asked:
-            return save_state(run, world, trajectory)
+        if stop.agreed:
+            save_state(run, world, trajectory)
+            return
         if trajectory.average:                      # what goes on, too, is the average
             model.load_state_dict(trajectory.average)
         trajectory.cycles_done, trajectory.cycle_step, trajectory.average = cycle + 1, 0, None
-        keep(run, world, data, trajectory)
+        keep_member(run, world, data, trajectory)
 
 
-def run_cycles(config, first, last, loss_for_cycle, argv, script, then):
+def run_cycles(config, first, end, loss_for_cycle, argv, script, then):
     """
-    Train cycles first .. last - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
+    Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
     a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. script, argv: how this was
     called; then: the script to run next. Asked to stop, it exits with code 75 once the step at hand is saved.
     """
@@ -262,19 +277,19 @@ def run_cycles(config, first, last, loss_for_cycle, argv, script, then):
         refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
     world = join_world(config)
     with run, StopSignals() as stop:
-        states = run.begin(world, first, last)      # trajectory -> (tensors, about) or None
+        states = run.begin(world, first, end)      # trajectory -> (tensors, about) or None
         if world.rank == 0:
-            print(f"cycles {first} .. {last - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
+            print(f"cycles {first} .. {end - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
                   f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
         # counts all cycles, so that the ETA is that of the population: train.py alone ends early
         bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
         for t in states:                            # one after another; other groups of ranks take other trajectories
-            if states[t] and states[t][1]["cycles_done"] >= last:
+            if states[t] and states[t][1]["cycles_done"] >= end:
                 continue
             trajectory = None                       # frees the last one's memory
             trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
-            train_trajectory(run, world, data, bar, stop, trajectory, lengths, last, loss_for_cycle)
-            if stop.asked:
+            train_trajectory(run, world, data, bar, stop, trajectory, lengths, end, loss_for_cycle)
+            if stop.agreed:
                 bar.close()
                 if world.lead:
                     print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {next_command(script, argv)}", flush=True)

@@ -6,8 +6,11 @@ import ctypes
 import math
 import os
 import shlex
+import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,8 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import config as config_module
-from config import refuse
+from config import refuse, speak
 
 HANG = timedelta(hours=1)           # so long may ranks of a group wait for one of them: a member written, a step
 STOPPED = 75                        # exit code of a run that was asked to stop, and saved (EX_TEMPFAIL: try again later)
@@ -135,7 +137,7 @@ def join_world(config):
     """The World of this process, from torchrun's environment. Exits with code 2 where the ranks cannot share a batch."""
     rank, size, local = (os.environ.get(k, d) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     if not (rank + size + local).isdecimal() or int(rank) >= int(size) or int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        config_module.prints = True
+        speak()
         refuse(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}, with MASTER_ADDR and MASTER_PORT, are torchrun's to set: start with torchrun, or unset them")
     rank, size, local = int(rank), int(size), int(local)
     reason = cannot_share(config, size)
@@ -161,7 +163,7 @@ def join_world(config):
         dist.init_process_group(**backend, timeout=HANG)
         world.data_group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + data_size)) for i in range(0, size, data_size)], timeout=HANG)
         world.everyone = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    config_module.prints = data_rank == 0
+    speak(data_rank == 0)
     return world
 
 
@@ -170,7 +172,10 @@ def join_world(config):
 def next_command(script, argv):
     """How to run a script, on the same arguments (argv None: the process's own)."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    launcher = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', ranks)}" if ranks > 1 and script.endswith(".py") else "python"
+    launcher, local = "python", os.environ.get("LOCAL_WORLD_SIZE", str(ranks))
+    if ranks > 1 and script.endswith(".py"):
+        torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
+        launcher = f"{torchrun}{' --standalone' * (local == str(ranks))} --nproc_per_node={local}"
     return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
@@ -182,7 +187,7 @@ def one_line_errors(config):
     except KeyboardInterrupt:
         refuse("stopped; what is done is kept, run this again to go on", code=130)
     except torch.OutOfMemoryError:
-        config_module.prints = True         # whichever rank it is
+        speak()             # whichever rank it is
         mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1))) or "no smaller one shares the batches, take a smaller model or more GPUs"
         mend += " (or --checkpoint=True)" * (config.loop_extra > 0 and not config.checkpoint)
         refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend}"
@@ -190,27 +195,35 @@ def one_line_errors(config):
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        config_module.prints = True
+        speak()
         refuse(f"rank {os.environ.get('RANK')} lost another one, which stopped or hangs: see its own last line; what was saved stays, start all again", code=1)
 
 
 class StopSignals:
     """
     While entered, SIGTERM and Ctrl-C only set `asked`, so that a step can be finished and saved; another one, a second
-    or more after the first (torchrun passes Ctrl-C on, so that it comes twice), ends the process at once.
+    or more after the first (torchrun passes Ctrl-C on, so that it comes twice), ends the process at once, also where it
+    waits for another rank: a thread of its own listens. `agreed`: what the ranks of a group made of it.
     """
 
     def __enter__(self):
-        self.asked, self.since = False, 0.0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.asked = self.agreed = False
+        self.heard, self.rung = socket.socketpair()
+        self.rung.setblocking(False)
+        self.bell = signal.set_wakeup_fd(self.rung.fileno())            # a byte for every signal, whatever the main thread does
+        self.handlers = {number: signal.signal(number, lambda *args: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        threading.Thread(target=self.listen, daemon=True).start()
         return self
 
-    def ask(self, number, frame):
-        if self.asked and time.monotonic() - self.since > 1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.asked, self.since = True, self.since or time.monotonic()
+    def listen(self):
+        first = 0.0
+        while number := self.heard.recv(1):                             # nothing: the other end is closed
+            if self.asked and time.monotonic() - first > 1:
+                os._exit(128 + number[0])
+            self.asked, first = True, first or time.monotonic()
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
+        signal.set_wakeup_fd(self.bell)
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        self.rung.close()

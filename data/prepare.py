@@ -10,10 +10,12 @@ NAME is manual, text or fineweb. The format is the public Slowrun script's: its 
 --gpt2_ranks: a local r50k_base.tiktoken, for tokenizer=gpt2 where tiktoken cannot download it; needed once.
 """
 import hashlib
+import io
 import json
 import os
 import platform
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -124,17 +126,20 @@ def write(config, splits, token_bytes, source):
     target, source = Path(config.data_dir), {**source, "fingerprint": fingerprint(splits)}
     try:
         target.mkdir(parents=True, exist_ok=True)
+        for killed in target.glob(".writing-*"):
+            shutil.rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:
             for split, (tokens, starts) in splits.items():
                 torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts), bos_id=config.vocab_size - 1,
                                 seq_shuffle_seed={"val": 42, "train": 43}[split], seq_size=config.sequence_len + 1),
                            os.path.join(folder, file_name(config, f"_{split}.pt")))
-            np.save(os.path.join(folder, file_name(config, "_bytes.npy")), token_bytes)
+            np.save(array := io.BytesIO(), token_bytes)         # numpy's own writing does not notice a full disk
+            Path(folder, file_name(config, "_bytes.npy")).write_bytes(array.getbuffer())
             Path(folder, file_name(config, ".json")).write_text(json.dumps(source, indent=1) + "\n")
             for ending in ENDINGS:
                 os.replace(os.path.join(folder, file_name(config, ending)), target / file_name(config, ending))
-    except OSError as e:
-        refuse(f"data_dir={config.data_dir}: cannot write there: {e.strerror}; name another --data_dir")
+    except (OSError, RuntimeError) as e:            # torch.save turns the one into the other
+        refuse(f"data_dir={config.data_dir}: cannot write there: {getattr(e, 'strerror', None) or 'no space, or no right to'}; make room, or name another --data_dir")
 
 
 def download_fineweb(config, there):

@@ -151,12 +151,14 @@ def test_an_unfinished_population_is_weighed_as_it_is(finished, monkeypatch, cap
     monkeypatch.chdir(folder)
     path, kept = folder / "out" / "prior.json", (folder / "out" / "prior.json").read_bytes()
     hidden = (folder / "out" / "trajectory_01" / "cycle_003.pt").rename(folder / "hidden.pt")
+    scores = (folder / "out" / "scores" / "01_003.json").rename(folder / "hidden.json")         # with its scores it would count, as keep=last has it
     try:
         prior.main(argv)
         assert "7 of 8 members" in capsys.readouterr().out and len(json.loads(path.read_text())["members"]) == 7
         plot.main(argv)
     finally:
         hidden.rename(folder / "out" / "trajectory_01" / "cycle_003.pt")
+        scores.rename(folder / "out" / "scores" / "01_003.json")
         path.write_bytes(kept)
 
 

@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -20,7 +22,7 @@ from data import loader
 from files import Damaged, load_tensors, save_tensors, write_json
 from population import Run
 from tests import kill
-from tests.conftest import error_line
+from tests.conftest import ROOT, error_line
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +80,58 @@ def test_asked_to_stop_it_saves_and_goes_on(number, begun):
 
 def test_asked_twice_it_stops_at_once(begun):
     argv, folder, log, _ = begun
-    def slow(rank):
-        train.train_step = lambda *args: time.sleep(60)
-    [child] = kill.start(argv, log, patch=slow)
-    assert kill.within("training step", [child], 0.2)(), log.read_text()[-3000:]
-    os.kill(child, signal.SIGTERM)
+    children = kill.start([*argv, "--micro_batch=1"], log, size=2)
+    assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
+    os.kill(children[1], signal.SIGSTOP)            # so that the first waits for it, deaf to Python's own handlers
+    time.sleep(0.5)
+    os.kill(children[0], signal.SIGTERM)
     time.sleep(1.2)
-    os.kill(child, signal.SIGTERM)
-    assert kill.finish([child], seconds=20) == [-signal.SIGTERM]
+    os.kill(children[0], signal.SIGTERM)
+    assert kill.finish(children[:1], seconds=20) == [128 + signal.SIGTERM]
+    os.kill(children[1], signal.SIGKILL)
+    kill.finish(children[1:])
+
+
+def test_no_request_to_stop_is_lost(begun):
+    """One that comes while the ranks agree on the last step counts at the next."""
+    argv, folder, log, _ = begun
+    def ask_then(rank):
+        agree = world.World.agree
+        def asking(self, loss, norm, stop):
+            if len(calls := asking.__dict__.setdefault("calls", [])) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)
+            calls.append(1)
+            return agree(self, loss, norm, stop)
+        world.World.agree = asking
+    assert kill.finish(kill.start(argv, log, patch=ask_then)) == [world.STOPPED]
+    assert "after step 3 " in log.read_text()
     finishes(begun)
+
+
+def test_torchrun_is_asked_to_stop(begun):
+    """The launcher passes it on; what it prints itself and its exit code are its own."""
+    argv, folder, log, whole = begun
+    with open(log, "wb") as out:
+        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *argv, "--micro_batch=1", "--epochs_per_cycle=30"],
+                                    stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while launcher.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 1 and "to go on: " in log.read_text() and "--nproc_per_node=2 train.py" in log.read_text()
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert f"resume_{steps[-1]:08d}.pt" in os.listdir(folder / "trajectory_00") and steps == list(range(1, len(steps) + 1))
+
+
+def test_three_ranks_sum_as_before_after_a_stop(begun):
+    argv, folder, log, _ = begun
+    argv = [*argv, "--micro_batch=1", "--batch_tokens=192"]
+    whole = kill.uninterrupted(argv, folder.parent / "whole", size=3)
+    children = kill.start(argv, log, size=3)
+    assert kill.within("distillation step", children, 0)(), log.read_text()[-3000:]
+    os.kill(children[0], signal.SIGTERM)
+    assert kill.finish(children) == [world.STOPPED] * 3
+    assert kill.finish(kill.start(argv, log, size=3)) == [0] * 3 and kill.difference(whole, folder) == []
 
 
 def test_all_ranks_of_a_group_leave_at_the_same_step(begun):

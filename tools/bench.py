@@ -4,7 +4,7 @@ One optimizer step of train.py and of distill.py (on random tokens, every micro-
 tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit. Under
 torchrun (with --trajectories=1) the ranks share each step, and what they send is timed alone, too.
 
-Of its own: --rounds=5   --steps=0 (0: all of it; else a comma list of train, distill, score, prior)
+Of its own: --rounds=5   --steps=train,distill,score,prior
             --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating
             --memory=1         the largest micro-batch that fits, ours and (with --slowrun) theirs; on CUDA
             --peak_tflops=989  on CUDA; on the CPU the peak is that of its own matrix product, measured here
@@ -67,7 +67,7 @@ class Ours:
         self.config, self.model, self.group = config, GPT(config).init_weights().place(DEVICE, config.compile), group
         self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
-        self.ddp_model = train.share(self.model, group)
+        self.ddp_model = train.distributed(self.model, group)
         tokens = np.random.default_rng(0).integers(config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
         self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple, config.seed)
         self.loss_fn = train.label_loss

@@ -66,7 +66,7 @@ def choose(options, prior, run):
     for rule, K in (("best", 1), ("learned", K)):
         answer = next(a for a in prior["answers"] if a["rule"] == rule and a["K"] == K)
         pairs = [(members[i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
-        label = "best member" if rule == "best" else f"mixture of {K}"
+        label = "best member" if rule == "best" else f"mixture of {K}" + f", {len(pairs)} with weight" * (len(pairs) < K)
         picked.append((f"{label} ({len(pairs)} pass{'es' * (len(pairs) > 1)} a token)", *zip(*pairs)))
     return picked
 
@@ -82,6 +82,10 @@ def main(argv=None):
         refuse("prompt: is not text in UTF-8")
     run = open_run(config, loader.load(config).fingerprint, options.members)
     picked = choose(options, read_prior(config.run_dir), run)
+    gone = [member for _, members, _ in picked for member in members if not run.member_path(*member).exists()]
+    if gone and all(run.scores_of(*member) for member in gone):
+        kept = [m for m in run.members() if run.member_path(*m).exists()]
+        return print(f"no text: keep=last dropped the weights of {len(gone)} of the members asked for; --member={kept[-1][0]},{kept[-1][1]} samples one that stayed")
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join_world(config).device
     for label, members, weights in picked:

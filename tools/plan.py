@@ -193,10 +193,10 @@ def print_machine(config, model, options):
     member = 2 * sum(p.numel() for p in model.parameters())
     whole = memory_of(config, model, 1)[0]
     state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
-    members = config.trajectories * config.cycles
-    scores = members * 4 * held_out_tokens(config)
-    print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {config.trajectories} states of {state / 1e9:.3g} = "
-          f"{config.trajectories * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}")
+    members = config.trajectories * (config.cycles if config.keep == "all" else min(config.cycles, 3))
+    scores = config.trajectories * config.cycles * 4 * held_out_tokens(config)
+    print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {2 * config.trajectories + 1} states of {state / 1e9:.3g} = "
+          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}")
 
 
 def main(argv=None):

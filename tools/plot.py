@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from config import from_args, refuse, take_actions
+from files import write_whole
 from population import read_prior
 
 RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
@@ -103,7 +104,7 @@ def draw(priors, path, beside):
     bars = f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else "bars, first panel: standard error of the difference to the best member, over validation documents"
     text = priors[0]["text"]
     figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_whole(path, lambda f: figure.savefig(f, format="png", dpi=130))
     plt.close(figure)
 
 
