@@ -144,13 +144,14 @@ class Run:
                 print(f"note: trajectory {t} goes on under another set-up ({differ}): not bit for bit what it would have been", file=sys.stderr)
         return states
 
-    def check_room(self, parameters):
-        """Exits with code 2 where the disk has no room for what training will still write, of a model of so many parameters."""
+    def check_room(self, world, parameters):
+        """Exits with code 2 where the disk has no room for what this machine will still write, of a model of so many parameters."""
         c, member, state = self.config, 2 * parameters, (16 if self.config.ema_decay else 12) * parameters     # bf16; fp32 weights, two moments, their average
-        members = c.trajectories * (c.cycles if c.keep == "all" else min(c.cycles, 3))
+        here = len(world.trajectories) * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) // world.data_size)     # trajectories
+        members = here * (c.cycles if c.keep == "all" else min(c.cycles, 3))
         need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
-        need += max(0, c.trajectories * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
-        need += max(0, c.trajectories * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
+        need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
+        need += max(0, here * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
         free = shutil.disk_usage(self.there).free
         if need > free:
             refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: make room, "

@@ -250,7 +250,7 @@ def train_cycle(run, world, bar, stop, trajectory, lengths, loss_fn):
 def train_trajectory(run, world, data, bar, stop, trajectory, lengths, end, loss_for_cycle):
     """Its cycles that are left before `end`, a member after each; or until asked to stop."""
     config, model = run.config, trajectory.model
-    run.check_room(sum(p.numel() for p in model.parameters()))
+    run.check_room(world, sum(p.numel() for p in model.parameters()))
     for cycle in range(trajectory.cycles_done, end):
         if trajectory.cycle_step == 0 and cycle > 0 and config.restart == "noise":
             perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
