@@ -134,7 +134,7 @@ class Trajectory:
         self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, where there is one
         if state:
             self.go_on_from(*state)
-        self.ddp_model = distributed(self.model, world.data_group)
+        self.ddp_model = distributed(self.model, world.data_group, config.micro_batch)
 
     def go_on_from(self, tensors, about):
         part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
@@ -158,7 +158,7 @@ class Trajectory:
         return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step, step=self.step)
 
 
-def distributed(model, process_group):
+def distributed(model, process_group, micro_batch):
     """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank (None)."""
     if process_group is None or dist.get_world_size(process_group) == 1:
         return model
@@ -166,7 +166,7 @@ def distributed(model, process_group):
         warnings.simplefilter("ignore", FutureWarning)
         shared = DistributedDataParallel(model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
     # after a first pass DDP lays out its buckets anew, and sums in another order: now, so that a resumed run sums as it would have
-    label_loss(shared, torch.zeros(1, model.config.sequence_len + 1, dtype=torch.int64, device=model.cos.device)).backward()
+    label_loss(shared, torch.zeros(micro_batch, model.config.sequence_len + 1, dtype=torch.int64, device=model.cos.device)).backward()
     return shared
 
 

@@ -67,7 +67,7 @@ class Ours:
         self.config, self.model, self.group = config, GPT(config).init_weights().place(DEVICE, config.compile), group
         self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
-        self.ddp_model = train.distributed(self.model, group)
+        self.ddp_model = train.distributed(self.model, group, config.micro_batch)
         tokens = np.random.default_rng(0).integers(config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
         self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple, config.seed)
         self.loss_fn = train.label_loss

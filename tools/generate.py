@@ -83,8 +83,8 @@ def main(argv=None):
     run = open_run(config, loader.load(config).fingerprint, options.members)
     picked = choose(options, read_prior(config.run_dir), run)
     gone = [member for _, members, _ in picked for member in members if not run.member_path(*member).exists()]
-    if gone and all(run.scores_of(*member) for member in gone):
-        kept = [m for m in run.members() if run.member_path(*m).exists()]
+    kept = [m for m in run.members() if run.member_path(*m).exists()]
+    if gone and kept and all(run.scores_of(*member) for member in gone):
         return print(f"no text: keep=last dropped the weights of {len(gone)} of the members asked for; --member={kept[-1][0]},{kept[-1][1]} samples one that stayed")
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join_world(config).device
