@@ -50,6 +50,7 @@ class Config(GPTConfig):
     val_tokens: int
     fitness_tokens: int                     # held out from training, for the prior: whole documents until at least so many
     epoch_multiple: int = 16                # an epoch is cut to a multiple of so many sequences
+    packings: int = 0                       # documents are packed into sequences in so many orders, again and again; 0: every epoch in a new one
     # population: trajectories x cycles members, one at the end of every cycle
     run_dir: str = free()
     trajectories: int = free()              # free: a finished population may be given more of them
@@ -57,20 +58,27 @@ class Config(GPTConfig):
     epochs_per_cycle: float = 2.0
     seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
     first_cycle_epochs: float | None = None     # where the first cycle has another length
-    restart: str = "noise"                  # how a cycle starts: noise (and the rates anew); none: the cycles share one decay
+    restart: str = "noise"                  # how a cycle starts: noise (and the rates anew); fresh weights; none: the cycles share one decay
     # a decay: a cycle, or with restart=none all of them
-    schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0, decay constant
+    schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0; warmdown: rate constant, then to 0
     loop_from: float = 0.0                  # the part of it after which the looped layers run
     ema_decay: float = 0.0                  # a member is an EMA of the weights at its cycle's end; 0: the last weights
     ema_every: int = 10                     # steps between two updates of that EMA
+    ema_share: float = 1.0                  # of that EMA in the member, the rest the last weights
+    momentum_warmup: int = 0                # steps over which Muon's momentum rises by 0.1 to its value
     lr_scale: float = 0.25                  # multiplies the optimizer's peak rates
     batch_tokens: int                       # tokens per step, over all ranks of a trajectory: in the middle cycles,
     batch_tokens_ends: int | None = None    # and in the first and last quarter; None: the same
     micro_batch: int = free()               # sequences per rank and backward pass
     # chain distillation
     distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
+    distill_teacher: str = "predecessor"    # the trajectory's last member; best: its best so far on the fitness set; mixture: of all so far
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
+    # one student of the finished population
+    student_epochs: float = free(default=8.0)
+    student_alpha: float = free(default=0.7)        # weight of the teacher's term, at temperature 1
+    student_from: str = free(default="best")        # its first weights: best (member), or scratch
     # running
     keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two (all keep their scores)
     resume_every: int = free(default=0)     # steps between two states to go on from inside a cycle; 0: only at its end
@@ -95,7 +103,9 @@ class Config(GPTConfig):
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
-MAY_BE_ZERO = {"dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha", "resume_every"}
+MAY_BE_ZERO = {"packings", "momentum_warmup", "student_alpha", "dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha", "resume_every"}
+CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"), "restart": ("noise", "fresh", "none"), "keep": ("all", "last"),
+           "distill_teacher": ("predecessor", "best", "mixture"), "student_from": ("best", "scratch")}
 OPTIONAL = {int | None: int, float | None: float}
 
 
@@ -106,13 +116,14 @@ def rules(c):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             in_range = 0 <= value < 2 ** 31 and (value > 0 or key in MAY_BE_ZERO)
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
-    yield c.tokenizer in VOCAB_SIZE, "tokenizer", f"must be one of {', '.join(VOCAB_SIZE)}"
-    yield c.schedule in ("cycle", "cosine"), "schedule", "must be cycle or cosine"
+    for key, values in CHOICES.items():
+        yield getattr(c, key) in values, key, f"must be {', '.join(values[:-1])} or {values[-1]}"
     for key in ("run_dir", "data_dir"):
         yield max(map(len, os.fsencode(getattr(c, key)).split(b"/"))) < 240, key, "has a name that is too long for a file"
-    yield c.keep in ("all", "last"), "keep", "must be all or last"
-    yield c.restart in ("noise", "none"), "restart", "must be noise or none"
-    yield not c.ema_decay or c.restart == "noise" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
+    yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
+    yield c.distill_teacher != "mixture" or c.packings, "packings", "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; try packings=4"
+    yield c.distill_teacher != "mixture" or c.distill_temperature == 1, "distill_temperature", "must be 1 with distill_teacher=mixture, of which probabilities are stored"
+    yield not c.ema_decay or c.restart != "none" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
     yield c.n_layer % 2 == 0, "n_layer", f"must be even (half encoder, half decoder); try {c.n_layer + 1}"
     yield c.n_embd % c.n_head == 0, "n_embd", f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
@@ -121,7 +132,8 @@ def rules(c):
     yield c.sequence_len >= 4, "sequence_len", "must be at least 4"
     for key in ("dropout", "loop_from", "ema_decay"):
         yield getattr(c, key) < 1, key, "must be below 1"
-    yield c.distill_alpha <= 1, "distill_alpha", "must be between 0 and 1"
+    for key in ("distill_alpha", "student_alpha", "ema_share"):
+        yield getattr(c, key) <= 1, key, "must be at most 1"
     yield not c.loop_extra or c.n_layer // 2 <= c.loop_start < c.loop_end <= c.n_layer, "loop_start", \
         f"looped layers must be decoder layers: {c.n_layer // 2} <= loop_start < loop_end <= {c.n_layer}, or set loop_extra=0"
     for key in ("batch_tokens", "batch_tokens_ends"):
@@ -184,6 +196,11 @@ def take_actions(argv, **defaults):
         name, equals, text = arg[2:].partition("=")
         if not arg.startswith("--") or name not in defaults:
             rest.append(arg)
+            continue
+        if defaults[name] is False:             # a flag
+            if equals:
+                refuse(f"{arg}: write --{name} alone")
+            values[name] = True
             continue
         if not equals or text == defaults[name] == "":
             refuse(f"{arg} has no value: write --{name}=VALUE")

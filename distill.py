@@ -1,22 +1,32 @@
 """
-Primitive 2, chain distillation (paper, section 3.2): from cycle distill_from on, every member learns from labels and from
-its frozen predecessor, the member that the same trajectory wrote one cycle before.
+Primitive 2, distillation (paper, section 3.2): from cycle distill_from on, every member learns from labels and from a
+frozen teacher, by distill_teacher its predecessor (the paper's chain), the best member so far or the mixture of all so far.
 
 One process:  python distill.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
+One student:  python distill.py configs/tiny.py --student     after prior.py; one model learns from the mixture of all members
 
 Goes on from where train.py stopped, with the same loop, and writes the same files. Run again, it does what is missing.
+The student is trained in run_dir/student, kept as run_dir/student.pt, and reported when prior.py is run again.
 """
+import dataclasses
+import math
 import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from config import from_args
-from model import GPT, cross_entropy
+from config import from_args, refuse, take_actions
+from data import loader
+from files import seal
+from model import GPT, chunks, cross_entropy
+from population import STUDENT, TOP_K, Run, read_prior
 from train import run_cycles
 from world import next_command, one_line_errors
 
+
+# ----------------------------------------------------------------------------------------------- the loss
 
 def distillation_kl(student_logits, teacher_logits, temperature):
     """T^2 * KL(teacher || student) of (n, V) logits, both softened by T, in nats, summed over positions."""
@@ -25,46 +35,238 @@ def distillation_kl(student_logits, teacher_logits, temperature):
     return temperature ** 2 * F.kl_div(student, teacher, log_target=True, reduction="sum")
 
 
-def chain_loss(student, teacher, batch, alpha, temperature):
-    """(1 - alpha) * training loss + alpha * T^2 KL, of sequences (B, T + 1), in nats per token (paper, eq. 6)."""
-    idx, targets = batch[:, :-1], batch[:, 1:]
-    with torch.no_grad():
-        states = teacher.hidden(idx).flatten(0, 1)          # N, C: logits follow chunk by chunk, as the student's do
+def stored_kl(student_logits, p, ids):
+    """
+    KL(teacher || student) of (n, V) logits in nats, summed over positions, where p (n, k) are the teacher's largest
+    probabilities, of the tokens ids (n, k), and the other tokens count as one: never above the KL over all tokens.
+    """
+    student = F.log_softmax(student_logits, dim=-1)
+    others = student.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    student = torch.cat([student.gather(-1, ids), others], dim=-1)                  # n, k + 1
+    p = torch.cat([p, (1 - p.sum(dim=-1, keepdim=True)).clamp(min=0)], dim=-1)
+    return (torch.xlogy(p, p) - p * student).sum()
 
+
+def distilled_loss(student, batch, alpha, kl):
+    """(1 - alpha) * training loss + alpha * kl(logits, chunk: slice of B * T), of sequences (B, T + 1), in nats per token."""
     def token_loss(logits, targets, chunk):
-        with torch.no_grad():
-            teacher_logits = teacher.logits(states[chunk])
-        return (1 - alpha) * cross_entropy(logits, targets) + alpha * distillation_kl(logits, teacher_logits, temperature)
+        return (1 - alpha) * cross_entropy(logits, targets) + alpha * kl(logits, chunk)
 
-    loss, mtp = student(idx, targets, token_loss)
+    loss, mtp = student(batch[:, :-1], batch[:, 1:], token_loss)
     return loss + (1 - alpha) * mtp
 
 
+def chain_loss(student, teacher, batch, alpha, temperature):
+    """The distilled loss from a model (paper, eq. 6)."""
+    with torch.no_grad():
+        states = teacher.hidden(batch[:, :-1]).flatten(0, 1)        # N, C: logits follow chunk by chunk, as the student's do
+
+    def kl(logits, chunk):
+        with torch.no_grad():
+            teacher_logits = teacher.logits(states[chunk])
+        return distillation_kl(logits, teacher_logits, temperature)
+
+    return distilled_loss(student, batch, alpha, kl)
+
+
+# --------------------------------------------------------------------------------------- one member teaches
+
+def frozen(config, device):
+    """A model for members' weights."""
+    model = GPT(config).place(device, config.compile).eval().requires_grad_(False)      # eval: no dropout
+    return model.bfloat16() if device.type == "cuda" else model             # the members' own type; the CPU computes in float32
+
+
+def predecessor(run, t, cycle):
+    """The newest snapshot of this trajectory, before the noise."""
+    return cycle - 1
+
+
+def best(run, t, cycle):
+    """The one of lowest loss on the fitness set so far."""
+    return min(range(cycle), key=lambda c: run.read_member(t, c, check=False)[1]["fit_loss"])
+
+
 class Chain:
-    """loss_for_cycle of the chain. One teacher stays in memory, its weights replaced before every cycle."""
+    """loss_for_cycle where one member teaches. One teacher stays in memory, its weights replaced before every cycle."""
+
+    def __init__(self, config, choose=predecessor):
+        self.config, self.choose, self.teacher = config, choose, None
+
+    def __call__(self, launch, trajectory):
+        run, c = launch.run, self.config
+        self.teacher = self.teacher or frozen(c, launch.world.device)
+        weights, _ = run.read_member(trajectory.t, self.choose(run, trajectory.t, trajectory.cycles_done))
+        self.teacher.load_state_dict(weights)
+        return lambda student, batch, numbers: chain_loss(student, self.teacher, batch, c.distill_alpha, c.distill_temperature)
+
+
+# ------------------------------------------------------------------------------------------ a mixture teaches
+
+def newest_share(old, new):
+    """
+    The weight w of the newest member that minimises -mean log((1 - w) p_old + w p_new), by bisection; old, new: (tokens,)
+    log-probabilities of the fitness set under the mixture so far and under that member.
+    """
+    old, new = old.double().exp(), new.double().exp()
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        w = (low + high) / 2
+        falls = ((new - old) / (old + w * (new - old)).clamp(min=1e-300)).mean() > 0
+        low, high = (w, high) if falls else (low, w)
+    return w
+
+
+@torch.no_grad()
+def mix_in(model, sequences, mixture, share, batch_size):
+    """
+    (1 - share) * a stored mixture + share * the model, on sequences (n, T + 1), as it is stored: "p", the TOP_K largest
+    probabilities of every position, (n, T, k) float16, and "ids", their tokens, int16 (read without sign). What the
+    mixture did not store counts as spread like the model's own. mixture None: the model alone.
+    """
+    k, parts = min(TOP_K, model.config.vocab_size - 1), {"p": [], "ids": []}
+    for i, rows in enumerate(torch.from_numpy(sequences.astype("int64")).split(batch_size)):
+        x = model.hidden(rows[:, :-1].to(model.cos.device)).flatten(0, 1)
+        part = slice(i * batch_size, i * batch_size + len(rows))
+        before = mixture and [z.to(x.device).flatten(0, 1) for z in unpack(mixture["p"][part], mixture["ids"][part])]
+        for chunk in chunks(x, model.config.vocab_size):
+            p = new = model.logits(x[chunk]).softmax(dim=-1)                    # n, V
+            if before:
+                old, ids = (z[chunk] for z in before)
+                p = new.scatter(-1, ids, 0)
+                p *= (1 - old.sum(dim=-1, keepdim=True)).clamp(min=0) / p.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+                p = (1 - share) * p.scatter(-1, ids, old) + share * new
+            p, ids = p.topk(k, dim=-1)
+            parts["p"].append(p.half().cpu())
+            parts["ids"].append(ids.to(torch.int16).cpu())
+    return {name: torch.cat(part).view(len(sequences), -1, k) for name, part in parts.items()}
+
+
+def unpack(p, ids):
+    """Stored probabilities as float32, their tokens as int64."""
+    return p.float(), ids.long() & 0xFFFF
+
+
+class Mixture:
+    """
+    loss_for_cycle where the mixture of the trajectory's members so far teaches, by its probabilities stored on the packings:
+    every new member is run over them once, and mixed in with the share that serves the fitness set best.
+    """
 
     def __init__(self, config):
-        self.config, self.teacher = config, None
+        self.config, self.model = config, None
 
-    def __call__(self, run, device, t, cycle):
-        c = self.config
-        if self.teacher is None:
-            self.teacher = GPT(c).place(device, c.compile).eval().requires_grad_(False)      # eval: no dropout
-            if device.type == "cuda":
-                self.teacher.bfloat16()         # the members' own type; the CPU computes in float32
-        weights, _ = run.read_member(t, cycle - 1)      # the newest snapshot of this trajectory, before the noise
-        self.teacher.load_state_dict(weights)
-        return lambda student, batch: chain_loss(student, self.teacher, batch, c.distill_alpha, c.distill_temperature)
+    def members(self, launch, trajectory):
+        """(population, t, c) of those that teach this cycle, in the order in which they are mixed in."""
+        return [(launch.run, trajectory.t, c) for c in range(trajectory.cycles_done)]
+
+    def share(self, n, old, new):
+        """Of the n-th member, from 1; old, new: log p of the fitness set."""
+        return newest_share(old, new)
+
+    def __call__(self, launch, trajectory):
+        run, world, t, members = launch.run, launch.world, trajectory.t, self.members(launch, trajectory)
+        packings = range(1, self.config.packings + 1)
+        there = max((n for n in range(1, len(members) + 1) if all(run.mixture_path(t, n, p).exists() for p in packings)), default=0)
+        world.barrier()                                         # all have looked before one writes
+        for n in range(there + 1, len(members) + 1):
+            self.grow(launch, trajectory, members[n - 1], n)
+        stored = [run.read_mixture(t, len(members), p, check=world.lead) for p in packings]
+        per_packing = len(stored[0]["p"])
+
+        def loss(student, batch, numbers):
+            rows = [divmod(number, per_packing) for number in numbers.tolist()]         # on the CPU: the GPU does not wait
+            p, ids = (world.to_device(torch.stack([stored[packing][name][i] for packing, i in rows])).flatten(0, 1) for name in ("p", "ids"))
+            p, ids = unpack(p, ids)                                                     # B * T, k
+            return distilled_loss(student, batch, self.config.distill_alpha, lambda logits, chunk: stored_kl(logits, p[chunk], ids[chunk]))
+        return loss
+
+    def grow(self, launch, trajectory, member, n):
+        """Mix in the n-th member; the ranks of a group share the packings."""
+        run, world, t, (population, *which) = launch.run, launch.world, trajectory.t, member
+        self.model = self.model or frozen(self.config, world.device)
+        self.model.load_state_dict(population.read_member(*which)[0])
+        fit = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
+        for packing in range(1 + world.data_rank, self.config.packings + 1, world.data_size):
+            old, share = run.read_mixture(t, n - 1, packing) if n > 1 else None, 1.0
+            mixed = fit
+            if old:
+                share = self.share(n, old["fit"], fit)
+                mixed = torch.logaddexp(old["fit"] + math.log(1 - share), fit + math.log(share))
+            tensors = mix_in(self.model, trajectory.batches.pack(trajectory.batches.order_of(packing)), old, share, self.config.micro_batch)
+            run.save_mixture(t, n, packing, {**tensors, "fit": mixed})
+        world.barrier()
+
+
+TEACHERS = {"predecessor": Chain, "best": lambda config: Chain(config, best), "mixture": Mixture}
+
+
+# ------------------------------------------------------------------------------------------------ one student
+
+PACKINGS = 4                # on which the mixture teaches a student, where the population has none
+
+
+def student_config(config):
+    """The student's own: one cycle of one model, in run_dir/student."""
+    return dataclasses.replace(
+        config, run_dir=str(Path(config.run_dir) / "student"), trajectories=1, cycles=1, epochs_per_cycle=config.student_epochs, first_cycle_epochs=None,
+        schedule="cycle", restart="noise", ema_decay=0.0, dropout=0.0, keep="all",
+        packings=config.packings or PACKINGS, distill_from=0, distill_teacher="mixture", distill_alpha=config.student_alpha, distill_temperature=1.0)
+
+
+class Student(Mixture):
+    """loss_for_cycle where the learned prior's mixture of a finished population teaches."""
+
+    def __init__(self, config, population, prior):
+        super().__init__(student_config(config))
+        answer = max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
+        self.population, self.start = population, config.student_from
+        self.teachers = [(prior["members"][i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
+        self.best = prior["members"][next(a for a in prior["answers"] if a["rule"] == "best")["members"][0]]
+        for m, _ in self.teachers:
+            if population.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
+                refuse(f"{population.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
+
+    def identity(self):
+        return dict(taught_by=seal([(m["weights_sha256"], w) for m, w in self.teachers]), student_from=self.start)
+
+    def members(self, launch, trajectory):
+        return [(self.population, m["trajectory"], m["cycle"]) for m, _ in self.teachers]
+
+    def share(self, n, old, new):
+        weights = [w for _, w in self.teachers[:n]]
+        return weights[-1] / sum(weights)
+
+    def __call__(self, launch, trajectory):
+        if trajectory.step == 0 and self.start == "best":
+            trajectory.model.load_state_dict(self.population.read_member(self.best["trajectory"], self.best["cycle"])[0])
+        return super().__call__(launch, trajectory)
+
+
+def teach_student(config, argv):
+    """Train it, where that is not done, and keep it as run_dir/student.pt."""
+    data = loader.load(config)
+    population = Run(config, data.fingerprint)
+    student = Student(config, population, read_prior(config.run_dir))
+    run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), next_command("prior.py", argv), **student.identity())
+    if os.environ.get("RANK", "0") == "0":
+        weights, about = Run(student.config, data.fingerprint, **student.identity()).read_member(0, 0)
+        epochs = config.trajectories * config.epochs_until(config.cycles) + config.student_epochs
+        population.save_member(*STUDENT, weights, epochs=epochs, fit_loss=about["fit_loss"], **student.identity())
 
 
 def main(argv=None):
+    options, argv = take_actions(argv, student=False)
     config = from_args(argv, __doc__)
+    if options.student:
+        with one_line_errors(config):
+            return teach_student(config, argv)
     if config.distill_from >= config.cycles:
         if os.environ.get("RANK", "0") == "0":
             print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\nnext: {next_command('prior.py', argv)}")
         return
     with one_line_errors(config):
-        run_cycles(config, config.distill_from, config.cycles, Chain(config), argv, "distill.py", then="prior.py")
+        run_cycles(config, config.distill_from, config.cycles, TEACHERS[config.distill_teacher](config), next_command("distill.py", argv), next_command("prior.py", argv))
 
 
 if __name__ == "__main__":

@@ -75,9 +75,11 @@ def read_json(path):
     return value
 
 
-def differences(theirs, mine):
-    """The keys in which two identities differ, with both values; empty where they agree."""
-    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
+def differences(theirs, mine, leave=""):
+    """The keys, but one that is to be left out, in which two identities differ, with both values; empty where they agree. theirs: from a file, whatever it is."""
+    if not isinstance(theirs, dict):
+        return "it has no identity"
+    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs} - {leave}) if mine.get(k) != theirs.get(k))
 
 
 def digest(tensors):

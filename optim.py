@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 # Peak rates, before lr_scale.
 MATRIX_LR, EMBEDDING_LR, UNEMBEDDING_LR, SCALAR_LR, IHA_LR = 0.04, 0.15, 0.002, 0.1, 0.02
 WEIGHT_DECAY = 1.3
+MOMENTUM_RISE = 0.1         # of Muon's momentum, over momentum_warmup steps
 STACK = 1 << 27             # elements that Muon orthogonalises at once: half a GiB in fp32 and a few times that in between
 
 # One triple (a, b, c) per step: X <- aX + (bA + cA^2)X with A = XX^T brings every singular value close to 1.
@@ -78,10 +79,11 @@ class MuonAdamW:
     """
     step() applies each group's rates times the current multipliers (set_rates). The state is saved by parameter name:
     moments only, rates always come from the configuration. process_group: the ranks that share the work, None: one.
+    momentum_warmup: steps over which Muon's momentum rises to its value.
     """
 
-    def __init__(self, named_parameters, lr_scale, process_group=None):
-        named_parameters = dict(named_parameters)
+    def __init__(self, named_parameters, lr_scale, process_group=None, momentum_warmup=0):
+        named_parameters, self.momentum_warmup = dict(named_parameters), momentum_warmup
         self.process_group, self.rank, self.size = process_group, 0, 1
         if process_group is not None:
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -99,6 +101,13 @@ class MuonAdamW:
                 rows, cols = p.shape
                 g["m"] = p.new_zeros(n, rows, cols)
                 g["v"] = p.new_zeros((n, rows, 1) if rows >= cols else (n, 1, cols), dtype=torch.float32)
+
+    @torch.no_grad()
+    def reset(self):
+        """As before the first step."""
+        self.steps = 0
+        for tensor in [t for g in self.groups for key in ("m", "v", "steps") for t in g.get(key, [])]:
+            tensor.zero_()
 
     def set_rates(self, lr_multiplier, wd_multiplier):
         self.lr_multiplier, self.wd_multiplier = lr_multiplier, wd_multiplier
@@ -124,10 +133,12 @@ class MuonAdamW:
     def muon(self, g, lr, decay):
         rows, cols = g["params"][0].shape
         lr = lr * max(1, rows / cols) ** 0.5                    # tall matrices step further
+        left = max(0, 1 - (self.steps - 1) / self.momentum_warmup) if self.momentum_warmup else 0
+        momentum = g["momentum"] - MOMENTUM_RISE * left
         mine, at_once = g["params"][self.rank::self.size], max(1, STACK // (rows * cols))
         for part in (slice(i, i + at_once) for i in range(0, len(mine), at_once)):
             grads, weights = torch.stack([p.grad for p in mine[part]]), torch.stack(mine[part])
-            updates = muon_direction(grads, g["m"][part], g["v"][part], g["momentum"], g["beta2"])
+            updates = muon_direction(grads, g["m"][part], g["v"][part], momentum, g["beta2"])
             # cautious: decay only where the step shrinks a weight too
             weights -= lr * updates + lr * decay * weights * (updates * weights >= 0)
             torch._foreach_copy_(mine[part], weights.unbind())

@@ -5,6 +5,7 @@ Nothing here knows the model or the data.
 `python -m population CONFIG [--name=value ...]` checks a config and its run directory, and prints how many processes
 run.sh starts for it.
 """
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -40,26 +41,26 @@ def setup(config, world):
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
+STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
+TOP_K = 64              # a stored mixture's probabilities of a token
+
+
 class Run:
     """
     The run directory of a config; exits with code 2 where one of another config or other data stands there (of any data
-    where data_fingerprint is None), or none can be made. Nothing is written before claim(), whose lock is held until the end
+    where data_fingerprint is None), or none can be made; more: of its identity. Nothing is written before claim(), whose lock is held until the end
     of a `with`. t and c are trajectory and cycle.
     """
 
-    def __init__(self, config, data_fingerprint):
+    def __init__(self, config, data_fingerprint, **more):
         self.config, self.path, self.locks = config, Path(config.run_dir), []
         # through JSON and back, so that what is compared is what a file can hold
-        self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint}))
+        self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint, **more}))
         self.config_path = self.path / "config.json"
         if self.config_path.exists():
-            theirs = read_json(self.config_path).get("identity")
-            theirs = theirs if isinstance(theirs, dict) else {}
-            if data_fingerprint is None:
-                theirs["data_fingerprint"] = None
-            differ = differences(theirs, self.identity)
+            differ = differences(read_json(self.config_path).get("identity"), self.identity, leave="data_fingerprint" if data_fingerprint is None else "")
             if differ:
-                refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir")
+                refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir, or move it away")
         self.there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
         try:
             tempfile.TemporaryFile(dir=self.there).close()
@@ -102,9 +103,9 @@ class Run:
         sweep(self.path, "trajectory_*/.*")
         code = code_version()
         if self.config_path.exists():
-            begun = read_json(self.config_path).get("code")
-            if begun != code:
-                print(f"note: {self.path} was begun by code {begun}, this is {code}; what is there stays, for a fresh start name another --run_dir", file=sys.stderr)
+            theirs = read_json(self.config_path).get("code")
+            if theirs != code:
+                print(f"note: {self.path} was begun by code {theirs}, this is {code}; what is there stays, for a fresh start name another --run_dir", file=sys.stderr)
             return
         write_json(self.config_path, {"identity": self.identity, "config": vars(self.config), "code": code, "torch": torch.__version__})
 
@@ -160,12 +161,16 @@ class Run:
     # ---- members
 
     def member_path(self, t, c):
-        return self.path / f"trajectory_{t:02d}" / f"cycle_{c:03d}.pt"
+        return self.path / ("student.pt" if (t, c) == STUDENT else f"trajectory_{t:02d}/cycle_{c:03d}.pt")
 
     def members(self):
-        """The (t, c) of every member that is there, or was (keep=last), and left its scores; in order."""
+        """The (t, c) of every member that is there, or that keep=last dropped once it was scored; in order."""
         return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles)
-                if self.member_path(t, c).exists() or self.score_paths(t, c)["of"].exists()]
+                if self.member_path(t, c).exists() or self.scores_of(t, c).get("dropped")]
+
+    def student(self):
+        """[STUDENT] where there is one."""
+        return [STUDENT] * self.member_path(*STUDENT).exists()
 
     def save_member(self, t, c, state_dict, **about):
         """A member: the weights in bf16, and what they are."""
@@ -175,6 +180,7 @@ class Run:
     def drop_member(self, t, c):
         """The weights of a member that is scored go; its scores stay."""
         if self.member_path(t, c).exists() and self.scored(t, c):
+            write_json(self.score_paths(t, c)["of"], {**self.scores_of(t, c), "dropped": True})
             self.member_path(t, c).unlink()
 
     def mend(self, t):
@@ -190,8 +196,7 @@ class Run:
             weights, about = load_tensors(path, check)
         except Damaged as e:
             refuse(f"{path} {e}: {mend}")
-        identity = about.get("identity")
-        differ = differences(identity if isinstance(identity, dict) else {}, self.identity)
+        differ = differences(about.get("identity"), self.identity)
         if differ:
             refuse(f"{path} is a member of another population ({differ}): {mend}")
         return weights, about
@@ -216,10 +221,10 @@ class Run:
         for path in reversed(self.states(t)):
             try:
                 tensors, about = load_tensors(path)
-                differ = differences(about["identity"], self.identity) if isinstance(about.get("identity"), dict) else "it has no identity"
+                differ = differences(about.get("identity"), self.identity)
                 if differ:
                     raise Damaged(f"is of another population ({differ})")
-                if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step")) or not isinstance(about.get("setup"), dict):
+                if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step", "updates")) or not isinstance(about.get("setup"), dict):
                     raise Damaged("is no resume state")
                 return tensors, about
             except Damaged as e:
@@ -228,11 +233,34 @@ class Run:
         if reasons:
             refuse(f"{reasons[0]}, and no older one is whole: restore one, or delete trajectory_{t:02d} and train it again")
 
+    # ---- the mixture of the first n members, as far as it is stored to teach; the newest two stay
+
+    def mixture_path(self, t, n, packing):
+        return self.path / f"trajectory_{t:02d}" / f"mixture_{n:03d}_{packing}.pt"
+
+    def save_mixture(self, t, n, packing, tensors):
+        """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set."""
+        save_tensors(self.mixture_path(t, n, packing), tensors, identity=self.identity)
+        with contextlib.suppress(FileNotFoundError):
+            self.mixture_path(t, n - 2, packing).unlink()
+
+    def read_mixture(self, t, n, packing, check=True):
+        """Its tensors, mapped from disk."""
+        path = self.mixture_path(t, n, packing)
+        try:
+            tensors, about = load_tensors(path, check)
+            differ = differences(about.get("identity"), self.identity)
+            if differ:
+                raise Damaged(f"is of another population ({differ})")
+        except Damaged as e:
+            refuse(f"{path} {e}: delete it, and this again makes it anew")
+        return tensors
+
     # ---- scores
 
     def score_paths(self, t, c):
         """split -> the file of one member's scores; "of" says whose they are."""
-        folder, name = self.path / "scores", f"{t:02d}_{c:03d}"
+        folder, name = self.path / "scores", "student" if (t, c) == STUDENT else f"{t:02d}_{c:03d}"
         return {"fit": folder / "fit" / f"{name}.npy", "val": folder / "val" / f"{name}.npy", "of": folder / f"{name}.json"}
 
     def scores_of(self, t, c):
@@ -242,8 +270,8 @@ class Run:
 
     def scored(self, t, c):
         """Whether the scores of this very member are there."""
-        whose = self.scores_of(t, c).get("weights_sha256")
-        return whose is not None and (not self.member_path(t, c).exists() or whose == self.read_member(t, c, check=False)[1]["sha256"])
+        of, there = self.scores_of(t, c), self.member_path(t, c).exists()
+        return of["weights_sha256"] == self.read_member(t, c, check=False)[1]["sha256"] if of and there else bool(of)
 
     def save_scores(self, t, c, scores):
         """scores: split -> (tokens,) float32 log-probabilities. Whose they are is written last, and makes them valid."""
@@ -360,7 +388,7 @@ def read_prior(folder):
         good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"])) and all(isinstance(m["weights_sha256"], str) for m in members)
         good &= all(isinstance(result["text"].get(key, ""), str) for key in ("data", "text_sha256"))
         good &= {"best", "learned"} <= {a["rule"] for a in answers} and type(result["distill_from"]) is int
-        for a in answers:
+        for a in [a for a in answers if a["rule"] != "student"]:        # which is no member
             good &= len(a["weights"]) == len(a["members"]) == a["K"] > 0 and set(a["members"]) <= set(range(len(members))) and 0 <= min(a["weights"])
             good &= a["val_error"] is None or 0 <= a["val_error"] < 1e9
         numbers = [row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")] + [g[key] for g in result["growing"] for key in ("cycle", "epochs")]

@@ -19,7 +19,7 @@ from config import from_args, refuse, speak, take_actions
 from data import loader
 from model import GPT, activate_attention
 from files import write_json
-from population import open_run
+from population import STUDENT, open_run
 from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
@@ -202,12 +202,12 @@ def load_member(model, run, t, c):
 
 def score_members(config, data, run, world):
     """
-    Score every member that has no scores yet, on both held-out sets, spread over the ranks that can see it: where every
-    node has a disk of its own, rank 0 is sent the others' scores. The (trajectory, cycle) of all members.
+    Score every member that has no scores yet, and a student, on both held-out sets, spread over the ranks that can see it:
+    where every node has a disk of its own, rank 0 is sent the others' scores. The (trajectory, cycle) of all, a student first.
     """
-    seen = world.gather(run.members())
+    seen = world.gather(run.student() + run.members())
     members = sorted(set().union(*seen))
-    if not members:
+    if set(members) <= {STUDENT}:
         refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first, or name others' by --members=FOLDER", common=True)
     run.claim_scores()
     world.barrier(everyone=True)
@@ -259,14 +259,16 @@ def print_table(config, result):
 
 
 def weigh(config, data, run, members):
-    """The contents of prior.json, from the members' scores."""
-    log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members] for split in ("fit", "val")}
-    fit = torch.from_numpy(np.stack(log_p["fit"]))              # members, tokens
+    """The contents of prior.json, from the scores of the members and, where it comes first, a student."""
+    students, members = [m for m in members if m == STUDENT], [m for m in members if m != STUDENT]
+    log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students] for split in ("fit", "val")}
+    fit = torch.from_numpy(np.stack(log_p["fit"][:len(members)]))                   # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
     # all that is reported, in one pass over each held-out set
     mixtures = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
     mixtures += [(chosen, weights) for _, chosen, weights in grown] + [answer for answers in rules.values() for answer in answers]
+    mixtures += [(torch.tensor([len(members)]), torch.ones(1, dtype=torch.float64)) for _ in students]
     best = int(rules["best"][0][0])                             # its index, among members and so among mixtures
     rows = iter(evaluate(mixtures, best, log_p, data))          # taken in the order of mixtures
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
@@ -277,6 +279,7 @@ def weigh(config, data, run, members):
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **next(rows)) for m, w in answers]
         result["answers"] += [a for a in answers if a["K"] in kept]
         result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
+    result["answers"] += [dict(K=1, rule="student", members=[], weights=[], epochs=run.read_member(*STUDENT, check=False)[1]["epochs"], **next(rows)) for _ in students]
     result["answers"].sort(key=lambda a: a["K"])
     return result
 

@@ -13,6 +13,7 @@ import contextlib
 import math
 import time
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,12 @@ from data import loader
 from model import GPT, activate_attention
 from optim import MuonAdamW
 from population import Run, setup
-from world import STOPPED, StopSignals, join_world, next_command, one_line_errors
+from world import STOPPED, StopSignals, World, join_world, next_command, one_line_errors
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
 NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
 EMA_FROM = 0.9                              # the part of a cycle after which weights are averaged, where they are
+WARMDOWN = 5                                # schedule=warmdown: constant, then down to 0 over the last 1/5
 
 
 # ------------------------------------------------------------------------------------------- schedules
@@ -36,6 +38,8 @@ def rate_multipliers(schedule, step, length):
     """(learning rate, weight decay) multipliers at `step` of a cycle of `length` steps (paper, eq. 4)."""
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / length)), 1.0
+    if schedule == "warmdown":
+        return min(1.0, WARMDOWN * (1 - step / length)), 1.0
     lr = LR_FLOOR + (1 - LR_FLOOR) * (1 - step / length)
     return lr, WD_FLOOR + (1 - WD_FLOOR) * (1 - lr) / (1 - LR_FLOOR)
 
@@ -67,7 +71,7 @@ def place_in_decay(config, lengths, cycle, step):
 
 
 def noise_seed(seed, cycle):
-    """The public script's."""
+    """The public script's; fresh weights are drawn from it, too."""
     return seed * 100_003 + cycle * 31_337
 
 
@@ -83,8 +87,8 @@ def perturb(model, scale, seed):
 
 # --------------------------------------------------------------------------------------------- one step
 
-def label_loss(model, batch):
-    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token."""
+def label_loss(model, batch, numbers=None):
+    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token; whichever they are."""
     return sum(model(batch[:, :-1], batch[:, 1:]))
 
 
@@ -106,14 +110,17 @@ def average_weights(average, model, decay):
 
 
 def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
-    """One optimizer step over this rank's micro-batches, each (B, T + 1) of equal B. Returns (mean loss, gradient norm)."""
+    """
+    One optimizer step over this rank's micro-batches, all of equally many sequences: what loss_fn takes after the model, a
+    tuple of (B, T + 1) tokens and (B,) their numbers. Returns (mean loss, gradient norm).
+    """
     optimizer.zero_grad()
     total = 0
     for i, batch in enumerate(micro_batches, 1):
         # ranks exchange gradients once, with the last micro-batch
         sync = model.no_sync() if hasattr(model, "no_sync") and i < len(micro_batches) else contextlib.nullcontext()
         with sync:
-            loss = loss_fn(model, batch) / len(micro_batches)
+            loss = loss_fn(model, *batch) / len(micro_batches)
             loss.backward()
         total = total + loss.detach()
     return total, apply_gradients(model, optimizer, *multipliers)
@@ -129,8 +136,8 @@ class Trajectory:
         torch.manual_seed(self.seed)
         self.model = GPT(config).init_weights().place(world.device, config.compile)
         self.model.checkpointing = config.checkpoint
-        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, world.data_group)
-        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed)
+        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, world.data_group, config.momentum_warmup)
+        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed, config.packings)
         self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, where there is one
         if state:
             self.go_on_from(*state)
@@ -140,12 +147,22 @@ class Trajectory:
         part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
         try:
             self.model.load_state_dict(part("model."))
-            self.optimizer.load_state_dict(dict(steps=about["step"], moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
+            self.optimizer.load_state_dict(dict(steps=about["updates"], moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
         except (KeyError, RuntimeError, AssertionError):
             refuse(f"the resume state of trajectory {self.t} is of another model: restore it, or delete the trajectory's folder and train it again")
         self.average = {name: w.to(self.model.cos.device, copy=True) for name, w in part("average.").items()} or None
         self.batches.position = about["position"]
         self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
+
+    def restart(self):
+        """What happens between two cycles."""
+        config, cycle = self.model.config, self.cycles_done
+        if config.restart == "noise":
+            perturb(self.model, noise_scale(cycle, config.cycles), noise_seed(self.seed, cycle))
+        if config.restart == "fresh":
+            torch.manual_seed(noise_seed(self.seed, cycle))
+            self.model.init_weights()
+            self.optimizer.reset()
 
     def tensors(self, moments):
         """name -> tensor on the CPU, of the weights, their average and these moments (name -> (m, v))."""
@@ -155,7 +172,7 @@ class Trajectory:
         return {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
 
     def about(self):
-        return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step, step=self.step)
+        return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step, step=self.step, updates=self.optimizer.steps)
 
 
 def distributed(model, process_group, micro_batch):
@@ -175,7 +192,19 @@ def seed_step(seed, step, rank):
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
-def save_state(run, world, trajectory):
+@dataclass
+class Launch:
+    """One start of a script: what its trajectories share."""
+    run: Run
+    data: loader.Data
+    lengths: list               # steps of every cycle
+    world: World
+    stop: StopSignals
+    bar: object = None          # progress
+
+
+def save_state(launch, trajectory):
+    run, world = launch.run, launch.world
     moments = trajectory.optimizer.state_dict()["moments"]      # all ranks of the group together; the first has them all
     if world.lead:
         run.save_resume(trajectory.t, trajectory.tensors(moments), setup=setup(run.config, world), **trajectory.about())
@@ -189,10 +218,11 @@ def as_saved(model, config):
     return copy
 
 
-def keep_member(run, world, data, trajectory):
+def keep_member(launch, trajectory):
     """At a cycle's end: the member, with its loss on the fitness set, and the state to go on from, both from the same weights."""
-    config, t, cycle, model = run.config, trajectory.t, trajectory.cycles_done - 1, trajectory.model
-    if world.lead:
+    run, data, lead, config = launch.run, launch.data, launch.world.lead, launch.run.config
+    t, cycle, model = trajectory.t, trajectory.cycles_done - 1, trajectory.model
+    if lead:
         fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
         if not math.isfinite(fit_loss):
             refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
@@ -200,8 +230,8 @@ def keep_member(run, world, data, trajectory):
         run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
         if config.keep == "last":
             run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
-    save_state(run, world, trajectory)
-    if config.keep == "last" and world.lead:
+    save_state(launch, trajectory)
+    if config.keep == "last" and lead:
         for old in range(cycle - 1):                # two stay: the older resume state may need its teacher
             run.drop_member(t, old)
 
@@ -214,64 +244,66 @@ def refuse_nan(trajectory, rows, loss, norm):
                "order; the step was not taken, what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
 
 
-def report(run, world, bar, trajectory, loss, norm, tokens, seconds):
-    speed = tokens / seconds * world.groups
-    bar.set_postfix_str(f"trajectory {trajectory.t} cycle {trajectory.cycles_done} loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-    bar.update()
-    if world.lead:
-        run.log(kind="step", trajectory=trajectory.t, cycle=trajectory.cycles_done, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(speed))
+def report(launch, trajectory, loss, norm, tokens_per_s):
+    launch.bar.set_postfix_str(f"trajectory {trajectory.t} cycle {trajectory.cycles_done} loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+    launch.bar.update()
+    if launch.world.lead:
+        launch.run.log(kind="step", trajectory=trajectory.t, cycle=trajectory.cycles_done, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(tokens_per_s))
 
 
-def train_cycle(run, world, bar, stop, trajectory, lengths, loss_fn):
+def train_cycle(launch, trajectory, loss_fn):
     """The steps of a cycle that are left, or until a rank of the group is asked to stop."""
-    config, model, cycle = run.config, trajectory.model, trajectory.cycles_done
+    config, world, stop, model = launch.run.config, launch.world, launch.stop, trajectory.model
+    cycle, length = trajectory.cycles_done, launch.lengths[trajectory.cycles_done]
     tokens = tokens_per_step(config, cycle)
-    for s in range(trajectory.cycle_step, lengths[cycle]):
+    for s in range(trajectory.cycle_step, length):
         began = time.perf_counter()
-        at, span = place_in_decay(config, lengths, cycle, s)
+        at, span = place_in_decay(config, launch.lengths, cycle, s)
         model.looping = at >= config.loop_from * span
         seed_step(trajectory.seed, trajectory.step, world.data_rank)
-        rows = trajectory.batches.take(tokens // config.sequence_len)               # of all ranks: (n, T + 1)
-        mine = world.to_device(rows[world.data_rank::world.data_size])
+        rows, numbers = trajectory.batches.take(tokens // config.sequence_len)      # of all ranks: (n, T + 1), (n,)
+        mine = slice(world.data_rank, None, world.data_size)
+        micro_batches = list(zip(world.to_device(rows[mine]).split(config.micro_batch), numbers[mine].split(config.micro_batch)))
         rates = rate_multipliers(config.schedule, at, span)
-        loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, mine.split(config.micro_batch), loss_fn, rates)
+        loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, micro_batches, loss_fn, rates)
         loss, norm, stop.agreed = world.agree(loss, norm, stop.asked)
         refuse_nan(trajectory, rows, loss, norm)
-        if config.ema_decay and s >= EMA_FROM * lengths[cycle] and (lengths[cycle] - 1 - s) % config.ema_every == 0:
+        if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
         trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
-        report(run, world, bar, trajectory, loss, norm, tokens, time.perf_counter() - began)
+        report(launch, trajectory, loss, norm, tokens / (time.perf_counter() - began) * world.groups)
         if stop.agreed:
             return
-        if config.resume_every and trajectory.step % config.resume_every == 0 and s + 1 < lengths[cycle]:
-            save_state(run, world, trajectory)
+        if config.resume_every and trajectory.step % config.resume_every == 0 and s + 1 < length:
+            save_state(launch, trajectory)
 
 
-def train_trajectory(run, world, data, bar, stop, trajectory, lengths, end, loss_for_cycle):
+def train_trajectory(launch, trajectory, end, loss_for_cycle):
     """Its cycles that are left before `end`, a member after each; or until asked to stop."""
-    config, model = run.config, trajectory.model
-    run.check_room(world, sum(p.numel() for p in model.parameters()))
+    config, model = launch.run.config, trajectory.model
+    launch.run.check_room(launch.world, sum(p.numel() for p in model.parameters()))
     for cycle in range(trajectory.cycles_done, end):
-        if trajectory.cycle_step == 0 and cycle > 0 and config.restart == "noise":
-            perturb(model, noise_scale(cycle, config.cycles), noise_seed(trajectory.seed, cycle))
-        train_cycle(run, world, bar, stop, trajectory, lengths, loss_for_cycle(run, world.device, trajectory.t, cycle))
-        if stop.agreed:
-            save_state(run, world, trajectory)
+        if trajectory.cycle_step == 0 and cycle > 0:
+            trajectory.restart()
+        train_cycle(launch, trajectory, loss_for_cycle(launch, trajectory))
+        if launch.stop.agreed:
+            save_state(launch, trajectory)
             return
         if trajectory.average:                      # what goes on, too, is the average
-            model.load_state_dict(trajectory.average)
+            model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share) for name, w in model.state_dict().items()})
         trajectory.cycles_done, trajectory.cycle_step, trajectory.average = cycle + 1, 0, None
-        keep_member(run, world, data, trajectory)
+        keep_member(launch, trajectory)
 
 
-def run_cycles(config, first, end, loss_for_cycle, argv, script, then):
+def run_cycles(config, first, end, loss_for_cycle, again, then, **identity):
     """
-    Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(run, device, t, cycle) gives
-    a cycle's loss function, (model, batch) -> nats per token; it is called as the cycle starts. script, argv: how this was
-    called; then: the script to run next. Asked to stop, it exits with code 75 once the step at hand is saved.
+    Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(launch, trajectory) gives the
+    loss function of the cycle that starts, (model, tokens (B, T + 1), their numbers (B,)) -> nats per token. again,
+    then: the command that goes on, and the next one; identity: what the run directory belongs to beside config and data.
+    Asked to stop, it exits with code 75 once the step at hand is saved.
     """
     data = loader.load(config)
-    run = Run(config, data.fingerprint)
+    run = Run(config, data.fingerprint, **identity)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
     if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
         refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
@@ -281,31 +313,33 @@ def run_cycles(config, first, end, loss_for_cycle, argv, script, then):
         if world.rank == 0:
             print(f"cycles {first} .. {end - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
                   f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+        launch = Launch(run, data, lengths, world, stop)
         # counts all cycles, so that the ETA is that of the population: train.py alone ends early
-        bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
+        launch.bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
         for t in states:                            # one after another; other groups of ranks take other trajectories
             if states[t] and states[t][1]["cycles_done"] >= end:
                 continue
             trajectory = None                       # frees the last one's memory
             trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
-            train_trajectory(run, world, data, bar, stop, trajectory, lengths, end, loss_for_cycle)
+            train_trajectory(launch, trajectory, end, loss_for_cycle)
             if stop.agreed:
-                bar.close()
+                launch.bar.close()
                 if world.lead:
-                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {next_command(script, argv)}", flush=True)
+                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {again}", flush=True)
                 raise SystemExit(STOPPED)
-        bar.close()
+        launch.bar.close()
         world.barrier(everyone=True)
     world.close()
     if world.rank == 0:
-        print("next:", next_command(then, argv))
+        print("next:", then)
 
 
 def main(argv=None):
     config = from_args(argv, __doc__)
     last = min(config.distill_from, config.cycles)
     with one_line_errors(config):
-        run_cycles(config, 0, last, lambda run, device, t, cycle: label_loss, argv, "train.py", then="distill.py" if last < config.cycles else "prior.py")
+        run_cycles(config, 0, last, lambda launch, trajectory: label_loss, next_command("train.py", argv),
+                   then=next_command("distill.py" if last < config.cycles else "prior.py", argv))
 
 
 if __name__ == "__main__":

@@ -133,52 +133,65 @@ def text_source(config):
 class Batches:
     """
     The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch permutes
-    the documents (the last epoch's order, again), concatenates them, cuts sequences, permutes those, and cuts their
-    number to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
+    the documents (the last epoch's order, again), concatenates them and cuts sequences: its packing. These it permutes, and
+    cuts their number to a multiple. With packings > 0 only so many differ: the first ones come again, their sequences in
+    another order. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
-    def __init__(self, tokens, doc_starts, sequence_len, multiple, seed):
-        self.tokens, self.sequence_len, self.seed = tokens, sequence_len, seed
+    def __init__(self, tokens, doc_starts, sequence_len, multiple, seed, packings=0):
+        self.tokens, self.sequence_len, self.seed, self.packings = tokens, sequence_len, seed, packings
         self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
         self.per_epoch = sequences_per_epoch(tokens, sequence_len, multiple)
         self.position, self.epoch = 0, 0
-        self.first = self.order = np.arange(len(doc_starts))
+        self.packing, self.order = 0, np.arange(len(doc_starts))
         self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
 
     def permutation(self, epoch, n, salt):
         return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)).numpy()
 
-    def build(self, epoch, order):
-        """The (n, T + 1) sequences of an epoch (from 1), in the order in which steps take them, of documents in this order."""
-        flat = np.concatenate([self.tokens[self.starts[i]:self.ends[i]] for i in order])
-        sequences = cut(flat, self.sequence_len)
-        return sequences[self.permutation(epoch, len(sequences), 2000)[:self.per_epoch]]
+    def packing_of(self, epoch):
+        """Both from 1."""
+        return (epoch - 1) % self.packings + 1 if self.packings else epoch
 
-    def next_order(self, epoch, order):
-        return order[self.permutation(epoch, len(order), 1000)]
+    def order_of(self, packing):
+        """Of the documents in it."""
+        if packing < self.packing:
+            self.packing, self.order = 0, np.arange(len(self.order))
+        while self.packing < packing:
+            self.packing += 1
+            self.order = self.order[self.permutation(self.packing, len(self.order), 1000)]
+        return self.order
+
+    def pack(self, order):
+        """The (n, T + 1) sequences of the documents in this order."""
+        return cut(np.concatenate([self.tokens[self.starts[i]:self.ends[i]] for i in order]), self.sequence_len)
+
+    def build(self, epoch, order):
+        """An epoch's (sequences, numbers), in the order in which steps take them, of documents in this order."""
+        sequences = self.pack(order)
+        chosen = self.permutation(epoch, len(sequences), 2000)[:self.per_epoch]
+        return sequences[chosen], (self.packing_of(epoch) - 1) * len(sequences) + chosen
 
     def open_epoch(self, epoch):
-        """Make `sequences` those of this epoch, and begin to build the next one's: no step waits at an epoch's end."""
-        if epoch < self.epoch:
-            self.epoch, self.order = 0, self.first
-        while self.epoch < epoch:
-            self.epoch += 1
-            self.order = self.next_order(self.epoch, self.order)
+        """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""
         number, future = self.ahead
-        self.sequences = future.result() if number == epoch else self.build(epoch, self.order)
-        self.ahead = epoch + 1, self.pool.submit(self.build, epoch + 1, self.next_order(epoch + 1, self.order))
+        self.sequences, self.numbers = future.result() if number == epoch else self.build(epoch, self.order_of(self.packing_of(epoch)))
+        self.epoch, self.ahead = epoch, (epoch + 1, self.pool.submit(self.build, epoch + 1, self.order_of(self.packing_of(epoch + 1))))
 
     def take(self, n):
-        """The next n sequences, (n, T + 1) int64; they may straddle two epochs."""
+        """
+        The next n sequences, (n, T + 1) int64, and their numbers (n,) int64: a number is one sequence of one packing, counted
+        from the first packing's first on. They may straddle two epochs.
+        """
         parts = []
         while n > 0:
             epoch, offset = divmod(self.position, self.per_epoch)
             if self.epoch != epoch + 1:
                 self.open_epoch(epoch + 1)
-            parts.append(self.sequences[offset:offset + n])
-            self.position += len(parts[-1])
-            n -= len(parts[-1])
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+            parts.append((self.sequences[offset:offset + n], self.numbers[offset:offset + n]))
+            self.position += len(parts[-1][0])
+            n -= len(parts[-1][0])
+        return tuple(torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in zip(*parts))
 
 
 @torch.no_grad()

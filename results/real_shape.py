@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -45,7 +46,7 @@ def timed(what, function):
 def step(model, optimizer, batch, loss_fn, name):
     """One optimizer step, forward and backward and update timed apart; the loss before it."""
     optimizer.zero_grad()
-    loss = timed(f"{name}: forward and loss", lambda: loss_fn(model, batch))
+    loss = timed(f"{name}: forward and loss", lambda: loss_fn(model, batch, None))
     timed(f"{name}: backward", loss.backward)
     timed(f"{name}: clip and optimizer step; gradient norm", lambda: apply_gradients(model, optimizer, *rate_multipliers("cycle", 0, 508)).item())
     wrong = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
@@ -76,7 +77,7 @@ def main():
     timed("write the member", lambda: run.save_member(0, 0, model.state_dict(), epochs=0, fit_loss=after))
     size = run.member_path(0, 0).stat().st_size
     chain = Chain(config)
-    teach = timed("read it back as the teacher", lambda: chain(run, CPU, 0, 1))
+    teach = timed("read it back as the teacher", lambda: chain(SimpleNamespace(run=run, world=SimpleNamespace(device=CPU)), SimpleNamespace(t=0, cycles_done=1)))
     same = evaluate(chain.teacher, batch)
     timed("noise before cycle 1", lambda: perturb(model, noise_scale(1, config.cycles), noise_seed(config.seed, 1)))
     timed("the batch's loss after it", lambda: evaluate(model, batch))

@@ -43,7 +43,7 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--epochs_per_cycle=nan"], ["epochs_per_cycle=nan"]), (train, ["--lr_scale=inf"], ["lr_scale=inf"]), (train, ["--n_layer=99999999999999999999"], ["n_layer", "2^31"]),
     (train, ["--tokenizer=words"], ["tokenizer", "bytes, gpt2"]), (train, ["--schedule=linear"], ["schedule", "cosine"]), (train, ["--restart=fresh"], ["restart", "noise or none"]),
     (train, ["--window_pattern=SX"], ["window_pattern", "SSSL"]), (train, ["--batch_tokens=100"], ["batch_tokens=100", "128"]), (train, ["--micro_batch=3"], ["micro_batch=3", "--micro_batch=2"]),
-    (train, ["--loop_extra=1", "--loop_end=1"], ["loop_start", "decoder"]), (train, ["--distill_alpha=1.5"], ["distill_alpha", "between 0 and 1"]), (train, ["--compile=maybe"], ["compile", "True or False"]),
+    (train, ["--loop_extra=1", "--loop_end=1"], ["loop_start", "decoder"]), (train, ["--distill_alpha=1.5"], ["distill_alpha", "at most 1"]), (train, ["--compile=maybe"], ["compile", "True or False"]),
     (train, ["--keep=some"], ["keep", "all or last"]), (train, ["--resume_every=-1"], ["resume_every=-1"]), (train, ["--sequence_len=2"], ["sequence_len=2"]),
     (train, ["--epochs=0"], ["epochs='0'"]), (train, ["--epochs=8"], ["epochs=8", "cycles"]), (train, ["--epochs=many"], ["epochs='many'"]), (train, ["--run_dir="], ["run_dir"]),
     (train, ["--fitness_tokens=3000"], ["train_tokens=3000", "fitness_tokens"]), (train, ["--train_tokens=2000000000"], ["train_tokens", "3000"]), (train, ["--ema_decay=0.5", "--run_dir={place}/other"], ["ema_every"]),

@@ -79,7 +79,7 @@ def test_micro_batches_add_up_to_the_batch(micro):
         torch.manual_seed(0)
         model = GPT(config).init_weights().train()
         optimizer = MuonAdamW(model.named_parameters(), config.lr_scale)
-        loss, norm = train.train_step(model, optimizer, batch.split(size), train.label_loss, (0.0, 0.0))
+        loss, norm = train.train_step(model, optimizer, list(zip(batch.split(size))), train.label_loss, (0.0, 0.0))
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert norm < 1 and norm.item() == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
@@ -91,7 +91,7 @@ def test_gradients_are_clipped_to_norm_1(micro):
     model = GPT(from_args(micro(dropout=0), "")).init_weights().train()
     with torch.no_grad():
         model.lm_head.weight.mul_(3000)
-    _, norm = train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), (torch.randint(257, (4, 33)),), train.label_loss, (0.0, 0.0))
+    _, norm = train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), ((torch.randint(257, (4, 33)),),), train.label_loss, (0.0, 0.0))
     assert norm > 5 and torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(1, rel=1e-3)
 
 
@@ -108,7 +108,7 @@ def test_ranks_exchange_gradients_with_the_last_micro_batch_only():
             return super().forward(x)
     model = Replica(4, 4, bias=False)
     loss_fn = lambda model, batch: model(batch).square().mean()
-    train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), torch.randn(6, 4).split(2), loss_fn, (1.0, 1.0))
+    train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), list(zip(torch.randn(6, 4).split(2))), loss_fn, (1.0, 1.0))
     assert model.calls == [True, True, False]
 
 
@@ -427,7 +427,7 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
     seen, argv = {}, ready(trajectories=1, epochs_per_cycle=0.1, cycles=1, distill_from=1, micro_batch=1)
     def record(rank, size):
         def step(model, optimizer, micro_batches, *rest):
-            seen.setdefault((size, rank), []).append(torch.cat(micro_batches))
+            seen.setdefault((size, rank), []).append(torch.cat([rows for rows, _ in micro_batches]))
             return torch.zeros(()), torch.zeros(())
         monkeypatch.setattr(train, "train_step", step)
         monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size))
@@ -472,7 +472,7 @@ def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "label_loss", lambda model, batch: model(batch[:, :-1], batch[:, 1:])[1] * float("nan"))
+    monkeypatch.setattr(train, "label_loss", lambda model, batch, numbers: model(batch[:, :-1], batch[:, 1:])[1] * float("nan"))
     with pytest.raises(SystemExit) as stop:
         train.main(ready())
     assert stop.value.code == 1 and "nan" in error_line(capsys.readouterr().err) and not members(tmp_path / "run")

@@ -77,7 +77,7 @@ class Ours:
             self.loss_fn = lambda model, batch: distill.chain_loss(model, teacher, batch, config.distill_alpha, config.distill_temperature)
 
     def step(self, rows):
-        train.train_step(self.ddp_model, self.optimizer, rows.split(self.config.micro_batch), self.loss_fn, (1.0, 1.0))
+        train.train_step(self.ddp_model, self.optimizer, list(zip(rows.split(self.config.micro_batch))), self.loss_fn, (1.0, 1.0))
 
     def parts(self, rows):
         """Seconds of the parts of a step over one micro-batch, of its optimizer step, and of the batch's way from the data."""
