@@ -41,7 +41,7 @@ def test_what_follows_from_other_values():
     (["--lr_scale=inf"], ["lr_scale"]), (["--compile=maybe"], ["compile"]), (["--run_dir="], ["run_dir"]), (["--cycles"], ["--cycles", "VALUE"]),
     (["--loop_extra=2"], ["loop_start"]), (["--fitness_tokens=100"], ["fitness_tokens"]), (["--train_tokens=10000"], ["train_tokens"]),
     (["--vocab_size=10"], ["vocab_size", "tokenizer"]), (["extra.py"], ["one config file"]), (["--seed=-1"], ["seed"]), (["--n_embd=16"], ["n_embd", "32"]),
-    (["--restart=fresh"], ["restart", "noise or none"]), (["--loop_from=1"], ["loop_from", "below 1"]), (["--ema_decay=1"], ["ema_decay"]), (["--ema_every=0"], ["ema_every"]),
+    (["--restart=anew"], ["restart", "noise, fresh or none"]), (["--loop_from=1"], ["loop_from", "below 1"]), (["--ema_decay=1"], ["ema_decay"]), (["--ema_every=0"], ["ema_every"]),
     (["--first_cycle_epochs=-1"], ["first_cycle_epochs"]), (["--seed=99999999999999999999"], ["seed", "2^31"]), (["--epochs_per_cycle=1e308"], ["epochs_per_cycle", "2^31"]),
 ])
 def test_bad_values_are_refused_by_name(args, names, capsys):
