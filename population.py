@@ -45,6 +45,12 @@ STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
 TOP_K = 64              # a stored mixture's probabilities of a token
 
 
+def mixture_bytes(config):
+    """Of one stored mixture, on all packings of a trajectory; 0 where none teaches."""
+    taught = config.distill_teacher == "mixture" and config.distill_from < config.cycles
+    return taught * config.packings * (config.train_tokens - config.fitness_tokens) * 4 * TOP_K
+
+
 class Run:
     """
     The run directory of a config; exits with code 2 where one of another config or other data stands there (of any data
@@ -152,6 +158,7 @@ class Run:
         members = here * (c.cycles if c.keep == "all" else min(c.cycles, 3))
         need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
         need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
+        need += max(0, here * 2 * c.packings + 1 - len([*self.path.glob("trajectory_*/mixture_*.pt")])) * mixture_bytes(c) / max(1, c.packings)
         need += max(0, here * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
         free = shutil.disk_usage(self.there).free
         if need > free:

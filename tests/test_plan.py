@@ -102,6 +102,15 @@ def test_the_figures_follow_overrides(flags, change):
     assert change(figures(*flags), figures())
 
 
+def test_a_stored_mixture_costs_a_pass_of_every_member_over_the_packings(capsys):
+    config, model, sequences = of("1p8b", "--distill_teacher=mixture", "--packings=4", "--distill_temperature=1")
+    flops, labels = plan.flops_of(config, model, sequences), plan.flops_of(of("1p8b", "--distill_from=64")[0], model, sequences)
+    passes = 2 * 63 * 4 * 48_736 * 2048 * (33.7046e9 - 25.5290e9)
+    assert flops["distill.py"] + flops["train.py"] == pytest.approx(labels["train.py"] + passes, rel=1e-4)
+    plan.main([str(ROOT / "configs" / "1p8b.py"), "--distill_teacher=mixture", "--packings=4", "--distill_temperature=1"])
+    assert "stored on 4 packings" in (out := capsys.readouterr().out) and "stored mixtures 409" in out         # 2 x 2 x 4 x 99.9M tokens x 256 bytes
+
+
 def test_what_is_printed(capsys):
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--mfu=0.55", "--price=2", "--ranks=8"])
     out = capsys.readouterr().out

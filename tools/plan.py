@@ -15,6 +15,7 @@ from config import from_args, refuse, take_actions
 from data import loader
 from model import GPT
 from optim import MuonAdamW
+from population import mixture_bytes
 from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
 from world import cannot_share, micro_batches
 
@@ -111,12 +112,16 @@ def flops_of(config, model, sequences):
     lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
     flops = {"train.py": 0, "distill.py": 0}
     per_token = {(looping, teacher): step_flops(model, looping, teacher) for looping in (False, True) for teacher in (False, True)}
+    stored = config.distill_teacher == "mixture" and config.distill_from < config.cycles
     for cycle, length in enumerate(lengths):
-        teacher = cycle >= config.distill_from
+        teacher = cycle >= config.distill_from and not stored
         for looping in (False, True):
             places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
             steps = sum((place >= config.loop_from * span) == looping for place, span in places)
-            flops["distill.py" if teacher else "train.py"] += config.trajectories * steps * tokens_per_step(config, cycle) * per_token[looping, teacher]
+            flops["distill.py" if cycle >= config.distill_from else "train.py"] += config.trajectories * steps * tokens_per_step(config, cycle) * per_token[looping, teacher]
+    if stored:              # every member but the last passes over the packings once
+        tokens = config.packings * sequences * config.sequence_len
+        flops["distill.py"] += config.trajectories * (config.cycles - 1) * tokens * sum(forward_flops(model, looping=True, mtp=False).values())
     flops["prior.py"] = config.trajectories * config.cycles * held_out_tokens(config) * sum(forward_flops(model, looping=True, mtp=False).values())
     return flops
 
@@ -166,7 +171,8 @@ def print_cycles(config, sequences):
         scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
         print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 120, initial_indent="  ", subsequent_indent=" " * 33))
     chain = config.distill_from < config.cycles
-    print(f"  teacher: {'the predecessor, from cycle ' + str(config.distill_from) if chain else 'none'}")
+    teacher = {"predecessor": "the predecessor", "best": "the best member so far", "mixture": f"the mixture so far, stored on {config.packings} packings"}[config.distill_teacher]
+    print(f"  teacher: {teacher + ', from cycle ' + str(config.distill_from) if chain else 'none'}")
 
 
 def print_cost(config, model, sequences, options):
@@ -195,8 +201,9 @@ def print_machine(config, model, options):
     state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
     members = config.trajectories * (config.cycles if config.keep == "all" else min(config.cycles, 3))
     scores = config.trajectories * config.cycles * 4 * held_out_tokens(config)
+    mixtures = config.trajectories * 2 * mixture_bytes(config)
     print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {2 * config.trajectories + 1} states of {state / 1e9:.3g} = "
-          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}")
+          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}" + f"; stored mixtures {mixtures / 1e9:,.4g}" * (mixtures > 0))
 
 
 def main(argv=None):
