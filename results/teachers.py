@@ -7,7 +7,9 @@ independent models and of single models, at equal epochs. Writes results/teacher
 import collections
 import dataclasses
 import json
+import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,13 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import from_args                                                # noqa: E402
-from data import prepare                                                    # noqa: E402
+from data import loader, prepare                                            # noqa: E402
 from data.tokenizer import get_tokenizer                                    # noqa: E402
+from distill import newest_share, student_config                            # noqa: E402
 from files import read_json                                                 # noqa: E402
+from population import Run                                                  # noqa: E402
+from prior import fit_weights                                               # noqa: E402
+from results.demo import commit, loss_of as loss                            # noqa: E402
+from tools import plan                                                      # noqa: E402
 
 SEEDS, ALPHAS = (42, 1042, 2042), (0.45, 0.7, 0.85)
 TINY, SINGLE = "configs/tiny.py", "configs/single.py"
@@ -100,10 +108,6 @@ def work(job, folder, finished, root, texts):
     print(job.text, job.name, job.seed, "done", flush=True)
 
 
-def loss(prior, rule, K=None, split="val_loss"):
-    return next(a[split] for a in reversed(prior["answers"]) if a["rule"] == rule and K in (None, a["K"]))
-
-
 # ------------------------------------------------------------------------------------------------ what is run
 
 def searches(text):
@@ -149,7 +153,139 @@ def all_jobs(texts, root):
 STUDENTS = ["student16_of_mixture8", "student8_of_mixture12", "student4_of_mixture8", "student8_of_mixture8", "student16_of_mixture8_scratch", "student32_of_mixture8"]
 
 
+# ------------------------------------------------------------------------------------------------ what is said
+
+def opened(job, root):
+    """(config, data, run) of a finished job."""
+    config = from_args([str(ROOT / job.config), *job.flags, f"--seed={job.seed}", f"--run_dir={job.folder(root)}", f"--data_dir={root / 'data' / job.text}", *(job.student or [])], "")
+    config.data = read_json(job.folder(root) / "config.json")["config"]["data"]
+    data = loader.load(config)
+    return config, data, Run(config, data.fingerprint)
+
+
+def cost(job, root, prior):
+    """(training epochs, training FLOPs) in all, the student's and its teachers' passes included."""
+    config, data, _ = opened(job, root)
+    model, sequences = plan.meta_model(config), data.sequences_per_epoch
+    flops, epochs = plan.flops_of(config, model, sequences), config.trajectories * config.epochs_until(config.cycles)
+    total = flops["train.py"] + flops["distill.py"]
+    if job.student:
+        own = student_config(config)
+        teachers = sum(w > 0 for w in max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])["weights"])
+        tokens = sequences * config.sequence_len
+        total += own.epochs_per_cycle * tokens * plan.step_flops(model, True, False) + teachers * own.packings * tokens * sum(plan.forward_flops(model, True, False).values())
+        epochs += own.epochs_per_cycle
+    return epochs, total
+
+
+def mean_error(values):
+    return f"{np.mean(values):.4f} +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+
+def scores(job, root):
+    """{split: (members, tokens) log-probabilities, the student's last}, of a finished job."""
+    config, data, run = opened(job, root)
+    return {split: torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in run.members() + run.student()])) for split in ("fit", "val")}
+
+
+def running(log_p):
+    """Validation loss of the mixture that teaches after each member: (with shares fitted one by one, fitted anew each time)."""
+    rows, fit, val = [], None, None
+    for n in range(len(log_p["fit"])):
+        new = {split: log_p[split][n].double() for split in log_p}
+        w = 1.0 if fit is None else newest_share(fit, new["fit"])
+        fit, val = (old if w == 0 else new[s] if w == 1 else torch.logaddexp(old + math.log(1 - w), new[s] + math.log(w)) for s, old in (("fit", fit), ("val", val)))
+        weights, _ = fit_weights(log_p["fit"][:n + 1])
+        rows.append((-val.mean().item(), -(weights @ log_p["val"][:n + 1].double().exp()).log().mean().item()))
+    return rows
+
+
+def answers(job, prior):
+    """[(what, price, validation loss)] of a finished job."""
+    M = len(prior["members"])
+    if job.student:
+        return [("", 1, loss(prior, "student"))]
+    if M == 1:
+        return [("", 1, loss(prior, "best"))]
+    rows = [("best member", 1, loss(prior, "best")), ("uniform, all", M, loss(prior, "uniform", M)), ("learned prior", M, loss(prior, "learned", M))]
+    if job.name == "record11":
+        rows[1] = ("uniform, but the first", M - 1, prior["losses"]["uniform"]["val"][M - 2])
+    return rows
+
+
+LABELS = {"single": "one model, one cosine", "paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far",
+          "mixture": "mixture so far, 4 packings", "mixture_2packings": "mixture so far, 2 packings", "record11": "record 11: 5 fresh models, each against the last",
+          "paper_2x16": "2 x 16, the paper's chain", "mixture_2x16": "2 x 16, the mixture so far"}
+
+
+def table(text, root, alpha):
+    """Lines of one text's table, of what is finished, and {name: [prior of each seed]}."""
+    jobs = {seed: reported(text, seed, alpha) for seed in SEEDS}
+    done = {name: [jobs[s][name] for s in SEEDS if finished(jobs[s][name], root)] for name in jobs[SEEDS[0]]}
+    priors = {name: [read_json(j.folder(root) / "prior.json") for j in some] for name, some in done.items() if some}
+    rows = []
+    for name in priors:
+        label = LABELS.get(name) or (f"{LABELS['single']}" if name.startswith("single") else name.replace("_", " "))
+        epochs, flops = cost(done[name][0], root, priors[name][0])
+        for i, (what, price, _) in enumerate(answers(done[name][0], priors[name][0])):
+            losses = [answers(j, p)[i][2] for j, p in zip(done[name], priors[name])]
+            rows.append((epochs, f"| {label}{': ' if what else ''}{what} | {epochs:g} | {flops / 1e12:.2f} | {price} | {mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |"))
+    head = ["| | training epochs | TFLOP | price | validation loss | seeds |", "|---|---|---|---|---|---|"]
+    return head + [row for _, row in sorted(rows, key=lambda r: r[0])], done, priors
+
+
+def finished(job, root):
+    path = job.folder(root) / "prior.json"
+    return path.exists() and (not job.student or any(a["rule"] == "student" for a in read_json(path)["answers"]))
+
+
+def teachers_of(done, root):
+    """Lines: what each teacher makes of members and of their mixture, and of the mixture that taught."""
+    lines = ["| 1 x 16 cycles | mean of the last 8 members | best member | learned prior | what mixing adds | running mixture against refitted, mean of cycles 4 .. 15 |", "|---|---|---|---|---|---|"]
+    for name in ("none", "paper", "chain", "best", "mixture", "mixture_2packings"):
+        found = []
+        for job in done.get(name, []):
+            prior, grown = read_json(job.folder(root) / "prior.json"), running(scores(job, root))
+            last = np.mean([m["val_loss"] for m in prior["members"][-8:]])
+            found.append((last, loss(prior, "best"), loss(prior, "learned"), loss(prior, "best") - loss(prior, "learned"), np.mean([a - b for a, b in grown[3:15]])))
+        if found:
+            lines.append(f"| {LABELS[name]} | " + " | ".join(mean_error(column) for column in zip(*found)) + " |")
+    return lines
+
+
+def students_of(done, root):
+    """Lines: the share of the gain that each student keeps, and what it adds as one more member."""
+    lines = ["| student | gain of the mixture over the best member | kept by the student | student's loss less the mixture's | mixture with the student as a member |", "|---|---|---|---|---|"]
+    for name, jobs in done.items():
+        found = []
+        for job in jobs if name.startswith("student") else []:
+            prior, log_p = read_json(job.folder(root) / "prior.json"), scores(job, root)
+            best, mixed, own = (loss(prior, rule) for rule in ("best", "learned", "student"))
+            weights, _ = fit_weights(log_p["fit"])
+            found.append((best - mixed, (best - own) / (best - mixed), own - mixed, -(weights @ log_p["val"].double().exp()).log().mean().item()))
+        if found:
+            lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(mean_error(column) for column in zip(*found)) + " |")
+    return lines
+
+
+def report(root, texts):
+    alpha, found = chosen("manual", root)
+    lines = ["# Who teaches whom", "", f"Printed by `python results/teachers.py` at commit {commit()}: torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), one thread a run.",
+             "configs/tiny.py's model, text sizes and rates; validation loss in nats per byte, mean +- standard error over the seeds " + ", ".join(map(str, SEEDS)) + " (fewer where fewer are listed).",
+             "TFLOP: model FLOPs of all training, teachers' passes included, as tools.plan counts. Price: members that answer.", "",
+             "## The search", "", "One seed each, on documents of the manual that no other run sees, fitness set and validation of their own; 16 members (learned prior's loss), students of 8 members (their own).", "",
+             "| alpha | " + " | ".join(map(str, ALPHAS)) + " | chosen |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | " + " | ".join(f"{found[name, a]:.4f}" for a in ALPHAS) + f" | {alpha[name]} |" for name in alpha]
+    for text in texts:
+        rows, done, _ = table(text, root, alpha)
+        lines += ["", f"## {text}", "", *rows, "", *teachers_of(done, root), "", *students_of(done, root)]
+    (ROOT / "results" / "teachers.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main():
+    if sys.argv[1] == "--report":               # of what is done so far
+        return report(Path(sys.argv[2]), sys.argv[3:])
     root, texts = Path(sys.argv[1]), {"manual": "manual", **dict(a.split("=") for a in sys.argv[2:])}
     root.mkdir(parents=True, exist_ok=True)
     sources = {**texts, "tune_manual": tuning_text(root, "manual", "manual")}
@@ -158,6 +294,7 @@ def main():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in (searches("manual").values(), all_jobs(texts, root)):
             list(pool.map(lambda job: run(job, root, sources), some))
+    report(root, texts)
 
 
 if __name__ == "__main__":
