@@ -20,6 +20,7 @@ from optim import MuonAdamW
 from population import STUDENT, Run
 from tests import kill
 from tests.conftest import error_line
+from tools import generate, plot
 
 # fresh models are about equally good, so that every one counts in a mixture
 MIXTURE = dict(distill_teacher="mixture", packings=2, distill_temperature=1, trajectories=1, restart="fresh", momentum_warmup=3)
@@ -331,6 +332,9 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     model.load_state_dict(run.read_member(*STUDENT)[0])
     assert row["val_loss"] == pytest.approx(-loader.score(model, data.val, 4).astype(np.float64).mean(), abs=1e-6)
     assert "student" in capsys.readouterr().out
+    plot.main(argv)
+    generate.main([*argv, "--member=student", "--tokens=5"])
+    assert "student: 'The " in capsys.readouterr().out
     monkeypatch.undo()
     changed = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.pt")}
     student(argv)                                               # done already: nothing is trained

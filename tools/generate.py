@@ -5,7 +5,7 @@ asks all K members for every token and takes the weighted mean of their probabil
 
 Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
             --tokens=80  --temperature=0.8  --top_k=50 (0: no limit)  --sample_seed=0
-            --member=T,C (trajectory and cycle: that member alone, instead of both)  --members=FOLDER (as of prior.py)
+            --member=T,C (trajectory and cycle) or student: that model alone, instead of both  --members=FOLDER (as of prior.py)
 """
 import torch
 
@@ -53,6 +53,8 @@ def choose(options, prior, run):
     for m in prior["members"]:
         if run.member_path(m["trajectory"], m["cycle"]).exists() and run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
             refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: run prior.py on this config again")
+    if options.member == "student":
+        return [("student", run.student() or refuse("member=student: there is none; run distill.py --student on this config first"), [1.0])]
     if options.member:
         chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
         if chosen not in members:

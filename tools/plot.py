@@ -16,7 +16,7 @@ from files import write_whole
 from population import read_prior
 
 RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
-         "learned": ("learned prior, K members", "tab:blue")}
+         "learned": ("learned prior, K members", "tab:blue"), "student": ("one student of them all", "tab:green")}
 
 
 def curve(axes, x, rows, errors=None, **style):
@@ -38,6 +38,7 @@ def loss_against_K(axes, priors):
         curve(axes, K, pick(priors, rule, "val_loss"), errors, color=color, marker="o", label=label)
     axes.axhline(np.mean(pick(priors, "best", "val_loss")), color="tab:red", ls="--", label="best single member, chosen on the fitness set")
     axes.set_xscale("log", base=2)
+    K = pick(priors, "learned", "K")[0]
     axes.set_xticks(K, [str(k) for k in K])
     axes.set(xlabel="K, members that answer (each costs a forward pass)", title="A population against its best member")
 
