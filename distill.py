@@ -103,6 +103,9 @@ class Chain:
 
 # ------------------------------------------------------------------------------------------ a mixture teaches
 
+PART = 4096                 # sequences of a packing that are stored in one file, and worked on by one rank
+
+
 def newest_share(old, new):
     """
     The weight w of the newest member that minimises -mean log((1 - w) p_old + w p_new), by bisection; old, new: (tokens,)
@@ -165,37 +168,39 @@ class Mixture:
         return newest_share(old, new)
 
     def __call__(self, launch, trajectory):
-        run, world, t, members = launch.run, launch.world, trajectory.t, self.members(launch, trajectory)
-        packings = range(1, self.config.packings + 1)
-        there = max((n for n in range(1, len(members) + 1) if all(run.mixture_path(t, n, p).exists() for p in packings)), default=0)
+        run, world, t, members, batches = launch.run, launch.world, trajectory.t, self.members(launch, trajectory), trajectory.batches
+        parts = [(packing, part) for packing in range(1, self.config.packings + 1) for part in range(math.ceil(batches.per_packing / PART))]
+        there = max((n for n in range(1, len(members) + 1) if all(run.mixture_path(t, n, *p).exists() for p in parts)), default=0)
         world.barrier()                                         # all have looked before one writes
         for n in range(there + 1, len(members) + 1):
-            self.grow(launch, trajectory, members[n - 1], n)
-        stored = [run.read_mixture(t, len(members), p, check=world.lead) for p in packings]
-        per_packing = len(stored[0]["p"])
+            self.grow(launch, trajectory, members[n - 1], n, parts[world.data_rank::world.data_size])
+            world.barrier()
+        stored = {p: run.read_mixture(t, len(members), *p, check=world.lead) for p in parts}
+
+        def rows(name, numbers):
+            """Of the sequences of these numbers: (B * T, k)."""
+            places = [divmod(number, batches.per_packing) for number in numbers.tolist()]           # on the CPU: the GPU does not wait
+            found = torch.stack([stored[packing + 1, i // PART][name][i % PART] for packing, i in places])
+            return world.to_device(found).flatten(0, 1)
 
         def loss(student, batch, numbers):
-            rows = [divmod(number, per_packing) for number in numbers.tolist()]         # on the CPU: the GPU does not wait
-            p, ids = (world.to_device(torch.stack([stored[packing][name][i] for packing, i in rows])).flatten(0, 1) for name in ("p", "ids"))
-            p, ids = unpack(p, ids)                                                     # B * T, k
+            p, ids = unpack(rows("p", numbers), rows("ids", numbers))
             return distilled_loss(student, batch, self.config.distill_alpha, lambda logits, chunk: stored_kl(logits, p[chunk], ids[chunk]))
         return loss
 
-    def grow(self, launch, trajectory, member, n):
-        """Mix in the n-th member; the ranks of a group share the packings."""
-        run, world, t, (population, *which) = launch.run, launch.world, trajectory.t, member
-        self.model = self.model or frozen(self.config, world.device)
+    def grow(self, launch, trajectory, member, n, parts):
+        """Mix in the n-th member, on these parts of the packings: this rank's."""
+        run, batches, (population, *which) = launch.run, trajectory.batches, member
+        self.model = self.model or frozen(self.config, launch.world.device)
         self.model.load_state_dict(population.read_member(*which)[0])
-        fit = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
-        for packing in range(1 + world.data_rank, self.config.packings + 1, world.data_size):
-            old, share = run.read_mixture(t, n - 1, packing) if n > 1 else None, 1.0
-            mixed = fit
+        fit = mixed = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
+        for packing, part in parts:
+            old, share = run.read_mixture(trajectory.t, n - 1, packing, part) if n > 1 else None, 1.0
             if old:
                 share = self.share(n, old["fit"], fit)
                 mixed = torch.logaddexp(old["fit"] + math.log(1 - share), fit + math.log(share))
-            tensors = mix_in(self.model, trajectory.batches.pack(trajectory.batches.order_of(packing)), old, share, self.config.micro_batch)
-            run.save_mixture(t, n, packing, {**tensors, "fit": mixed})
-        world.barrier()
+            sequences = batches.pack(batches.order_of(packing))[part * PART:(part + 1) * PART]
+            run.save_mixture(trajectory.t, n, packing, part, {**mix_in(self.model, sequences, old, share, self.config.micro_batch), "fit": mixed})
 
 
 TEACHERS = {"predecessor": Chain, "best": lambda config: Chain(config, best), "mixture": Mixture}

@@ -158,7 +158,7 @@ class Run:
         members = here * (c.cycles if c.keep == "all" else min(c.cycles, 3))
         need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
         need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
-        need += max(0, here * 2 * c.packings + 1 - len([*self.path.glob("trajectory_*/mixture_*.pt")])) * mixture_bytes(c) / max(1, c.packings)
+        need += max(0, here * 2 * mixture_bytes(c) - sum(p.stat().st_size for p in self.path.glob("trajectory_*/mixture_*.pt")))
         need += max(0, here * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
         free = shutil.disk_usage(self.there).free
         if need > free:
@@ -242,18 +242,18 @@ class Run:
 
     # ---- the mixture of the first n members, as far as it is stored to teach; the newest two stay
 
-    def mixture_path(self, t, n, packing):
-        return self.path / f"trajectory_{t:02d}" / f"mixture_{n:03d}_{packing}.pt"
+    def mixture_path(self, t, n, packing, part):
+        return self.path / f"trajectory_{t:02d}" / f"mixture_{n:03d}_{packing}_{part:02d}.pt"
 
-    def save_mixture(self, t, n, packing, tensors):
+    def save_mixture(self, t, n, packing, part, tensors):
         """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set."""
-        save_tensors(self.mixture_path(t, n, packing), tensors, identity=self.identity)
+        save_tensors(self.mixture_path(t, n, packing, part), tensors, identity=self.identity)
         with contextlib.suppress(FileNotFoundError):
-            self.mixture_path(t, n - 2, packing).unlink()
+            self.mixture_path(t, n - 2, packing, part).unlink()
 
-    def read_mixture(self, t, n, packing, check=True):
+    def read_mixture(self, t, n, packing, part, check=True):
         """Its tensors, mapped from disk."""
-        path = self.mixture_path(t, n, packing)
+        path = self.mixture_path(t, n, packing, part)
         try:
             tensors, about = load_tensors(path, check)
             differ = differences(about.get("identity"), self.identity)

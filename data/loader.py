@@ -141,7 +141,7 @@ class Batches:
     def __init__(self, tokens, doc_starts, sequence_len, multiple, seed, packings=0):
         self.tokens, self.sequence_len, self.seed, self.packings = tokens, sequence_len, seed, packings
         self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
-        self.per_epoch = sequences_per_epoch(tokens, sequence_len, multiple)
+        self.per_packing, self.per_epoch = len(cut(tokens, sequence_len)), sequences_per_epoch(tokens, sequence_len, multiple)
         self.position, self.epoch = 0, 0
         self.packing, self.order = 0, np.arange(len(doc_starts))
         self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
@@ -170,7 +170,7 @@ class Batches:
         """An epoch's (sequences, numbers), in the order in which steps take them, of documents in this order."""
         sequences = self.pack(order)
         chosen = self.permutation(epoch, len(sequences), 2000)[:self.per_epoch]
-        return sequences[chosen], (self.packing_of(epoch) - 1) * len(sequences) + chosen
+        return sequences[chosen], (self.packing_of(epoch) - 1) * self.per_packing + chosen
 
     def open_epoch(self, epoch):
         """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""

@@ -137,6 +137,7 @@ def test_the_best_so_far_teaches(ready, tmp_path, monkeypatch):
 def test_the_mixture_so_far_teaches(ready, monkeypatch):
     """Its stored probabilities are those of the members, mixed by the shares that the fitness set asks for, and reach the loss by their numbers."""
     argv, seen, original = ready(**MIXTURE), [], distill.stored_kl
+    monkeypatch.setattr(distill, "PART", 25)                    # several files of a packing
     train.main(argv)
     monkeypatch.setattr(distill, "stored_kl", lambda logits, p, ids: (seen.append((p.clone(), ids.clone())), original(logits, p, ids))[1])
     batches, step = [], train.train_step
@@ -156,7 +157,7 @@ def test_the_mixture_so_far_teaches(ready, monkeypatch):
             exact = sum(w * probabilities(config, run, (0, c), rows.numpy()) for c, w in enumerate(weights)).flatten(0, 1)
             assert (p - exact.gather(-1, ids)).abs().max() < 2e-3
     kept = sorted(p.name for p in (run.path / "trajectory_00").glob("mixture_*"))
-    assert kept == [f"mixture_{n:03d}_{p}.pt" for n in (2, 3) for p in (1, 2)]              # the newest two
+    assert kept == [f"mixture_{n:03d}_{p}_{part:02d}.pt" for n in (2, 3) for p in (1, 2) for part in (0, 1)]               # the newest two
 
 
 def _model(config, run, c):
@@ -208,7 +209,7 @@ def test_a_damaged_mixture_is_named(ready, tmp_path, capsys):
     argv = ready(**MIXTURE)
     train.main(argv)
     distill.main(argv)
-    path = tmp_path / "run" / "trajectory_00" / "mixture_003_2.pt"
+    path = tmp_path / "run" / "trajectory_00" / "mixture_003_2_00.pt"
     shutil.rmtree(tmp_path / "run" / "scores", ignore_errors=True)
     for later in [*path.parent.glob("cycle_003.pt"), *sorted(path.parent.glob("resume_*"))[-1:]]:
         later.unlink()
@@ -217,7 +218,7 @@ def test_a_damaged_mixture_is_named(ready, tmp_path, capsys):
     path.write_bytes(data)
     with pytest.raises(SystemExit) as stop:
         distill.main(argv)
-    assert stop.value.code == 2 and "mixture_003_2.pt" in (err := error_line(capsys.readouterr().err)) and "delete it" in err
+    assert stop.value.code == 2 and "mixture_003_2_00.pt" in (err := error_line(capsys.readouterr().err)) and "delete it" in err
     path.unlink()
     distill.main(argv)                                          # made anew
 
@@ -316,7 +317,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
     assert len(chosen) > 1
     own = Run(distill.student_config(config), data.fingerprint, **distill.Student(config, run, before).identity())
-    stored = own.read_mixture(0, len(chosen), 1)
+    stored = own.read_mixture(0, len(chosen), 1, 0)
     batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42, distill.PACKINGS)
     text = batches.pack(batches.order_of(1))
     exact = sum(w * probabilities(config, run, (m["trajectory"], m["cycle"]), text) for m, w in chosen)
