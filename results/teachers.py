@@ -19,16 +19,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import from_args                                                # noqa: E402
 from data import loader, prepare                                            # noqa: E402
 from data.tokenizer import get_tokenizer                                    # noqa: E402
-from distill import newest_share, student_config                            # noqa: E402
+from distill import TOP_K, mix_in, newest_share, stored_kl, student_config, unpack      # noqa: E402
 from files import read_json                                                 # noqa: E402
-from population import Run                                                  # noqa: E402
-from prior import fit_weights                                               # noqa: E402
+from model import GPT                                                       # noqa: E402
+from population import Run, mixture_bytes                                   # noqa: E402
+from prior import fit_weights, load_member                                  # noqa: E402
 from results.demo import commit, loss_of as loss                            # noqa: E402
 from tools import plan                                                      # noqa: E402
 
@@ -268,6 +270,74 @@ def students_of(done, root):
     return lines
 
 
+def models_of(job, root):
+    """Every member, in order, one after another in the same model."""
+    config, data, run = opened(job, root)
+    model = GPT(config).eval()
+    for member in run.members():
+        load_member(model, run, *member)
+        yield model
+
+
+@torch.no_grad()
+def stored_error(job, root):
+    """
+    Of the mixture that taught last, on 32 sequences of the first packing: (the mass outside what is stored, KL(mixture ||
+    newest member) over all tokens, the same from what is stored), means over positions, nats.
+    """
+    config, data, run = opened(job, root)
+    batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, config.seed, config.packings)
+    sequences, stored, exact, fit = batches.pack(batches.order_of(1))[:32], None, 0, None
+    for n, model in enumerate(models_of(job, root)):
+        logits = model(torch.from_numpy(sequences[:, :-1].astype(np.int64)))
+        if n == config.cycles - 1:
+            break
+        new = torch.from_numpy(loader.score(model, data.fit, config.micro_batch))
+        share = 1.0 if n == 0 else newest_share(fit, new)
+        fit = new if n == 0 else torch.logaddexp(fit + math.log(1 - share), new + math.log(share))
+        stored, exact = mix_in(model, sequences, stored, share, 8), (1 - share) * exact + share * logits.double().softmax(-1)
+    p, ids = unpack(stored["p"], stored["ids"])
+    positions, student = exact[..., 0].numel(), logits.double().log_softmax(-1)
+    return 1 - exact.gather(-1, ids).sum(-1).mean().item(), (exact * (exact.log() - student)).sum().item() / positions, stored_kl(logits, p, ids).item() / positions
+
+
+@torch.no_grad()
+def tempered(job, root):
+    """Validation loss of the learned prior, without and with a temperature for each member, chosen for it alone on the fitness set."""
+    config, data, _ = opened(job, root)
+    plain, warm = {"fit": [], "val": []}, {"fit": [], "val": []}
+    for model in models_of(job, root):
+        x = {split: torch.from_numpy(getattr(data, split).astype(np.int64)) for split in plain}
+        log_p = {split: {T: torch.cat([-F.cross_entropy(model(rows[:, :-1]).flatten(0, 1) / T, rows[:, 1:].flatten(), reduction="none") for rows in x[split].split(8)])
+                         for T in TEMPERATURES} for split in plain}
+        T = max(TEMPERATURES, key=lambda T: log_p["fit"][T].mean())
+        for split in plain:
+            plain[split].append(log_p[split][1.0])
+            warm[split].append(log_p[split][T])
+    both = []
+    for log_p in (plain, warm):
+        weights, _ = fit_weights(torch.stack(log_p["fit"]))
+        both.append(-(weights @ torch.stack(log_p["val"]).double().exp()).log().mean().item())
+    return both
+
+
+def on_paper():
+    """Lines: what a stored mixture would cost at 1.8B parameters, counted, not run."""
+    flags = lambda *more: from_args([str(ROOT / "configs" / "1p8b.py"), *more], "")
+    lines = ["| configs/1p8b.py, 256 epochs | teacher's passes, epochs | training FLOP | hours on 8 H100 at 28 % | stored mixtures, GB |", "|---|---|---|---|---|"]
+    for label, config in (("no teacher", flags("--distill_from=64")), ("predecessor", flags()),
+                          *((f"mixture, {n} packings", flags("--distill_teacher=mixture", f"--packings={n}", "--distill_temperature=1")) for n in (2, 4))):
+        sequences = 48_736
+        flops = plan.flops_of(config, plan.meta_model(config), sequences)
+        total, taught = flops["train.py"] + flops["distill.py"], config.distill_from < config.cycles
+        passes = config.trajectories * ((config.cycles - 1) * config.packings if config.packings else (config.cycles - config.distill_from) * config.epochs_per_cycle) * taught
+        lines.append(f"| {label} | {passes:g} | {total:.3e} | {total / (8 * 989e12 * 0.28) / 3600:.0f} | {config.trajectories * 2 * mixture_bytes(config) / 1e9:.0f} |")
+    return lines
+
+
+TEMPERATURES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
+
+
 def report(root, texts):
     alpha, found = chosen("manual", root)
     lines = ["# Who teaches whom", "", f"Printed by `python results/teachers.py` at commit {commit()}: torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), one thread a run.",
@@ -279,6 +349,14 @@ def report(root, texts):
     for text in texts:
         rows, done, _ = table(text, root, alpha)
         lines += ["", f"## {text}", "", *rows, "", *teachers_of(done, root), "", *students_of(done, root)]
+        if done.get("mixture"):
+            outside, exact, stored = stored_error(done["mixture"][0], root)
+            lines += ["", f"What is stored, after 15 members: {TOP_K} probabilities of {4 * TOP_K} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
+        for name in ("paper", "mixture"):
+            if done.get(name):
+                plain, warm = tempered(done[name][0], root)
+                lines += ["", f"A temperature for each member, chosen on the fitness set ({LABELS[name]}, one seed): {plain:.4f} without, {warm:.4f} with."]
+    lines += ["", "## At 1.8B parameters, on paper", "", f"{4 * TOP_K} bytes a token, two mixtures of each trajectory on disk at a time.", "", *on_paper()]
     (ROOT / "results" / "teachers.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
