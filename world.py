@@ -171,11 +171,11 @@ def join_world(config):
 
 def next_command(script, argv):
     """How to run a script, on the same arguments (argv None: the process's own)."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    launcher, local = "python", os.environ.get("LOCAL_WORLD_SIZE", str(ranks))
-    if ranks > 1 and script.endswith(".py"):
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher, local = "python", os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    if ranks != "1" and script.endswith(".py"):
         torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
-        launcher = f"{torchrun}{' --standalone' * (local == str(ranks))} --nproc_per_node={local}"
+        launcher = f"{torchrun}{' --standalone' * (local == ranks)} --nproc_per_node={local}"
     return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
