@@ -123,20 +123,27 @@ def searches(text):
 
 
 def chosen(text, root):
-    """name -> the alpha of lowest loss on the further split: of the learned prior, or of the student."""
-    found = {(name, alpha): loss(read_json(job.folder(root) / "prior.json"), "student" if job.student else "learned") for (name, alpha), job in searches(text).items()}
+    """
+    name -> the alpha of lowest loss on the further split, of the learned prior and, with " member" behind the name, of the best
+    member (of a student: its own); and (name, alpha) -> that loss.
+    """
+    found = {}
+    for (name, alpha), job in searches(text).items():
+        prior = read_json(job.folder(root) / "prior.json")
+        found |= {(name, alpha): loss(prior, "student")} if job.student else {(name, alpha): loss(prior, "learned"), (f"{name} member", alpha): loss(prior, "best")}
     return {name: min(ALPHAS, key=lambda alpha: found[name, alpha]) for name, _ in found}, found
 
 
 def reported(text, seed, alpha):
     """name -> Job of one seed, in order of interest; alpha: name -> that of the search."""
     job = lambda name, config, flags, **more: Job(name, text, seed, config, flags, **more)
-    taught = lambda name, *flags: [*ONE, *TEACHERS[name], f"--distill_alpha={alpha[name]}", *flags]
-    eight, twelve = job("mixture8", TINY, taught("mixture", "--cycles=8")), job("mixture12", TINY, taught("mixture", "--cycles=12"))
+    taught = lambda name, *flags: [*ONE, *TEACHERS[name.split()[0]], f"--distill_alpha={alpha[name]}", *flags]
+    eight, twelve = job("mixture8", TINY, taught("mixture member", "--cycles=8")), job("mixture12", TINY, taught("mixture member", "--cycles=12"))
     student = lambda of, epochs, *flags: job(f"student{epochs}_of_{of.name}{''.join(flags).replace('--student_from=', '_')}", TINY, of.flags, of=of,
                                              student=[f"--student_alpha={alpha['student']}", f"--student_epochs={epochs}", *flags])
     jobs = [job("paper", TINY, ONE), job("mixture", TINY, taught("mixture")), job("none", TINY, [*ONE, "--distill_from=16"]),
             student(eight, 16), student(twelve, 8), job("chain", TINY, taught("chain")), job("best", TINY, taught("best")),
+            *(job(f"{name}_member", TINY, taught(f"{name} member")) for name in TEACHERS),
             student(eight, 4), student(eight, 8), student(eight, 16, "--student_from=scratch"), job("mixture_2packings", TINY, taught("mixture", "--packings=2")),
             job("record11", TINY, RECORD11), *(job(f"single{e}", SINGLE, [f"--epochs_per_cycle={e}"]) for e in (8, 16, 32, 64)),
             job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture", "--trajectories=2")), student(eight, 32)]
@@ -147,7 +154,7 @@ def all_jobs(texts, root):
     """In order of interest, after the searches."""
     alpha, _ = chosen("manual", root)
     jobs = {text: {seed: reported(text, seed, alpha) for seed in SEEDS} for text in texts}
-    for names in (["paper", "mixture", "none"], STUDENTS[:2], ["chain", "best"], STUDENTS[2:5], ["mixture_2packings"], ["single8", "single16", "single32", "record11"],
+    for names in (["paper", "mixture", "mixture_member", "none"], STUDENTS[:2], ["chain_member", "chain"], ["best", "best_member"], STUDENTS[2:5], ["mixture_2packings"], ["single8", "single16", "single32", "record11"],
                   ["paper_2x16", "mixture_2x16"], ["single64"], STUDENTS[5:]):
         yield from (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
 
@@ -216,7 +223,8 @@ def answers(job, prior):
 
 
 LABELS = {"single": "one model, one cosine", "paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far",
-          "mixture": "mixture so far, 4 packings", "mixture_2packings": "mixture so far, 2 packings", "record11": "record 11: 5 fresh models, each against the last",
+          "mixture": "mixture so far, 4 packings", "chain_member": "predecessor, T 1, alpha for the best member", "best_member": "best so far, alpha for the best member",
+          "mixture_member": "mixture so far, 4 packings, alpha for the best member", "mixture_2packings": "mixture so far, 2 packings", "record11": "record 11: 5 fresh models, each against the last",
           "paper_2x16": "2 x 16, the paper's chain", "mixture_2x16": "2 x 16, the mixture so far"}
 
 
@@ -244,7 +252,7 @@ def finished(job, root):
 def teachers_of(done, root):
     """Lines: what each teacher makes of members and of their mixture, and of the mixture that taught."""
     lines = ["| 1 x 16 cycles | mean of the last 8 members | best member | learned prior | what mixing adds | running mixture against refitted, mean of cycles 4 .. 15 |", "|---|---|---|---|---|---|"]
-    for name in ("none", "paper", "chain", "best", "mixture", "mixture_2packings"):
+    for name in ("none", "paper", "chain", "chain_member", "best", "best_member", "mixture", "mixture_member", "mixture_2packings"):
         found = []
         for job in done.get(name, []):
             prior, grown = read_json(job.folder(root) / "prior.json"), running(scores(job, root))
@@ -343,7 +351,7 @@ def report(root, texts):
     lines = ["# Who teaches whom", "", f"Printed by `python results/teachers.py` at commit {commit()}: torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), one thread a run.",
              "configs/tiny.py's model, text sizes and rates; validation loss in nats per byte, mean +- standard error over the seeds " + ", ".join(map(str, SEEDS)) + " (fewer where fewer are listed).",
              "TFLOP: model FLOPs of all training, teachers' passes included, as tools.plan counts. Price: members that answer.", "",
-             "## The search", "", "One seed each, on documents of the manual that no other run sees, fitness set and validation of their own; 16 members (learned prior's loss), students of 8 members (their own).", "",
+             "## The search", "", "One seed each, on documents of the manual that no other run sees, fitness set and validation of their own; 16 members (the learned prior's loss, and the best member's), students of 8 members (their own).", "",
              "| alpha | " + " | ".join(map(str, ALPHAS)) + " | chosen |", "|---|---|---|---|---|"]
     lines += [f"| {name} | " + " | ".join(f"{found[name, a]:.4f}" for a in ALPHAS) + f" | {alpha[name]} |" for name in alpha]
     for text in texts:

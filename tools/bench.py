@@ -1,6 +1,6 @@
 """
 Times what is really run: python -m tools.bench CONFIG [--name=value ...]
-One optimizer step of train.py and of distill.py (on random tokens, every micro-batch of it), one of scoring, by part, with
+One optimizer step of train.py and of distill.py (its chain; on random tokens, every micro-batch of it), one of scoring, by part, with
 tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit. Under
 torchrun (with --trajectories=1) the ranks share each step, and what they send is timed alone, too.
 
