@@ -4,10 +4,10 @@ frozen teacher, by distill_teacher its predecessor (the paper's chain), the best
 
 One process:  python distill.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
-One student:  python distill.py configs/tiny.py --student     after prior.py; one model learns from the mixture of all members
+One student:  the same and --student, after prior.py: one model learns from the mixture of all members
 
-Goes on from where train.py stopped, with the same loop, and writes the same files. Run again, it does what is missing.
-The student is trained in run_dir/student, kept as run_dir/student.pt, and reported when prior.py is run again.
+Goes on from where train.py stopped, with the same loop, and writes the same files; the student, made in run_dir/student,
+is kept as run_dir/student.pt, and reported when prior.py is run again. Run again, it does what is missing.
 """
 import dataclasses
 import math
@@ -198,7 +198,7 @@ class Mixture:
             old, share = run.read_mixture(trajectory.t, n - 1, packing, part) if n > 1 else None, 1.0
             if old:
                 share = self.share(n, old["fit"], fit)
-                mixed = torch.logaddexp(old["fit"] + math.log(1 - share), fit + math.log(share))
+                mixed = ((1 - share) * old["fit"].double().exp() + share * fit.double().exp()).log().float()
             sequences = batches.pack(batches.order_of(packing))[part * PART:(part + 1) * PART]
             run.save_mixture(trajectory.t, n, packing, part, {**mix_in(self.model, sequences, old, share, self.config.micro_batch), "fit": mixed})
 
@@ -228,7 +228,7 @@ class Student(Mixture):
         self.population, self.start = population, config.student_from
         self.teachers = [(prior["members"][i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
         self.best = prior["members"][next(a for a in prior["answers"] if a["rule"] == "best")["members"][0]]
-        for m, _ in self.teachers:
+        for m in [self.best, *(m for m, _ in self.teachers)]:
             if population.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
                 refuse(f"{population.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
 
