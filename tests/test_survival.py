@@ -365,7 +365,8 @@ def test_keep_last(begun, reference):
     assert kill.finish(kill.start([*argv, "--keep=last"], log)) == [0], log.read_text()[-2000:]
     assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*"))] == ["cycle_001.pt", "cycle_002.pt"]
     found = kill.left(folder)
-    assert len(whole) - len(found) == 1 and all(found[name] == content for name, content in whole.items() if "cycle_000" not in name)
+    assert len(whole) - len(found) == 1 and all(found[name] == content for name, content in whole.items() if "cycle_000" not in name and name != "scores/00_000.json")
+    assert json.loads(found["scores/00_000.json"])["dropped"] is True and "dropped" not in json.loads(whole["scores/00_000.json"])
 
 
 def test_keep_last_drops_no_member_without_scores(begun, reference):
