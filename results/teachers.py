@@ -154,8 +154,8 @@ def all_jobs(texts, root):
     """In order of interest, after the searches."""
     alpha, _ = chosen("manual", root)
     jobs = {text: {seed: reported(text, seed, alpha) for seed in SEEDS} for text in texts}
-    for names in (["paper", "mixture", "mixture_member", "none"], STUDENTS[:2], ["chain_member", "chain"], ["best", "best_member"], STUDENTS[2:5], ["mixture_2packings"], ["single8", "single16", "single32", "record11"],
-                  ["paper_2x16", "mixture_2x16"], ["single64"], STUDENTS[5:]):
+    for names in (["paper", "mixture_member"], STUDENTS[:2], ["mixture", "none"], ["chain_member", "chain"], ["best", "best_member"], STUDENTS[2:5], ["mixture_2packings"],
+                  ["single8", "single16", "single32", "record11"], ["paper_2x16", "mixture_2x16"], ["single64"], STUDENTS[5:]):
         yield from (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
 
 
