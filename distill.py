@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import from_args, refuse, take_actions
+from config import from_args, refuse, speak, take_actions
 from data import loader
 from files import seal
 from model import GPT, chunks, cross_entropy
-from population import STUDENT, TOP_K, Run, read_prior
+from population import STUDENT, TOP_K, Run, read_prior, whole_mixture
 from train import run_cycles
 from world import next_command, one_line_errors
 
@@ -38,7 +38,7 @@ def distillation_kl(student_logits, teacher_logits, temperature):
 def stored_kl(student_logits, p, ids):
     """
     KL(teacher || student) of (n, V) logits in nats, summed over positions, where p (n, k) are the teacher's largest
-    probabilities, of the tokens ids (n, k), and the other tokens count as one: never above the KL over all tokens.
+    probabilities, of the tokens ids (n, k), and the other tokens count as one: but for rounding never above the KL over all tokens.
     """
     student = F.log_softmax(student_logits, dim=-1)
     others = student.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
@@ -168,39 +168,60 @@ class Mixture:
         return newest_share(old, new)
 
     def __call__(self, launch, trajectory):
-        run, world, t, members, batches = launch.run, launch.world, trajectory.t, self.members(launch, trajectory), trajectory.batches
-        parts = [(packing, part) for packing in range(1, self.config.packings + 1) for part in range(math.ceil(batches.per_packing / PART))]
-        there = max((n for n in range(1, len(members) + 1) if all(run.mixture_path(t, n, *p).exists() for p in parts)), default=0)
-        world.barrier()                                         # all have looked before one writes
-        for n in range(there + 1, len(members) + 1):
-            self.grow(launch, trajectory, members[n - 1], n, parts[world.data_rank::world.data_size])
-            world.barrier()
-        stored = {p: run.read_mixture(t, len(members), *p, check=world.lead) for p in parts}
+        members, packings, t = self.members(launch, trajectory), trajectory.batches, trajectory.t
+        parts = [(packing, part) for packing in range(1, self.config.packings + 1) for part in range(math.ceil(packings.per_packing / PART))]
+        self.store(launch, trajectory, members, parts)
+        if launch.stop.agreed:
+            return None
+        stored = {p: launch.run.read_mixture(t, len(members), *p, check=launch.world.lead) for p in parts}
 
         def rows(name, numbers):
             """Of the sequences of these numbers: (B * T, k)."""
-            places = [divmod(number, batches.per_packing) for number in numbers.tolist()]           # on the CPU: the GPU does not wait
+            places = [divmod(number, packings.per_packing) for number in numbers.tolist()]          # on the CPU: the GPU does not wait
             found = torch.stack([stored[packing + 1, i // PART][name][i % PART] for packing, i in places])
-            return world.to_device(found).flatten(0, 1)
+            return launch.world.to_device(found).flatten(0, 1)
 
         def loss(student, batch, numbers):
             p, ids = unpack(rows("p", numbers), rows("ids", numbers))
             return distilled_loss(student, batch, self.config.distill_alpha, lambda logits, chunk: stored_kl(logits, p[chunk], ids[chunk]))
         return loss
 
-    def grow(self, launch, trajectory, member, n, parts):
-        """Mix in the n-th member, on these parts of the packings: this rank's."""
+    def store(self, launch, trajectory, members, parts):
+        """Make what is not there of the mixture of these members, the ranks of a group side by side, or until asked to stop."""
+        run, world, stop, t = launch.run, launch.world, launch.stop, trajectory.t
+        sha = [population.read_member(*which, check=False)[1]["sha256"] for population, *which in members]
+        of = lambda n, p: seal([sha[:n], p, PART, TOP_K])
+        there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *p, of(n, p)) for p in parts)), default=0)
+        world.barrier()                                         # all have looked before one writes
+        for n in range(there + 1, len(members) + 1):
+            launch.bar.set_postfix_str(f"trajectory {t}: storing the mixture, member {n} of {len(members)}")
+            mix = self.mixer(launch, trajectory, members[n - 1], n)
+            for i in range(0, len(parts), world.data_size):
+                for p in parts[i:][world.data_rank:world.data_rank + 1]:
+                    if not run.has_mixture(t, n, *p, of(n, p)):
+                        run.save_mixture(t, n, *p, mix(*p), of(n, p))
+                _, _, stop.agreed = world.agree(torch.zeros((), device=world.device), torch.zeros((), device=world.device), stop.asked)
+                if stop.agreed:
+                    return
+
+    def mixer(self, launch, trajectory, member, n):
+        """The function that mixes the n-th member into (packing, part) of the mixture of those before."""
         run, batches, (population, *which) = launch.run, trajectory.batches, member
         self.model = self.model or frozen(self.config, launch.world.device)
         self.model.load_state_dict(population.read_member(*which)[0])
-        fit = mixed = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
-        for packing, part in parts:
-            old, share = run.read_mixture(trajectory.t, n - 1, packing, part) if n > 1 else None, 1.0
-            if old:
-                share = self.share(n, old["fit"], fit)
-                mixed = ((1 - share) * old["fit"].double().exp() + share * fit.double().exp()).log().float()
+        fit = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
+
+        def mix(packing, part):
             sequences = batches.pack(batches.order_of(packing))[part * PART:(part + 1) * PART]
-            run.save_mixture(trajectory.t, n, packing, part, {**mix_in(self.model, sequences, old, share, self.config.micro_batch), "fit": mixed})
+            if n == 1:
+                return {**mix_in(self.model, sequences, None, 1.0, self.config.micro_batch), "fit": fit}
+            speak()                                             # whichever rank meets a damaged one
+            old = run.read_mixture(trajectory.t, n - 1, packing, part)
+            speak(launch.world.lead)
+            share = self.share(n, old["fit"], fit)
+            mixed = ((1 - share) * old["fit"].double().exp() + share * fit.double().exp()).log().float()
+            return {**mix_in(self.model, sequences, old, share, self.config.micro_batch), "fit": mixed}
+        return mix
 
 
 TEACHERS = {"predecessor": Chain, "best": lambda config: Chain(config, best), "mixture": Mixture}
@@ -224,16 +245,12 @@ class Student(Mixture):
 
     def __init__(self, config, population, prior):
         super().__init__(student_config(config))
-        answer = max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
-        self.population, self.start = population, config.student_from
-        self.teachers = [(prior["members"][i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
+        self.population, (self.teachers, taught_by) = population, whole_mixture(prior)
+        self.identity = dict(taught_by=taught_by, student_from=config.student_from, student_epochs=config.student_epochs, student_alpha=config.student_alpha)
         self.best = prior["members"][next(a for a in prior["answers"] if a["rule"] == "best")["members"][0]]
         for m in [self.best, *(m for m, _ in self.teachers)]:
             if population.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
                 refuse(f"{population.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
-
-    def identity(self):
-        return dict(taught_by=seal([(m["weights_sha256"], w) for m, w in self.teachers]), student_from=self.start)
 
     def members(self, launch, trajectory):
         return [(self.population, m["trajectory"], m["cycle"]) for m, _ in self.teachers]
@@ -243,29 +260,28 @@ class Student(Mixture):
         return weights[-1] / sum(weights)
 
     def __call__(self, launch, trajectory):
-        if trajectory.step == 0 and self.start == "best":
+        if trajectory.step == 0 and self.identity["student_from"] == "best":
             trajectory.model.load_state_dict(self.population.read_member(self.best["trajectory"], self.best["cycle"])[0])
         return super().__call__(launch, trajectory)
 
 
 def teach_student(config, argv):
     """Train it, where that is not done, and keep it as run_dir/student.pt."""
-    data = loader.load(config)
+    data, prior = loader.load(config), read_prior(config.run_dir)
     population = Run(config, data.fingerprint)
-    student = Student(config, population, read_prior(config.run_dir))
-    run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), next_command("prior.py", argv), **student.identity())
+    student = Student(config, population, prior)
+    with one_line_errors(student.config):
+        run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), next_command("prior.py", argv), **student.identity)
     if os.environ.get("RANK", "0") == "0":
-        weights, about = Run(student.config, data.fingerprint, **student.identity()).read_member(0, 0)
-        epochs = config.trajectories * config.epochs_until(config.cycles) + config.student_epochs
-        population.save_member(*STUDENT, weights, epochs=epochs, fit_loss=about["fit_loss"], **student.identity())
+        weights, about = Run(student.config, data.fingerprint, **student.identity).read_member(0, 0)
+        population.save_member(*STUDENT, weights, epochs=prior["growing"][-1]["epochs"] + config.student_epochs, fit_loss=about["fit_loss"], **student.identity)
 
 
 def main(argv=None):
     options, argv = take_actions(argv, student=False)
     config = from_args(argv, __doc__)
     if options.student:
-        with one_line_errors(config):
-            return teach_student(config, argv)
+        return teach_student(config, argv)
     if config.distill_from >= config.cycles:
         if os.environ.get("RANK", "0") == "0":
             print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\nnext: {next_command('prior.py', argv)}")

@@ -6,6 +6,7 @@ Nothing here knows the model or the data.
 run.sh starts for it.
 """
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -22,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import from_args, refuse
-from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sweep, write_json, write_whole
+from config import FIELDS, from_args, refuse
+from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, seal, sweep, write_json, write_whole
 from world import processes
 
 
@@ -41,6 +42,7 @@ def setup(config, world):
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
+DEFAULTS = {f.name: f.default for f in FIELDS.values() if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
 TOP_K = 64              # a stored mixture's probabilities of a token
 
@@ -64,7 +66,7 @@ class Run:
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint, **more}))
         self.config_path = self.path / "config.json"
         if self.config_path.exists():
-            differ = differences(read_json(self.config_path).get("identity"), self.identity, leave="data_fingerprint" if data_fingerprint is None else "")
+            differ = self.differs(read_json(self.config_path).get("identity"), leave="data_fingerprint" if data_fingerprint is None else "")
             if differ:
                 refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir, or move it away")
         self.there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
@@ -72,6 +74,10 @@ class Run:
             tempfile.TemporaryFile(dir=self.there).close()
         except OSError as e:
             refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
+
+    def differs(self, identity, leave=""):
+        """In what an identity from a file is another; one of older code lacks settings, which then had the value that is now the default."""
+        return differences({**DEFAULTS, **identity} if isinstance(identity, dict) else identity, self.identity, leave)
 
     def lock(self, folder, doing):
         """Refuse a second process that does the same; the lock goes with this process, however it ends."""
@@ -163,7 +169,8 @@ class Run:
         free = shutil.disk_usage(self.there).free
         if need > free:
             refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: make room, "
-                   f"name another --run_dir" + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (c.keep == "all"))
+                   f"name another --run_dir" + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (c.keep == "all" and c.distill_teacher == "predecessor")
+                   + ", or lower --packings" * (mixture_bytes(c) > 0))
 
     # ---- members
 
@@ -192,18 +199,20 @@ class Run:
 
     def mend(self, t):
         """What to do about a damaged member."""
-        return f"move it away and go without it, or delete trajectory_{t:02d} and train that again"
+        return "delete it and run distill.py --student again" if t == STUDENT[0] else f"move it away and go without it, or delete trajectory_{t:02d} and train that again"
 
     def read_member(self, t, c, check=True):
         """(weights: name -> bf16 tensor on disk, about) of a member of this population; "sha256" in about is that of its weights."""
         path, mend = self.member_path(t, c), self.mend(t)
         if not path.exists():
-            refuse(f"{path} is gone" + (", keep=last dropped it when it was scored" if self.scores_of(t, c) else f": {mend}"))
+            dropped = self.scores_of(t, c).get("dropped")
+            refuse(f"{path} is gone: " + ("keep=last dropped it when it was scored; what needs it wants a run with keep=all" if dropped else
+                                          f"restore it, or delete trajectory_{t:02d} and train that again"))
         try:
             weights, about = load_tensors(path, check)
         except Damaged as e:
             refuse(f"{path} {e}: {mend}")
-        differ = differences(about.get("identity"), self.identity)
+        differ = self.differs(about.get("identity"))
         if differ:
             refuse(f"{path} is a member of another population ({differ}): {mend}")
         return weights, about
@@ -228,10 +237,10 @@ class Run:
         for path in reversed(self.states(t)):
             try:
                 tensors, about = load_tensors(path)
-                differ = differences(about.get("identity"), self.identity)
+                differ = self.differs(about.get("identity"))
                 if differ:
                     raise Damaged(f"is of another population ({differ})")
-                if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step", "updates")) or not isinstance(about.get("setup"), dict):
+                if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step")) or not isinstance(about.get("setup"), dict):
                     raise Damaged("is no resume state")
                 return tensors, about
             except Damaged as e:
@@ -245,9 +254,16 @@ class Run:
     def mixture_path(self, t, n, packing, part):
         return self.path / f"trajectory_{t:02d}" / f"mixture_{n:03d}_{packing}_{part:02d}.pt"
 
-    def save_mixture(self, t, n, packing, part, tensors):
-        """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set."""
-        save_tensors(self.mixture_path(t, n, packing, part), tensors, identity=self.identity)
+    def has_mixture(self, t, n, packing, part, of):
+        """Whether it is there, and this one."""
+        try:
+            return load_tensors(self.mixture_path(t, n, packing, part), check=False)[1].get("of") == of
+        except Damaged:
+            return False
+
+    def save_mixture(self, t, n, packing, part, tensors, of):
+        """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set; of: what says that it is this one."""
+        save_tensors(self.mixture_path(t, n, packing, part), tensors, of=of)
         with contextlib.suppress(FileNotFoundError):
             self.mixture_path(t, n - 2, packing, part).unlink()
 
@@ -255,13 +271,9 @@ class Run:
         """Its tensors, mapped from disk."""
         path = self.mixture_path(t, n, packing, part)
         try:
-            tensors, about = load_tensors(path, check)
-            differ = differences(about.get("identity"), self.identity)
-            if differ:
-                raise Damaged(f"is of another population ({differ})")
+            return load_tensors(path, check)[0]
         except Damaged as e:
-            refuse(f"{path} {e}: delete it, and this again makes it anew")
-        return tensors
+            refuse(f"{path} {e}: delete it and run this again, which makes it anew")
 
     # ---- scores
 
@@ -403,6 +415,13 @@ def read_prior(folder):
     except (KeyError, TypeError, ValueError, AttributeError):
         good = False
     return result if good else refuse(f"{path} is not what prior.py writes: run it on its config again")
+
+
+def whole_mixture(prior):
+    """[(its entry in members, weight)] of the learned prior over all members, of the contents of prior.json; and its fingerprint."""
+    answer = max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
+    pairs = [(prior["members"][i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
+    return pairs, seal([(m["weights_sha256"], w) for m, w in pairs])[:12]
 
 
 def open_run(config, data_fingerprint, members):

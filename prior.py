@@ -19,7 +19,7 @@ from config import from_args, refuse, speak, take_actions
 from data import loader
 from model import GPT, activate_attention
 from files import write_json
-from population import STUDENT, open_run
+from population import STUDENT, open_run, whole_mixture
 from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
@@ -254,6 +254,8 @@ def print_table(config, result):
     for a in result["answers"]:
         error = "-" if a["val_error"] is None else f"{a['val_error']:.4f}"
         print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
+    if any(a["rule"] == "student" and not a["of_this_mixture"] for a in result["answers"]):
+        print("The student was taught by another mixture than this one: move student.pt and student/ away to train it anew.")
     print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; +- is the standard error, over validation "
           f"documents, of the difference to the best member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
@@ -279,7 +281,10 @@ def weigh(config, data, run, members):
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **next(rows)) for m, w in answers]
         result["answers"] += [a for a in answers if a["K"] in kept]
         result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
-    result["answers"] += [dict(K=1, rule="student", members=[], weights=[], epochs=run.read_member(*STUDENT, check=False)[1]["epochs"], **next(rows)) for _ in students]
+    for student in students:                                    # no member: it was taught by a mixture of them, maybe an older one
+        about = run.read_member(*student, check=False)[1]
+        current = about["taught_by"] == whole_mixture(result)[1]
+        result["answers"].append(dict(K=1, rule="student", members=[], weights=[], epochs=about["epochs"], of_this_mixture=current, **next(rows)))
     result["answers"].sort(key=lambda a: a["K"])
     return result
 

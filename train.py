@@ -147,7 +147,7 @@ class Trajectory:
         part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
         try:
             self.model.load_state_dict(part("model."))
-            self.optimizer.load_state_dict(dict(steps=about["updates"], moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
+            self.optimizer.load_state_dict(dict(steps=about.get("updates", about["step"]), moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
         except (KeyError, RuntimeError, AssertionError):
             refuse(f"the resume state of trajectory {self.t} is of another model: restore it, or delete the trajectory's folder and train it again")
         self.average = {name: w.to(self.model.cos.device, copy=True) for name, w in part("average.").items()} or None
@@ -285,9 +285,12 @@ def train_trajectory(launch, trajectory, end, loss_for_cycle):
     for cycle in range(trajectory.cycles_done, end):
         if trajectory.cycle_step == 0 and cycle > 0:
             trajectory.restart()
-        train_cycle(launch, trajectory, loss_for_cycle(launch, trajectory))
+        loss_fn = loss_for_cycle(launch, trajectory)
+        if not launch.stop.agreed:
+            train_cycle(launch, trajectory, loss_fn)
         if launch.stop.agreed:
-            save_state(launch, trajectory)
+            if trajectory.cycle_step:               # else the last cycle's end is saved, before the noise
+                save_state(launch, trajectory)
             return
         if trajectory.average:                      # what goes on, too, is the average
             model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share) for name, w in model.state_dict().items()})

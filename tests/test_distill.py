@@ -1,20 +1,21 @@
 """Who teaches: stored probabilities against float64 formulas on all tokens, the teachers that a run has, fresh cycles, the student."""
 import json
-import math
+import os
 import shutil
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import distill
-import population
 import prior
 import train
+import world
 from config import from_args
 from data import loader, prepare
-from files import read_json
+from files import read_json, write_json
 from model import GPT
 from optim import MuonAdamW
 from population import STUDENT, Run
@@ -205,22 +206,74 @@ def test_killed_in_a_taught_cycle_it_goes_on_bit_for_bit(lost, reference, tmp_pa
     assert kill.difference(whole, run) == []
 
 
-def test_a_damaged_mixture_is_named(ready, tmp_path, capsys):
-    argv = ready(**MIXTURE)
-    train.main(argv)
-    distill.main(argv)
-    path = tmp_path / "run" / "trajectory_00" / "mixture_003_2_00.pt"
-    shutil.rmtree(tmp_path / "run" / "scores", ignore_errors=True)
-    for later in [*path.parent.glob("cycle_003.pt"), *sorted(path.parent.glob("resume_*"))[-1:]]:
-        later.unlink()
+@pytest.fixture
+def halfway(reference, tmp_path):
+    """(argv, run directory, log, files it should end with) of a run that has its last mixture, and not yet the last member."""
+    folder, argv, whole = reference
+    shutil.copytree(folder / "whole", tmp_path / "run")
+    run = tmp_path / "run"
+    shutil.rmtree(run / "scores")
+    for path in (run / "prior.json", run / "trajectory_00" / "cycle_002.pt", sorted((run / "trajectory_00").glob("resume_*"))[-1]):
+        path.unlink()
+    return [*argv, f"--run_dir={run}"], run, tmp_path / "log", whole
+
+
+def damage(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+def test_a_damaged_mixture_is_named_and_made_anew(halfway):
+    argv, run, log, whole = halfway
+    path = run / "trajectory_00" / "mixture_002_2_00.pt"
+    damage(path)
+    assert kill.finish(kill.start(argv, log)) == [2]
+    assert "mixture_002_2_00.pt" in (err := error_line(log.read_text())) and "delete it" in err
+    path.unlink()
+    assert kill.finish(kill.start(argv, log)) == [0] and kill.difference(whole, run) == []
+
+
+def test_any_rank_names_a_damaged_mixture(halfway):
+    argv, run, log, _ = halfway
+    damage(run / "trajectory_00" / "mixture_001_2_00.pt")           # the second rank's
+    (run / "trajectory_00" / "mixture_002_2_00.pt").unlink()
+    assert 2 in kill.finish(kill.start([*argv, "--micro_batch=1"], log, 2))
+    assert any("mixture_001_2_00.pt" in line and "delete it" in line for line in log.read_text().splitlines()) and "Traceback" not in log.read_text()
+
+
+def test_mixtures_of_others_are_made_anew(halfway):
+    argv, run, log, whole = halfway
+    one, two = (run / "trajectory_00" / f"mixture_002_{p}_00.pt" for p in (1, 2))
+    kept = one.read_bytes(), two.read_bytes()
+    one.write_bytes(kept[1])                                        # whole, and of another packing
+    two.write_bytes(kept[0])
+    assert kill.finish(kill.start(argv, log)) == [0] and kill.difference(whole, run) == []
+
+
+def test_asked_to_stop_while_it_stores(halfway):
+    argv, run, log, whole = halfway
+    for path in (run / "trajectory_00").glob("mixture_*"):
+        path.unlink()
+    def asked(rank):
+        mix_in = distill.mix_in
+        def asking(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            return mix_in(*args)
+        distill.mix_in = asking
+    assert kill.finish(kill.start(argv, log, patch=asked)) == [world.STOPPED] and "to go on: python distill.py" in log.read_text()
+    assert len(list((run / "trajectory_00").glob("mixture_*"))) == 1
+    assert kill.finish(kill.start(argv, log)) == [0] and kill.difference(whole, run) == []
+
+
+def test_a_teacher_that_is_gone_is_named(ready, tmp_path, capsys):
+    argv = ready(**MIXTURE)
+    train.main(argv)
+    (tmp_path / "run" / "trajectory_00" / "cycle_000.pt").unlink()
     with pytest.raises(SystemExit) as stop:
         distill.main(argv)
-    assert stop.value.code == 2 and "mixture_003_2_00.pt" in (err := error_line(capsys.readouterr().err)) and "delete it" in err
-    path.unlink()
-    distill.main(argv)                                          # made anew
+    assert stop.value.code == 2 and "cycle_000.pt is gone: restore it, or delete trajectory_00" in error_line(capsys.readouterr().err)
 
 
 # --------------------------------------------------------------------------------- chains of fresh models
@@ -316,7 +369,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
     assert len(chosen) > 1
-    own = Run(distill.student_config(config), data.fingerprint, **distill.Student(config, run, before).identity())
+    own = Run(distill.student_config(config), data.fingerprint, **distill.Student(config, run, before).identity)
     stored = own.read_mixture(0, len(chosen), 1, 0)
     batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42, distill.PACKINGS)
     text = batches.pack(batches.order_of(1))
@@ -327,7 +380,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     prior.main(argv)
     after = read_json(tmp_path / "run" / "prior.json")
     [row] = [a for a in after["answers"] if a["rule"] == "student"]
-    assert row["K"] == 1 and row["epochs"] == 2 * 4 * 0.5 + 1.0 and (row["members"], row["weights"]) == ([], [])
+    assert row["K"] == 1 and row["epochs"] == 2 * 4 * 0.5 + 1.0 and row["of_this_mixture"] and (row["members"], row["weights"]) == ([], [])
     assert [a for a in after["answers"] if a["rule"] != "student"] == before["answers"] and after["members"] == before["members"]
     model = GPT(config)
     model.load_state_dict(run.read_member(*STUDENT)[0])
@@ -385,6 +438,53 @@ def test_what_a_student_needs(population_to_teach, tmp_path, capsys):
     member = next((tmp_path / "run" / "trajectory_00").glob("cycle_003.pt"))
     shutil.copy(member.with_name("cycle_002.pt"), member)
     assert "prior.py again" in refused() and not (tmp_path / "run" / "student").exists()
+
+
+def test_a_finished_student_is_held_to_what_it_is(population_to_teach, tmp_path, capsys):
+    argv, run = population_to_teach, tmp_path / "run"
+    student(argv)
+    prior.main(argv)
+    with pytest.raises(SystemExit):
+        student(argv, "--student_alpha=0.5")
+    assert "student_alpha is 0.7 there and 0.5 here" in (err := error_line(capsys.readouterr().err)) and "move it away" in err
+    shutil.copy(run / "trajectory_00" / "cycle_003.pt", tmp_path / "kept")
+    shutil.rmtree(run / "trajectory_01")                        # another mixture: the student is an older one's
+    prior.main(argv)
+    assert "taught by another mixture" in capsys.readouterr().out
+    [row] = [a for a in read_json(run / "prior.json")["answers"] if a["rule"] == "student"]
+    assert row["of_this_mixture"] is False and row["epochs"] == 2 * 4 * 0.5 + 1.0
+    with pytest.raises(SystemExit):
+        student(argv)
+    assert "taught_by" in error_line(capsys.readouterr().err)
+    damage(run / "student.pt")
+    shutil.rmtree(run / "scores")
+    with pytest.raises(SystemExit) as stop:
+        prior.main(argv)
+    assert stop.value.code == 2 and "student.pt" in (err := error_line(capsys.readouterr().err)) and "distill.py --student again" in err
+
+
+def test_a_student_of_half_a_population_says_so_in_its_epochs(ready, tmp_path):
+    argv = ready(student_epochs=1.0)
+    train.main(argv)
+    prior.main(argv)
+    student(argv)
+    prior.main(argv)
+    assert [a["epochs"] for a in read_json(tmp_path / "run" / "prior.json")["answers"] if a["rule"] == "student"] == [2 * 2 * 0.5 + 1.0]
+
+
+def test_a_run_of_older_code_is_read(ready, tmp_path):
+    """It lacks the settings that came later, and had their defaults."""
+    argv, run = ready(trajectories=1), tmp_path / "run"
+    train.main(argv)
+    config = read_json(run / "config.json")
+    for name in ("packings", "distill_teacher", "ema_share", "momentum_warmup"):
+        del config["identity"][name]
+    write_json(run / "config.json", config)
+    distill.main(argv)
+    del config["identity"]["n_layer"]                           # which has no default
+    write_json(run / "config.json", config)
+    with pytest.raises(SystemExit):
+        prior.main(argv)
 
 
 def test_scores_whose_member_was_deleted_are_no_member(population_to_teach, tmp_path):
