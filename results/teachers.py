@@ -156,7 +156,7 @@ def all_jobs(texts, root):
     """In order of interest, after the searches."""
     alpha, _ = chosen("manual", root)
     jobs = {text: {seed: reported(text, seed, alpha) for seed in SEEDS} for text in texts}
-    for names in (["mixture_member", "student8_of_paper", "student8_of_mixture_member"], ["none", "student8_of_mixture12"], ["paper20", "student16_of_mixture8"], ["mixture"],
+    for names in (["mixture_member", "student8_of_paper", "student8_of_mixture_member", "paper20"], ["none", "student8_of_mixture12"], ["student16_of_mixture8"], ["mixture"],
                   ["chain_member", "chain"], ["best", "best_member"], STUDENTS, ["mixture_2packings"], ["single8", "single16", "single32", "record11"], ["paper_2x16", "mixture_2x16", "single64"]):
         yield from (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
 
