@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from config import from_args                                                # noqa: E402
 from data import loader, prepare                                            # noqa: E402
 from data.tokenizer import get_tokenizer                                    # noqa: E402
-from distill import TOP_K, mix_in, newest_share, stored_kl, student_config, unpack      # noqa: E402
+from distill import TOP_K, mix_in, newest_share, stored_kl, unpack      # noqa: E402
 from files import read_json                                                 # noqa: E402
 from model import GPT                                                       # noqa: E402
 from population import Run, mixture_bytes                                   # noqa: E402
@@ -181,11 +181,9 @@ def cost(job, root, prior):
     flops, epochs = plan.flops_of(config, model, sequences), config.trajectories * config.epochs_until(config.cycles)
     total = flops["train.py"] + flops["distill.py"]
     if job.student:
-        own = student_config(config)
         teachers = sum(w > 0 for w in max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])["weights"])
-        tokens = sequences * config.sequence_len
-        total += own.epochs_per_cycle * tokens * plan.step_flops(model, True, False) + teachers * own.packings * tokens * sum(plan.forward_flops(model, True, False).values())
-        epochs += own.epochs_per_cycle
+        total += plan.student_flops(config, model, sequences, teachers)
+        epochs += config.student_epochs
     return epochs, total
 
 

@@ -111,6 +111,16 @@ def test_a_stored_mixture_costs_a_pass_of_every_member_over_the_packings(capsys)
     assert "stored on 4 packings" in (out := capsys.readouterr().out) and "stored mixtures 409" in out         # 2 x 2 x 4 x 99.9M tokens x 256 bytes
 
 
+def test_a_student_costs_its_steps_and_a_pass_of_every_teacher(capsys):
+    config, model, sequences = of("1p8b", "--student_epochs=6", "--cycles=4")
+    tokens = sequences * 2048
+    wanted = 6 * tokens * 25.5290e9 + 5 * 4 * tokens * (33.7046e9 - 25.5290e9)
+    assert plan.student_flops(config, model, sequences, 5) == pytest.approx(wanted, rel=1e-3)
+    plan.main([str(ROOT / "configs" / "1p8b.py"), "--student_epochs=6", "--cycles=4"])
+    [flops] = [float(line.split()[5]) for line in capsys.readouterr().out.splitlines() if line.startswith("  --student, 6 epochs")]
+    assert flops == pytest.approx(plan.student_flops(config, model, sequences, 8), rel=1e-3)            # at most all 2 x 4 members teach
+
+
 def test_what_is_printed(capsys):
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--mfu=0.55", "--price=2", "--ranks=8"])
     out = capsys.readouterr().out

@@ -13,6 +13,7 @@ import torch
 
 from config import from_args, refuse, take_actions
 from data import loader
+from distill import student_config
 from model import GPT
 from optim import MuonAdamW
 from population import mixture_bytes
@@ -126,6 +127,13 @@ def flops_of(config, model, sequences):
     return flops
 
 
+def student_flops(config, model, sequences, teachers):
+    """Model FLOPs of distill.py --student, against a mixture of so many members: its steps, and each member's pass over the packings."""
+    own = student_config(config)
+    one_pass = sequences * config.sequence_len * sum(forward_flops(model, looping=True, mtp=False).values())
+    return flops_of(own, model, sequences)["distill.py"] + teachers * own.packings * one_pass
+
+
 def memory_of(config, model, ranks):
     """({part: bytes per rank}, {part: bytes per sequence of a micro-batch}) with so many ranks per trajectory, of the costliest script."""
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
@@ -178,9 +186,10 @@ def print_cycles(config, sequences):
 def print_cost(config, model, sequences, options):
     flops = flops_of(config, model, sequences)
     print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, ${options.price:g} per GPU and hour:")
-    for script, count in [*flops.items(), ("in all", sum(flops.values()))]:
+    student = student_flops(config, model, sequences, config.trajectories * config.cycles)
+    for script, count in [*flops.items(), ("in all", sum(flops.values())), (f"--student, {config.student_epochs:g} epochs, at most", student)]:
         hours = count / (options.ranks * options.peak_tflops * 1e12 * options.mfu) / 3600
-        print(f"  {script:10} {count:>10.3e} FLOP {hours:>10.3g} h {hours * options.ranks * options.price:>10,.2f} dollars")
+        print(f"  {script:30} {count:>10.3e} FLOP {hours:>10.3g} h {hours * options.ranks * options.price:>10,.2f} dollars")
 
 
 def print_machine(config, model, options):
