@@ -75,7 +75,7 @@ class Config(GPTConfig):
     distill_teacher: str = "predecessor"    # the trajectory's last member; best: its best so far on the fitness set; mixture: of all so far
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
-    # one student of the finished population: one cycle of distill.py --student, without dropout
+    # one student of the finished population (distill.py --student): one cosine, without dropout
     student_epochs: float = free(default=8.0)
     student_alpha: float = free(default=0.7)        # weight of the teacher's term, at temperature 1
     student_from: str = free(default="best")        # its first weights: best (member), or scratch

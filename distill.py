@@ -233,11 +233,11 @@ PACKINGS = 4                # on which the mixture teaches a student, where the 
 
 
 def student_config(config):
-    """The student's own: one cycle of one model, in run_dir/student."""
+    """The student's own: one model, one cosine, in run_dir/student."""
     return dataclasses.replace(
         config, run_dir=str(Path(config.run_dir) / "student"), trajectories=1, cycles=1, epochs_per_cycle=config.student_epochs, first_cycle_epochs=None,
-        schedule="cycle", restart="noise", ema_decay=0.0, dropout=0.0, keep="all",
-        packings=config.packings or PACKINGS, distill_from=0, distill_teacher="mixture", distill_alpha=config.student_alpha, distill_temperature=1.0)
+        schedule="cosine", restart="noise", ema_decay=0.0, dropout=0.0, keep="all",
+        packings=min(config.packings or PACKINGS, math.ceil(config.student_epochs)), distill_from=0, distill_teacher="mixture", distill_alpha=config.student_alpha, distill_temperature=1.0)
 
 
 class Student(Mixture):

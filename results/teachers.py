@@ -113,12 +113,14 @@ def work(job, folder, finished, root, texts):
 # ------------------------------------------------------------------------------------------------ what is run
 
 def searches(text):
-    """(name, alpha) -> Job: every teacher, and students of a mixture-taught population, on the further split."""
+    """(name, alpha) -> Job: every teacher, and students of mixture-taught populations, on the further split."""
     jobs = {(name, alpha): Job(f"{name}_{alpha}", f"tune_{text}", 42, TINY, [*ONE, *flags, f"--distill_alpha={alpha}"])
             for name, flags in TEACHERS.items() for alpha in ALPHAS}
-    eight = Job("mixture8", f"tune_{text}", 42, TINY, [*ONE, *TEACHERS["mixture"], "--cycles=8", "--distill_alpha=0.7"])
+    sixteen = jobs["mixture", 0.7]
+    eight = dataclasses.replace(sixteen, name="mixture8", flags=[*sixteen.flags, "--cycles=8"])
     for alpha in ALPHAS:
-        jobs["student", alpha] = dataclasses.replace(eight, name=f"student_{alpha}", student=[f"--student_alpha={alpha}", "--student_epochs=16"], of=eight)
+        for of, name, epochs in ((eight, "student", 16), (sixteen, "student_of_16", 8)):
+            jobs[name, alpha] = dataclasses.replace(of, name=f"{name}_{alpha}", student=[f"--student_alpha={alpha}", f"--student_epochs={epochs}"], of=of)
     return jobs
 
 
@@ -135,33 +137,34 @@ def chosen(text, root):
 
 
 def reported(text, seed, alpha):
-    """name -> Job of one seed, in order of interest; alpha: name -> that of the search."""
+    """name -> Job of one seed; alpha: name -> that of the search."""
     job = lambda name, config, flags, **more: Job(name, text, seed, config, flags, **more)
     taught = lambda name, *flags: [*ONE, *TEACHERS[name.split()[0]], f"--distill_alpha={alpha[name]}", *flags]
-    eight, twelve = job("mixture8", TINY, taught("mixture member", "--cycles=8")), job("mixture12", TINY, taught("mixture member", "--cycles=12"))
-    student = lambda of, epochs, *flags: job(f"student{epochs}_of_{of.name}{''.join(flags).replace('--student_from=', '_')}", TINY, of.flags, of=of,
-                                             student=[f"--student_alpha={alpha['student']}", f"--student_epochs={epochs}", *flags])
-    jobs = [job("paper", TINY, ONE), job("mixture", TINY, taught("mixture")), job("none", TINY, [*ONE, "--distill_from=16"]),
-            student(eight, 16), student(twelve, 8), job("chain", TINY, taught("chain")), job("best", TINY, taught("best")),
-            *(job(f"{name}_member", TINY, taught(f"{name} member")) for name in TEACHERS),
-            student(eight, 4), student(eight, 8), student(eight, 16, "--student_from=scratch"), job("mixture_2packings", TINY, taught("mixture", "--packings=2")),
-            job("record11", TINY, RECORD11), *(job(f"single{e}", SINGLE, [f"--epochs_per_cycle={e}"]) for e in (8, 16, 32, 64)),
-            job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture", "--trajectories=2")), student(eight, 32)]
-    jobs = {j.name: j for j in jobs}
-    more = [student(jobs["paper"], 8), student(jobs["mixture_member"], 8), job("paper20", TINY, [*ONE, "--cycles=20"])]
-    return jobs | {j.name: j for j in more}
+    student = lambda of, epochs, *flags, search="student_of_16": job(
+        f"student{epochs}_of_{of.name}{''.join(flags).replace('--student_from=', '_')}", of.config, of.flags, of=of, student=[f"--student_alpha={alpha[search]}", f"--student_epochs={epochs}", *flags])
+    paper, mixed, single = job("paper", TINY, ONE), job("mixture_member", TINY, taught("mixture member")), job("single16", SINGLE, ["--epochs_per_cycle=16"])
+    eight, twelve = (job(f"mixture{n}", TINY, taught("mixture member", f"--cycles={n}")) for n in (8, 12))
+    jobs = [paper, mixed, single, job("none", TINY, [*ONE, "--distill_from=16"]), *(job(name, TINY, taught(name)) for name in TEACHERS),
+            *(job(f"{name}_member", TINY, taught(f"{name} member")) for name in ("chain", "best")), job("mixture_2packings", TINY, taught("mixture member", "--packings=2")),
+            job("paper20", TINY, [*ONE, "--cycles=20"]), job("paper24", TINY, [*ONE, "--cycles=24"]), job("record11", TINY, RECORD11),
+            *(job(f"single{e}", SINGLE, [f"--epochs_per_cycle={e}"]) for e in (8, 32, 64)), student(single, 16, search="student"),
+            student(eight, 16, search="student"), student(twelve, 8), *(student(mixed, e) for e in (4, 8, 16, 32)), student(mixed, 16, "--student_from=scratch"),
+            student(paper, 8), student(paper, 16), job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture member", "--trajectories=2"))]
+    return {j.name: j for j in jobs}
+
+
+ORDER = [["mixture_member"], ["paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "student8_of_mixture_member", "student8_of_mixture12"],
+         ["single8", "single16", "single32", "record11"], ["chain_member", "best_member"], ["student16_of_single16", "student16_of_mixture8"],
+         ["student4_of_mixture_member", "student32_of_mixture_member", "student16_of_mixture_member_scratch", "student8_of_paper"], ["paper_2x16"], ["single64"], ["paper20"],
+         ["mixture_2x16"], ["mixture_2packings"], ["chain"], ["mixture"], ["best"]]
 
 
 def all_jobs(texts, root):
     """In order of interest, after the searches."""
     alpha, _ = chosen("manual", root)
     jobs = {text: {seed: reported(text, seed, alpha) for seed in SEEDS} for text in texts}
-    for names in (["mixture_member", "student8_of_paper", "student8_of_mixture_member", "paper20"], ["none", "student8_of_mixture12"], ["student16_of_mixture8"], ["mixture"],
-                  ["chain_member", "chain"], ["best", "best_member"], STUDENTS, ["mixture_2packings"], ["single8", "single16", "single32", "record11"], ["paper_2x16", "mixture_2x16", "single64"]):
+    for names in [["paper"], *ORDER]:
         yield from (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
-
-
-STUDENTS = ["student4_of_mixture8", "student8_of_mixture8", "student16_of_mixture8_scratch", "student32_of_mixture8"]
 
 
 # ------------------------------------------------------------------------------------------------ what is said
@@ -209,11 +212,18 @@ def running(log_p):
     return rows
 
 
-def answers(job, prior):
+def with_student(job, root):
+    """Validation loss of the learned prior over all members and the student."""
+    log_p = scores(job, root)
+    weights, _ = fit_weights(log_p["fit"])
+    return -(weights @ log_p["val"].double().exp()).log().mean().item()
+
+
+def answers(job, prior, root):
     """[(what, price, validation loss)] of a finished job."""
     M = len(prior["members"])
     if job.student:
-        return [("", 1, loss(prior, "student"))]
+        return [("", 1, loss(prior, "student")), ("it and the members, learned prior", M + 1, with_student(job, root))][:1 if M == 1 else 2]
     if M == 1:
         return [("", 1, loss(prior, "best"))]
     rows = [("best member", 1, loss(prior, "best")), ("uniform, all", M, loss(prior, "uniform", M)), ("learned prior", M, loss(prior, "learned", M))]
@@ -222,10 +232,16 @@ def answers(job, prior):
     return rows
 
 
-LABELS = {"single": "one model, one cosine", "paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far",
-          "mixture": "mixture so far, 4 packings", "chain_member": "predecessor, T 1, alpha for the best member", "best_member": "best so far, alpha for the best member",
-          "mixture_member": "mixture so far, 4 packings, alpha for the best member", "mixture_2packings": "mixture so far, 2 packings", "record11": "record 11: 5 fresh models, each against the last",
-          "paper20": "predecessor, 20 cycles (the paper's)", "paper_2x16": "2 x 16, the paper's chain", "mixture_2x16": "2 x 16, the mixture so far"}
+LABELS = {"paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far", "mixture": "mixture so far",
+          "chain_member": "predecessor, T 1, alpha for the best member", "best_member": "best so far, alpha for the best member", "mixture_member": "mixture so far, alpha for the best member",
+          "mixture_2packings": "the same, 2 packings", "mixture8": "the same, 8 cycles", "mixture12": "the same, 12 cycles", "record11": "record 11: 5 fresh models, each against the last",
+          "paper20": "the paper's, 20 cycles", "paper24": "the paper's, 24 cycles", "paper_2x16": "the paper's, 2 x 16", "mixture_2x16": "mixture so far, alpha for the best member, 2 x 16"}
+
+
+def label(job):
+    if job.student:
+        return f"student of: {label(job.of)}; {job.student[1].partition('=')[2]} epochs" + ", from scratch" * ("--student_from=scratch" in job.student)
+    return LABELS.get(job.name) or f"one model, one cosine, {job.name.removeprefix('single')} epochs"
 
 
 def table(text, root, alpha):
@@ -235,11 +251,10 @@ def table(text, root, alpha):
     priors = {name: [read_json(j.folder(root) / "prior.json") for j in some] for name, some in done.items() if some}
     rows = []
     for name in priors:
-        label = LABELS.get(name) or (f"{LABELS['single']}" if name.startswith("single") else name.replace("_", " "))
         epochs, flops = cost(done[name][0], root, priors[name][0])
-        for i, (what, price, _) in enumerate(answers(done[name][0], priors[name][0])):
-            losses = [answers(j, p)[i][2] for j, p in zip(done[name], priors[name])]
-            rows.append((epochs, f"| {label}{': ' if what else ''}{what} | {epochs:g} | {flops / 1e12:.2f} | {price} | {mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |"))
+        for of_seeds in zip(*(answers(j, p, root) for j, p in zip(done[name], priors[name]))):
+            (what, price, _), losses = of_seeds[0], [x for *_, x in of_seeds]
+            rows.append((epochs, f"| {label(done[name][0])}{': ' if what else ''}{what} | {epochs:g} | {flops / 1e12:.2f} | {price} | {mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |"))
     head = ["| | training epochs | TFLOP | price | validation loss | seeds |", "|---|---|---|---|---|---|"]
     return head + [row for _, row in sorted(rows, key=lambda r: r[0])], done, priors
 
@@ -264,17 +279,15 @@ def teachers_of(done, root):
 
 
 def students_of(done, root):
-    """Lines: the share of the gain that each student keeps, and what it adds as one more member."""
-    lines = ["| student | gain of the mixture over the best member | kept by the student | student's loss less the mixture's | mixture with the student as a member |", "|---|---|---|---|---|"]
+    """Lines: the share of the gain that each student keeps, where there is a gain to keep."""
+    lines = ["| student | gain of the mixture over the best member | kept by the student | student's loss less the mixture's |", "|---|---|---|---|"]
     for name, jobs in done.items():
         found = []
         for job in jobs if name.startswith("student") else []:
-            prior, log_p = read_json(job.folder(root) / "prior.json"), scores(job, root)
-            best, mixed, own = (loss(prior, rule) for rule in ("best", "learned", "student"))
-            weights, _ = fit_weights(log_p["fit"])
-            found.append((best - mixed, (best - own) / (best - mixed), own - mixed, -(weights @ log_p["val"].double().exp()).log().mean().item()))
+            best, mixed, own = (loss(read_json(job.folder(root) / "prior.json"), rule) for rule in ("best", "learned", "student"))
+            found.append((best - mixed, (best - own) / (best - mixed) if best - mixed > 1e-3 else math.nan, own - mixed))
         if found:
-            lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(mean_error(column) for column in zip(*found)) + " |")
+            lines.append(f"| {label(jobs[0])} | " + " | ".join(mean_error(column) for column in zip(*found)).replace("nan +- nan", "-") + " |")
     return lines
 
 
@@ -357,10 +370,10 @@ def report(root, texts):
     for text in texts:
         rows, done, _ = table(text, root, alpha)
         lines += ["", f"## {text}", "", *rows, "", *teachers_of(done, root), "", *students_of(done, root)]
-        if done.get("mixture"):
-            outside, exact, stored = stored_error(done["mixture"][0], root)
-            lines += ["", f"What is stored, after 15 members: {TOP_K} probabilities of {4 * TOP_K} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
-        for name in ("paper", "mixture"):
+        if done.get("mixture_member"):
+            outside, exact, stored = stored_error(done["mixture_member"][0], root)
+            lines += ["", f"What is stored, after 15 members ({LABELS['mixture_member']}, one seed): {TOP_K} probabilities of {4 * TOP_K} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
+        for name in ("paper", "mixture_member"):
             if done.get(name):
                 plain, warm = tempered(done[name][0], root)
                 lines += ["", f"A temperature for each member, chosen on the fitness set ({LABELS[name]}, one seed): {plain:.4f} without, {warm:.4f} with."]
