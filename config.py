@@ -77,7 +77,7 @@ class Config(GPTConfig):
     distill_temperature: float = 1.2
     # one student of the finished population (distill.py --student): one cosine, without dropout
     student_epochs: float = free(default=8.0)
-    student_alpha: float = free(default=0.7)        # weight of the teacher's term, at temperature 1
+    student_alpha: float = free(default=0.85)       # weight of the teacher's term, at temperature 1
     student_from: str = free(default="best")        # its first weights: best (member), or scratch
     # running
     keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two (all keep their scores)

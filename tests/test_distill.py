@@ -446,7 +446,7 @@ def test_a_finished_student_is_held_to_what_it_is(population_to_teach, tmp_path,
     prior.main(argv)
     with pytest.raises(SystemExit):
         student(argv, "--student_alpha=0.5")
-    assert "student_alpha is 0.7 there and 0.5 here" in (err := error_line(capsys.readouterr().err)) and "move it away" in err
+    assert "student_alpha is 0.85 there and 0.5 here" in (err := error_line(capsys.readouterr().err)) and "move it away" in err
     shutil.copy(run / "trajectory_00" / "cycle_003.pt", tmp_path / "kept")
     shutil.rmtree(run / "trajectory_01")                        # another mixture: the student is an older one's
     prior.main(argv)
