@@ -56,6 +56,7 @@ class Job:
     flags: list
     student: list | None = None
     of: object = None           # the population's Job
+    noise: float = 1.0          # multiplies the noise between cycles, which is no setting of the scripts
 
     def folder(self, root):
         return root / self.text / f"{self.name}_{self.seed}"
@@ -75,7 +76,9 @@ def tuning_text(folder, name, source):
 
 
 def call(script, job, root, texts, *more):
-    command = [sys.executable, *script.split(), job.config, *job.flags, f"--seed={job.seed}", f"--run_dir={job.folder(root)}",
+    name = script.removesuffix(".py")
+    louder = f"import sys, train, {name}; train.NOISE_FIRST *= {job.noise}; train.NOISE_LAST *= {job.noise}; {name}.main(sys.argv[1:])"
+    command = [sys.executable, *(script.split() if job.noise == 1 else ["-c", louder]), job.config, *job.flags, f"--seed={job.seed}", f"--run_dir={job.folder(root)}",
                f"--data={texts[job.text]}", f"--data_dir={root / 'data' / job.text}", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -136,6 +139,12 @@ def chosen(text, root):
     return {name: min(ALPHAS, key=lambda alpha: found[name, alpha]) for name, _ in found}, found
 
 
+def noises(text):
+    """Factor -> Job: the noise between cycles under a mixture that teaches, with the documents of the search."""
+    one = searches(text)["mixture", 0.7]
+    return {1.0: one} | {noise: dataclasses.replace(one, name=f"{one.name}_noise{noise:g}", noise=noise) for noise in (0.5, 2.0)}
+
+
 def reported(text, seed, alpha):
     """name -> Job of one seed; alpha: name -> that of the search."""
     job = lambda name, config, flags, **more: Job(name, text, seed, config, flags, **more)
@@ -155,7 +164,7 @@ def reported(text, seed, alpha):
 
 ORDER = [["mixture_member"], ["paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "student8_of_mixture_member", "student8_of_mixture12"],
          ["single8", "single16", "single32", "record11"], ["chain_member", "best_member"], ["student16_of_single16", "student16_of_mixture8"],
-         ["student4_of_mixture_member", "student32_of_mixture_member", "student16_of_mixture_member_scratch", "student8_of_paper"], ["paper_2x16"], ["single64"], ["paper20"],
+         ["student4_of_mixture_member", "student32_of_mixture_member", "student16_of_mixture_member_scratch", "student8_of_paper"], ["paper_2x16"], ["single64"], ["noises"], ["paper20"],
          ["mixture_2x16"], ["mixture_2packings"], ["chain"], ["mixture"], ["best"]]
 
 
@@ -164,7 +173,7 @@ def all_jobs(texts, root):
     alpha, _ = chosen("manual", root)
     jobs = {text: {seed: reported(text, seed, alpha) for seed in SEEDS} for text in texts}
     for names in [["paper"], *ORDER]:
-        yield from (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
+        yield from noises("manual").values() if names == ["noises"] else (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
 
 
 # ------------------------------------------------------------------------------------------------ what is said
@@ -367,6 +376,8 @@ def report(root, texts):
              "## The search", "", "One seed each, on documents of the manual that no other run sees, fitness set and validation of their own; 16 members (the learned prior's loss, and the best member's), students of 8 members (their own).", "",
              "| alpha | " + " | ".join(map(str, ALPHAS)) + " | chosen |", "|---|---|---|---|---|"]
     lines += [f"| {name} | " + " | ".join(f"{found[name, a]:.4f}" for a in ALPHAS) + f" | {alpha[name]} |" for name in alpha]
+    lines += ["", "The noise between cycles, multiplied, under the mixture as teacher (alpha 0.7, the same documents, one seed), learned prior and best member: "
+              + "; ".join(f"x {n:g}: {loss(p, 'learned'):.4f}, {loss(p, 'best'):.4f}" for n, p in ((n, read_json(j.folder(root) / "prior.json")) for n, j in noises("manual").items() if finished(j, root)))]
     for text in texts:
         rows, done, _ = table(text, root, alpha)
         lines += ["", f"## {text}", "", *rows, "", *teachers_of(done, root), "", *students_of(done, root)]
