@@ -163,9 +163,9 @@ def reported(text, seed, alpha):
 
 
 ORDER = [["mixture_member"], ["paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "student8_of_mixture_member", "student8_of_mixture12"],
-         ["single8", "single16", "single32", "record11"], ["chain_member", "best_member"], ["student16_of_single16", "student16_of_mixture8"],
+         ["single8", "single16", "single32", "record11"], ["mixture_2packings"], ["chain_member", "best_member"], ["student16_of_single16", "student16_of_mixture8"],
          ["student4_of_mixture_member", "student32_of_mixture_member", "student16_of_mixture_member_scratch", "student8_of_paper"], ["paper_2x16"], ["single64"], ["noises"], ["paper20"],
-         ["mixture_2x16"], ["mixture_2packings"], ["chain"], ["mixture"], ["best"]]
+         ["mixture_2x16"], ["chain"], ["mixture"], ["best"]]
 
 
 def all_jobs(texts, root):
