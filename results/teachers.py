@@ -162,17 +162,17 @@ def reported(text, seed, alpha):
     return {j.name: j for j in jobs}
 
 
-ORDER = [["mixture_member"], ["paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "student8_of_mixture_member", "student8_of_mixture12"],
-         ["single8", "single16", "single32", "record11"], ["mixture_2packings"], ["chain_member", "best_member"], ["student16_of_single16", "student16_of_mixture8"],
-         ["student4_of_mixture_member", "student32_of_mixture_member", "student16_of_mixture_member_scratch", "student8_of_paper"], ["paper_2x16"], ["single64"], ["noises"], ["paper20"],
-         ["mixture_2x16"], ["chain"], ["mixture"], ["best"]]
+ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["record11"],
+         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["student16_of_single16", "student16_of_mixture8"], ["noises"], ["mixture_2packings"],
+         ["student4_of_mixture_member", "student32_of_mixture_member"], ["chain_member"], ["single64"], ["student16_of_mixture_member_scratch", "student8_of_paper"],
+         ["paper_2x16", "mixture_2x16"], ["paper20"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
     """In order of interest, after the searches."""
     alpha, _ = chosen("manual", root)
     jobs = {text: {seed: reported(text, seed, alpha) for seed in SEEDS} for text in texts}
-    for names in [["paper"], *ORDER]:
+    for names in ORDER:
         yield from noises("manual").values() if names == ["noises"] else (jobs[text][seed][name] for text in texts for name in names for seed in SEEDS)
 
 
