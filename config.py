@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import os
 import sys
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NoReturn
@@ -18,6 +19,7 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
+SILENCE = 5             # seconds that a rank waits which leaves it to another to say why it refuses
 prints = False          # whether a rank other than 0 may print its errors: the first of each group of ranks may
 
 
@@ -31,6 +33,8 @@ def refuse(message, common=False, code=2) -> NoReturn:
     """One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way). common: every rank comes here, and rank 0 speaks for all."""
     if os.environ.get("RANK", "0") == "0" or prints and not common:
         tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)         # on a line of its own, whatever bars there are
+    else:
+        time.sleep(SILENCE)         # torchrun ends all ranks as soon as one has ended: the one that speaks comes first
     raise SystemExit(code)
 
 
@@ -72,7 +76,7 @@ class Config(GPTConfig):
     micro_batch: int = free()               # sequences per rank and backward pass
     # chain distillation
     distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
-    distill_teacher: str = "predecessor"    # the trajectory's last member; best: its best so far on the fitness set; mixture: of all so far
+    distill_teacher: str = "predecessor"    # the trajectory's last member; best: its best so far on the fitness set; mixture: of all its members so far
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
     # one student of the finished population (distill.py --student): one cosine, without dropout
@@ -80,7 +84,7 @@ class Config(GPTConfig):
     student_alpha: float = free(default=0.85)       # weight of the teacher's term, at temperature 1
     student_from: str = free(default="best")        # its first weights: best (member), or scratch
     # running
-    keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two (all keep their scores)
+    keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two (all keep their scores; a student wants the weights)
     resume_every: int = free(default=0)     # steps between two states to go on from inside a cycle; 0: only at its end
     compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
     checkpoint: bool = free(default=False)  # repeats of looped layers are computed again for backward, not kept
@@ -121,7 +125,7 @@ def rules(c):
     for key in ("run_dir", "data_dir"):
         yield max(map(len, os.fsencode(getattr(c, key)).split(b"/"))) < 240, key, "has a name that is too long for a file"
     yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
-    yield c.distill_teacher != "mixture" or c.packings, "packings", "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; try packings=4"
+    yield c.distill_teacher != "mixture" or c.packings, "packings", "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; try packings=4 (and distill_temperature=1)"
     yield c.distill_teacher != "mixture" or c.distill_temperature == 1, "distill_temperature", "must be 1 with distill_teacher=mixture, of which probabilities are stored"
     yield not c.ema_decay or c.restart != "none" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
@@ -169,6 +173,8 @@ def known(name):
         return name
     if name == "vocab_size":
         refuse("vocab_size follows from the tokenizer: set tokenizer instead")
+    if name == "student":
+        refuse("--student is distill.py's alone: run it there, then prior.py without it")
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
     refuse(f"unknown config name '{name}'" + (f": did you mean '{near[0]}'?" if near else "; config.py lists the known ones"))
 

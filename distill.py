@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 from config import from_args, refuse, speak, take_actions
 from data import loader
-from files import seal
+from files import differences, read_json, seal, sweep
 from model import GPT, chunks, cross_entropy
 from population import STUDENT, TOP_K, Run, read_prior, whole_mixture
 from train import run_cycles
-from world import next_command, one_line_errors
+from world import StopSignals, next_command, one_line_errors, say_next
 
 
 # ----------------------------------------------------------------------------------------------- the loss
@@ -87,7 +87,7 @@ def best(run, t, cycle):
     return min(range(cycle), key=lambda c: run.read_member(t, c, check=False)[1]["fit_loss"])
 
 
-class Chain:
+class OneMember:
     """loss_for_cycle where one member teaches. One teacher stays in memory, its weights replaced before every cycle."""
 
     def __init__(self, config, choose=predecessor):
@@ -160,7 +160,7 @@ class Mixture:
         self.config, self.model = config, None
 
     def members(self, launch, trajectory):
-        """(population, t, c) of those that teach this cycle, in the order in which they are mixed in."""
+        """(run, t, c) of those that teach this cycle, in the order in which they are mixed in."""
         return [(launch.run, trajectory.t, c) for c in range(trajectory.cycles_done)]
 
     def share(self, n, old, new):
@@ -189,7 +189,7 @@ class Mixture:
     def store(self, launch, trajectory, members, parts):
         """Make what is not there of the mixture of these members, the ranks of a group side by side, or until asked to stop."""
         run, world, stop, t = launch.run, launch.world, launch.stop, trajectory.t
-        sha = [population.read_member(*which, check=False)[1]["sha256"] for population, *which in members]
+        sha = [source.read_member(*which, check=False)[1]["sha256"] for source, *which in members]
         of = lambda n, p: seal([sha[:n], p, PART, TOP_K])
         there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *p, of(n, p)) for p in parts)), default=0)
         world.barrier()                                         # all have looked before one writes
@@ -200,15 +200,15 @@ class Mixture:
                 for p in parts[i:][world.data_rank:world.data_rank + 1]:
                     if not run.has_mixture(t, n, *p, of(n, p)):
                         run.save_mixture(t, n, *p, mix(*p), of(n, p))
-                _, _, stop.agreed = world.agree(torch.zeros((), device=world.device), torch.zeros((), device=world.device), stop.asked)
+                stop.agreed = world.any(stop.asked)
                 if stop.agreed:
                     return
 
     def mixer(self, launch, trajectory, member, n):
         """The function that mixes the n-th member into (packing, part) of the mixture of those before."""
-        run, batches, (population, *which) = launch.run, trajectory.batches, member
+        run, batches, (source, *which) = launch.run, trajectory.batches, member
         self.model = self.model or frozen(self.config, launch.world.device)
-        self.model.load_state_dict(population.read_member(*which)[0])
+        self.model.load_state_dict(source.read_member(*which)[0])
         fit = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
 
         def mix(packing, part):
@@ -224,7 +224,7 @@ class Mixture:
         return mix
 
 
-TEACHERS = {"predecessor": Chain, "best": lambda config: Chain(config, best), "mixture": Mixture}
+TEACHERS = {"predecessor": OneMember, "best": lambda config: OneMember(config, best), "mixture": Mixture}      # distill_teacher's choices in config.py
 
 
 # ------------------------------------------------------------------------------------------------ one student
@@ -243,38 +243,55 @@ def student_config(config):
 class Student(Mixture):
     """loss_for_cycle where the learned prior's mixture of a finished population teaches."""
 
-    def __init__(self, config, population, prior):
+    def __init__(self, config, taught_by, prior):
         super().__init__(student_config(config))
-        self.population, (self.teachers, taught_by) = population, whole_mixture(prior)
-        self.identity = dict(taught_by=taught_by, student_from=config.student_from, student_epochs=config.student_epochs, student_alpha=config.student_alpha)
+        self.source, (self.teachers, mixture) = taught_by, whole_mixture(prior)         # teachers: (entry in prior["members"], weight)
+        self.identity = dict(taught_by=mixture, student_from=config.student_from, student_epochs=config.student_epochs, student_alpha=config.student_alpha)
         self.best = prior["members"][next(a for a in prior["answers"] if a["rule"] == "best")["members"][0]]
         for m in [self.best, *(m for m, _ in self.teachers)]:
-            if population.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
-                refuse(f"{population.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
+            if taught_by.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
+                refuse(f"{taught_by.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
+        begun = Path(self.config.run_dir) / "config.json"
+        theirs = read_json(begun).get("identity") if begun.exists() else self.identity
+        differ = differences({k: v for k, v in theirs.items() if k in self.identity} if isinstance(theirs, dict) else theirs, self.identity)
+        if differ:
+            refuse(f"{begun.parent} is another student, or of another mixture ({differ}): move it and student.pt away to train this one")
 
     def members(self, launch, trajectory):
-        return [(self.population, m["trajectory"], m["cycle"]) for m, _ in self.teachers]
+        return [(self.source, m["trajectory"], m["cycle"]) for m, _ in self.teachers]
 
     def share(self, n, old, new):
         weights = [w for _, w in self.teachers[:n]]
         return weights[-1] / sum(weights)
 
     def __call__(self, launch, trajectory):
-        if trajectory.step == 0 and self.identity["student_from"] == "best":
-            trajectory.model.load_state_dict(self.population.read_member(self.best["trajectory"], self.best["cycle"])[0])
+        if trajectory.step == 0:
+            self.begin(trajectory.model)
         return super().__call__(launch, trajectory)
+
+    def begin(self, model):
+        """The student's first weights."""
+        if self.identity["student_from"] == "best":
+            model.load_state_dict(self.source.read_member(self.best["trajectory"], self.best["cycle"])[0])
 
 
 def teach_student(config, argv):
-    """Train it, where that is not done, and keep it as run_dir/student.pt."""
-    data, prior = loader.load(config), read_prior(config.run_dir)
-    population = Run(config, data.fingerprint)
-    student = Student(config, population, prior)
+    """Train it, where that is not done, and keep it as run_dir/student.pt; the mixture that taught it goes."""
+    data, prior, lead = loader.load(config), read_prior(config.run_dir), os.environ.get("RANK", "0") == "0"
+    run = Run(config, data.fingerprint)
+    student = Student(config, run, prior)
+    if lead:
+        print(f"a student of the learned prior's {len(student.teachers)} members with weight, of {len(prior['members'])} (of {config.trajectories} x {config.cycles}), from {config.student_from}")
     with one_line_errors(student.config):
-        run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), next_command("prior.py", argv), **student.identity)
-    if os.environ.get("RANK", "0") == "0":
-        weights, about = Run(student.config, data.fingerprint, **student.identity).read_member(0, 0)
-        population.save_member(*STUDENT, weights, epochs=prior["growing"][-1]["epochs"] + config.student_epochs, fit_loss=about["fit_loss"], **student.identity)
+        run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), **student.identity)
+        if lead:
+            own = Run(student.config, data.fingerprint, **student.identity)
+            weights, about = own.read_member(0, 0)
+            with StopSignals():
+                sweep(run.path, ".student.pt.*")
+                run.save_member(*STUDENT, weights, epochs=prior["growing"][-1]["epochs"] + config.student_epochs, fit_loss=about["fit_loss"], **student.identity)
+                own.drop_mixtures(0)
+    say_next("prior.py", argv)
 
 
 def main(argv=None):
@@ -282,12 +299,12 @@ def main(argv=None):
     config = from_args(argv, __doc__)
     if options.student:
         return teach_student(config, argv)
-    if config.distill_from >= config.cycles:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}\nnext: {next_command('prior.py', argv)}")
-        return
-    with one_line_errors(config):
-        run_cycles(config, config.distill_from, config.cycles, TEACHERS[config.distill_teacher](config), next_command("distill.py", argv), next_command("prior.py", argv))
+    if config.distill_from < config.cycles:
+        with one_line_errors(config):
+            run_cycles(config, config.distill_from, config.cycles, TEACHERS[config.distill_teacher](config), next_command("distill.py", argv))
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}")
+    say_next("prior.py", argv)
 
 
 if __name__ == "__main__":

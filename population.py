@@ -275,6 +275,11 @@ class Run:
         except Damaged as e:
             refuse(f"{path} {e}: delete it and run this again, which makes it anew")
 
+    def drop_mixtures(self, t):
+        """What is stored of a trajectory that no mixture teaches any more."""
+        for path in self.path.glob(f"trajectory_{t:02d}/mixture_*.pt"):
+            path.unlink()
+
     # ---- scores
 
     def score_paths(self, t, c):

@@ -22,6 +22,7 @@ if ! $python -c "$usable" 2>/dev/null; then                 # not the active env
         echo "environment: making $root/.venv" >&2
         "$base" -m venv --clear "$root/.venv"
         "$python" -m pip install -q --disable-pip-version-check -r "$root/requirements.txt"
+        echo "environment: made; for commands of your own: . $root/.venv/bin/activate" >&2
     fi
 fi
 [ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }

@@ -24,7 +24,7 @@ from data import loader
 from model import GPT, activate_attention
 from optim import MuonAdamW
 from population import Run, setup
-from world import STOPPED, StopSignals, World, join_world, next_command, one_line_errors
+from world import STOPPED, StopSignals, World, join_world, next_command, one_line_errors, say_next
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
 NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
@@ -88,7 +88,7 @@ def perturb(model, scale, seed):
 # --------------------------------------------------------------------------------------------- one step
 
 def label_loss(model, batch, numbers=None):
-    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token; whichever they are."""
+    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token, whatever their numbers."""
     return sum(model(batch[:, :-1], batch[:, 1:]))
 
 
@@ -298,12 +298,12 @@ def train_trajectory(launch, trajectory, end, loss_for_cycle):
         keep_member(launch, trajectory)
 
 
-def run_cycles(config, first, end, loss_for_cycle, again, then, **identity):
+def run_cycles(config, first, end, loss_for_cycle, again, **identity):
     """
     Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(launch, trajectory) gives the
-    loss function of the cycle that starts, (model, tokens (B, T + 1), their numbers (B,)) -> nats per token. again,
-    then: the command that goes on, and the next one; identity: what the run directory belongs to beside config and data.
-    Asked to stop, it exits with code 75 once the step at hand is saved.
+    loss function of the cycle that starts, (model, tokens (B, T + 1), their numbers (B,)) -> nats per token, or sets
+    launch.stop.agreed. again: the command that goes on; identity: what the run directory belongs to beside config and
+    data. Asked to stop, it exits with code 75 once the step at hand is saved.
     """
     data = loader.load(config)
     run = Run(config, data.fingerprint, **identity)
@@ -333,16 +333,14 @@ def run_cycles(config, first, end, loss_for_cycle, again, then, **identity):
         launch.bar.close()
         world.barrier(everyone=True)
     world.close()
-    if world.rank == 0:
-        print("next:", then)
 
 
 def main(argv=None):
     config = from_args(argv, __doc__)
     last = min(config.distill_from, config.cycles)
     with one_line_errors(config):
-        run_cycles(config, 0, last, lambda launch, trajectory: label_loss, next_command("train.py", argv),
-                   then=next_command("distill.py" if last < config.cycles else "prior.py", argv))
+        run_cycles(config, 0, last, lambda launch, trajectory: label_loss, next_command("train.py", argv))
+    say_next("distill.py" if last < config.cycles else "prior.py", argv)
 
 
 if __name__ == "__main__":

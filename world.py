@@ -100,6 +100,10 @@ class World:
         loss, norm, stop = values.tolist()
         return loss / self.data_size, norm / self.data_size, stop > 0
 
+    def any(self, stop):
+        """Whether any of a group's ranks was asked to stop."""
+        return self.agree(torch.zeros((), device=self.device), torch.zeros((), device=self.device), stop)[2]
+
     def gather(self, value):
         """The plain values of all ranks, in their order, on every rank."""
         values = [value]
@@ -177,6 +181,12 @@ def next_command(script, argv):
         torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
         launcher = f"{torchrun}{' --standalone' * (local == ranks)} --nproc_per_node={local}"
     return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+
+def say_next(script, argv):
+    """What to run once a script is done, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print("next:", next_command(script, argv))
 
 
 @contextlib.contextmanager

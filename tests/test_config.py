@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from config import FIELDS, Config, from_args
+from config import FIELDS, SILENCE, Config, from_args
 from tests.conftest import ROOT
 
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -76,6 +76,18 @@ def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, ga
 def test_budgets_that_are_refused(args, names, capsys):
     err = refused([TINY, *args], capsys)
     assert all(name in err for name in names), err
+
+
+def test_a_silent_rank_lets_the_first_one_speak(monkeypatch, capsys):
+    """torchrun ends all ranks with the first that ends."""
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr("config.prints", False)
+    for rank, waited in (("0", []), ("1", [SILENCE])):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            from_args([TINY, "--cylces=3"], "usage")
+        assert stop.value.code == 2 and waits == waited and ("cylces" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_bad_config_files_are_refused(tmp_path, capsys):

@@ -13,7 +13,7 @@ import distill
 import prior
 import train
 import world
-from config import from_args
+from config import CHOICES, from_args
 from data import loader, prepare
 from files import read_json, write_json
 from model import GPT
@@ -317,6 +317,10 @@ def test_warmdown_and_the_momentum():
     assert optimizer.steps == 0 and not optimizer.groups[0]["m"].any()
 
 
+def test_every_teacher_can_be_chosen():
+    assert distill.TEACHERS.keys() == set(CHOICES["distill_teacher"])
+
+
 # ------------------------------------------------------------------------------------------- the student
 
 def student(argv, *flags):
@@ -358,19 +362,22 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
         return call(self, launch, trajectory)
     monkeypatch.setattr(distill.Mixture, "__call__", spy)
     monkeypatch.setattr(distill, "TOP_K", 256)                  # these are flatter than any that has learned to read
+    stored, drop = {}, Run.drop_mixtures
+    monkeypatch.setattr(Run, "drop_mixtures", lambda own, t: (stored.update({name: w.clone() for name, w in own.read_mixture(0, len(chosen), 1, 0).items()}), drop(own, t)))
+    mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
+    chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
+    assert len(chosen) > 1
+    (tmp_path / "run" / ".student.pt.0.999999999").touch()      # a killed writer's
     student(argv)
-    assert "next: python prior.py" in capsys.readouterr().out
+    assert not [*tmp_path.glob("run/.student.pt.*"), *tmp_path.glob("run/student/*/mixture_*")]
+    out = capsys.readouterr().out
+    assert "next: python prior.py" in out and f"{len(chosen)} members with weight, of {len(before['members'])} (of 2 x 4), from best" in out
     config, data, run = population_of(argv)
     best = next(a for a in before["answers"] if a["rule"] == "best")["members"][0]
     best = before["members"][best]["trajectory"], before["members"][best]["cycle"]
     weights = run.read_member(*best)[0]
     assert all(torch.equal(started[0][n].bfloat16(), weights[n]) for n in weights)
     # the stored teacher is the learned prior's mixture
-    mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
-    chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
-    assert len(chosen) > 1
-    own = Run(distill.student_config(config), data.fingerprint, **distill.Student(config, run, before).identity)
-    stored = own.read_mixture(0, len(chosen), 1, 0)
     batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42, distill.PACKINGS)
     text = batches.pack(batches.order_of(1))
     exact = sum(w * probabilities(config, run, (m["trajectory"], m["cycle"]), text) for m, w in chosen)
@@ -401,7 +408,7 @@ def test_a_student_from_scratch_is_another_and_wants_a_folder(population_to_teac
     first = population_of(argv)[2].read_member(*STUDENT)[0]
     with pytest.raises(SystemExit) as stop:
         student(argv)
-    assert stop.value.code == 2 and "student_from" in (err := error_line(capsys.readouterr().err)) and "move it away" in err
+    assert stop.value.code == 2 and "student_from" in (err := error_line(capsys.readouterr().err)) and "move it and student.pt away" in err
     shutil.rmtree(tmp_path / "run" / "student")
     student(argv)
     assert not torch.equal(first["lm_head.weight"], population_of(argv)[2].read_member(*STUDENT)[0]["lm_head.weight"])
@@ -427,6 +434,17 @@ def test_a_student_goes_on_bit_for_bit(population_to_teach, tmp_path, monkeypatc
     assert all(torch.equal(w, two["tensors"][n]) for n, w in one["tensors"].items())
 
 
+def test_ctrl_c_while_the_student_is_kept(population_to_teach, tmp_path, monkeypatch):
+    save = Run.save_member
+    def interrupted(run, t, *rest, **about):
+        if (t, 0) == STUDENT:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(run, t, *rest, **about)
+    monkeypatch.setattr(Run, "save_member", interrupted)
+    student(population_to_teach)
+    assert population_of(population_to_teach)[2].read_member(*STUDENT)
+
+
 def test_what_a_student_needs(population_to_teach, tmp_path, capsys):
     def refused(*flags):
         with pytest.raises(SystemExit) as stop:
@@ -446,7 +464,7 @@ def test_a_finished_student_is_held_to_what_it_is(population_to_teach, tmp_path,
     prior.main(argv)
     with pytest.raises(SystemExit):
         student(argv, "--student_alpha=0.5")
-    assert "student_alpha is 0.85 there and 0.5 here" in (err := error_line(capsys.readouterr().err)) and "move it away" in err
+    assert "student_alpha is 0.85 there and 0.5 here" in (err := error_line(capsys.readouterr().err)) and "move it and student.pt away" in err
     shutil.copy(run / "trajectory_00" / "cycle_003.pt", tmp_path / "kept")
     shutil.rmtree(run / "trajectory_01")                        # another mixture: the student is an older one's
     prior.main(argv)

@@ -179,7 +179,7 @@ def print_cycles(config, sequences):
         scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
         print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 120, initial_indent="  ", subsequent_indent=" " * 33))
     chain = config.distill_from < config.cycles
-    teacher = {"predecessor": "the predecessor", "best": "the best member so far", "mixture": f"the mixture so far, stored on {config.packings} packings"}[config.distill_teacher]
+    teacher = f"the {config.distill_teacher}" + f" so far, stored on {config.packings} packings" * (config.distill_teacher == "mixture")
     print(f"  teacher: {teacher + ', from cycle ' + str(config.distill_from) if chain else 'none'}")
 
 
@@ -212,7 +212,8 @@ def print_machine(config, model, options):
     scores = config.trajectories * config.cycles * 4 * held_out_tokens(config)
     mixtures = config.trajectories * 2 * mixture_bytes(config)
     print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {2 * config.trajectories + 1} states of {state / 1e9:.3g} = "
-          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}" + f"; stored mixtures {mixtures / 1e9:,.4g}" * (mixtures > 0))
+          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}" + f"; stored mixtures {mixtures / 1e9:,.4g}" * (mixtures > 0)
+          + f"; --student {2 * mixture_bytes(student_config(config)) / 1e9:,.4g} while it is taught")
 
 
 def main(argv=None):
