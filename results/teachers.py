@@ -162,10 +162,10 @@ def reported(text, seed, alpha):
     return {j.name: j for j in jobs}
 
 
-ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["record11"],
+ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["record11"], ["paper_2x16"],
          ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["student16_of_single16", "student16_of_mixture8"], ["noises"], ["mixture_2packings"],
          ["student4_of_mixture_member", "student32_of_mixture_member"], ["chain_member"], ["single64"], ["student16_of_mixture_member_scratch", "student8_of_paper"],
-         ["paper_2x16", "mixture_2x16"], ["paper20"], ["mixture", "chain", "best"]]
+         ["mixture_2x16"], ["paper20"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
