@@ -42,7 +42,7 @@ TEACHERS = {                    # name: flags; alpha is searched
     "best": ["--distill_temperature=1", "--distill_teacher=best"],
     "mixture": ["--distill_temperature=1", "--distill_teacher=mixture", "--packings=4"],
 }
-RECORD11 = ["--trajectories=1", "--restart=fresh", "--schedule=warmdown", "--momentum_warmup=300", "--ema_decay=0.95", "--ema_every=10", "--ema_share=0.4",
+RECORD11 = ["--trajectories=1", "--restart=fresh", "--schedule=warmdown", "--momentum_warmup=300", "--ema_decay=0.95", "--ema_every=5", "--ema_share=0.4",
             "--cycles=5", "--first_cycle_epochs=8", "--epochs_per_cycle=14", "--distill_from=1", "--distill_alpha=0.7", "--distill_temperature=1"]
 
 
