@@ -251,9 +251,9 @@ class Student(Mixture):
         for m in [self.best, *(m for m, _ in self.teachers)]:
             if taught_by.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
                 refuse(f"{taught_by.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
-        begun = Path(self.config.run_dir) / "config.json"
-        theirs = read_json(begun).get("identity") if begun.exists() else self.identity
-        differ = differences({k: v for k, v in theirs.items() if k in self.identity} if isinstance(theirs, dict) else theirs, self.identity)
+        begun, mine = Path(self.config.run_dir) / "config.json", {**self.config.identity(), **self.identity}
+        theirs = read_json(begun).get("identity") if begun.exists() else mine
+        differ = differences({k: theirs.get(k, mine[k]) for k in mine} if isinstance(theirs, dict) else theirs, mine)
         if differ:
             refuse(f"{begun.parent} is another student, or of another mixture ({differ}): move it and student.pt away to train this one")
 

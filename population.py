@@ -199,7 +199,7 @@ class Run:
 
     def mend(self, t):
         """What to do about a damaged member."""
-        return "delete it and run distill.py --student again" if t == STUDENT[0] else f"move it away and go without it, or delete trajectory_{t:02d} and train that again"
+        return "delete it and run distill.py --student again" if t == STUDENT[0] else f"move it away and go without it, or delete {self.path}/trajectory_{t:02d} and train that again"
 
     def read_member(self, t, c, check=True):
         """(weights: name -> bf16 tensor on disk, about) of a member of this population; "sha256" in about is that of its weights."""
@@ -207,7 +207,7 @@ class Run:
         if not path.exists():
             dropped = self.scores_of(t, c).get("dropped")
             refuse(f"{path} is gone: " + ("keep=last dropped it when it was scored; what needs it wants a run with keep=all" if dropped else
-                                          f"restore it, or delete trajectory_{t:02d} and train that again"))
+                                          f"restore it, or delete {self.path}/trajectory_{t:02d} and train that again"))
         try:
             weights, about = load_tensors(path, check)
         except Damaged as e:
@@ -247,7 +247,7 @@ class Run:
                 reasons.append(f"{path} {e}")
                 print(f"note: {reasons[-1]}; looking for an older one", file=sys.stderr)
         if reasons:
-            refuse(f"{reasons[0]}, and no older one is whole: restore one, or delete trajectory_{t:02d} and train it again")
+            refuse(f"{reasons[0]}, and no older one is whole: restore one, or delete {self.path}/trajectory_{t:02d} and train it again")
 
     # ---- the mixture of the first n members, as far as it is stored to teach; the newest two stay
 
