@@ -273,7 +273,7 @@ def test_a_teacher_that_is_gone_is_named(ready, tmp_path, capsys):
     (tmp_path / "run" / "trajectory_00" / "cycle_000.pt").unlink()
     with pytest.raises(SystemExit) as stop:
         distill.main(argv)
-    assert stop.value.code == 2 and "cycle_000.pt is gone: restore it, or delete trajectory_00" in error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and f"cycle_000.pt is gone: restore it, or delete {tmp_path}/run/trajectory_00" in error_line(capsys.readouterr().err)
 
 
 # --------------------------------------------------------------------------------- chains of fresh models
