@@ -361,9 +361,13 @@ def tempered(job, root):
     config, data, _ = opened(job, root)
     plain, warm = {"fit": [], "val": []}, {"fit": [], "val": []}
     for model in models_of(job, root):
-        x = {split: torch.from_numpy(getattr(data, split).astype(np.int64)) for split in plain}
-        log_p = {split: {T: torch.cat([-F.cross_entropy(model(rows[:, :-1]).flatten(0, 1) / T, rows[:, 1:].flatten(), reduction="none") for rows in x[split].split(8)])
-                         for T in TEMPERATURES} for split in plain}
+        log_p = {split: {T: [] for T in TEMPERATURES} for split in plain}
+        for split in plain:
+            for rows in torch.from_numpy(getattr(data, split).astype(np.int64)).split(8):
+                logits = model(rows[:, :-1]).flatten(0, 1)
+                for T in TEMPERATURES:
+                    log_p[split][T].append(-F.cross_entropy(logits / T, rows[:, 1:].flatten(), reduction="none"))
+        log_p = {split: {T: torch.cat(parts) for T, parts in of_split.items()} for split, of_split in log_p.items()}
         T = max(TEMPERATURES, key=lambda T: log_p["fit"][T].mean())
         for split in plain:
             plain[split].append(log_p[split][1.0])
@@ -412,11 +416,11 @@ def report(root, texts):
     for text in texts:
         rows, done, _ = table(text, root, alpha)
         lines += ["", f"## {text}", "", *rows, "", *differences_of(done, root), "", *teachers_of(done, root), "", *students_of(done, root)]
-        if done.get("mixture_member"):
+        if text == texts[0] and done.get("mixture_member"):
             outside, exact, stored = stored_error(done["mixture_member"][0], root)
             lines += ["", f"What is stored, after 15 members ({LABELS['mixture_member']}, one seed): {TOP_K} probabilities of {4 * TOP_K} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
         for name in ("paper", "mixture_member"):
-            if done.get(name):
+            if text == texts[0] and done.get(name):
                 plain, warm = tempered(done[name][0], root)
                 lines += ["", f"A temperature for each member, chosen on the fitness set ({LABELS[name]}, one seed): {plain:.4f} without, {warm:.4f} with."]
     lines += ["", "## At 1.8B parameters, on paper", "", "A mixture takes no more passes than the predecessor's only with packings up to the distilled epochs of a cycle, 2: every member teaches once on every packing.", f"{4 * TOP_K} bytes a token, two mixtures of each trajectory on disk at a time.", "", *on_paper()]
