@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from config import from_args, refuse, speak, take_actions
 from data import loader
-from files import differences, read_json, seal, sweep
+from files import seal, sweep
 from model import GPT, chunks, cross_entropy
 from population import STUDENT, TOP_K, Run, read_prior, whole_mixture
 from train import run_cycles
@@ -251,11 +251,6 @@ class Student(Mixture):
         for m in [self.best, *(m for m, _ in self.teachers)]:
             if taught_by.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
                 refuse(f"{taught_by.path / 'prior.json'} weighs other members than those that are there: run prior.py again")
-        begun, mine = Path(self.config.run_dir) / "config.json", {**self.config.identity(), **self.identity}
-        theirs = read_json(begun).get("identity") if begun.exists() else mine
-        differ = differences({k: theirs.get(k, mine[k]) for k in mine} if isinstance(theirs, dict) else theirs, mine)
-        if differ:
-            refuse(f"{begun.parent} is another student, or of another mixture ({differ}): move it and student.pt away to train this one")
 
     def members(self, launch, trajectory):
         return [(self.source, m["trajectory"], m["cycle"]) for m, _ in self.teachers]
@@ -280,12 +275,12 @@ def teach_student(config, argv):
     data, prior, lead = loader.load(config), read_prior(config.run_dir), os.environ.get("RANK", "0") == "0"
     run = Run(config, data.fingerprint)
     student = Student(config, run, prior)
+    own = Run(student.config, data.fingerprint, mend="move it and student.pt away to train this one", **student.identity)
     if lead:
         print(f"a student of the learned prior's {len(student.teachers)} members with weight, of {len(prior['members'])} (of {config.trajectories} x {config.cycles}), from {config.student_from}")
     with one_line_errors(student.config):
         run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), **student.identity)
         if lead:
-            own = Run(student.config, data.fingerprint, **student.identity)
             weights, about = own.read_member(0, 0)
             with StopSignals():
                 sweep(run.path, ".student.pt.*")

@@ -56,11 +56,11 @@ def mixture_bytes(config):
 class Run:
     """
     The run directory of a config; exits with code 2 where one of another config or other data stands there (of any data
-    where data_fingerprint is None), or none can be made; more: of its identity. Nothing is written before claim(), whose lock is held until the end
-    of a `with`. t and c are trajectory and cycle.
+    where data_fingerprint is None; mend: what to do about it), or none can be made; more: of its identity. Nothing is
+    written before claim(), whose lock is held until the end of a `with`. t and c are trajectory and cycle.
     """
 
-    def __init__(self, config, data_fingerprint, **more):
+    def __init__(self, config, data_fingerprint, mend="name another --run_dir, or move it away", **more):
         self.config, self.path, self.locks = config, Path(config.run_dir), []
         # through JSON and back, so that what is compared is what a file can hold
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint, **more}))
@@ -68,7 +68,7 @@ class Run:
         if self.config_path.exists():
             differ = self.differs(read_json(self.config_path).get("identity"), leave="data_fingerprint" if data_fingerprint is None else "")
             if differ:
-                refuse(f"run_dir={self.path} belongs to another config: {differ}; name another --run_dir, or move it away")
+                refuse(f"run_dir={self.path} belongs to another config: {differ}; {mend}")
         self.there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
         try:
             tempfile.TemporaryFile(dir=self.there).close()

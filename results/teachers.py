@@ -255,6 +255,11 @@ def label(job):
     return LABELS.get(job.name) or f"one model, one cosine, {job.name.removeprefix('single')} epochs"
 
 
+def command_of(job):
+    """What a job's scripts are called with, and its student's."""
+    return " ".join([job.config, *job.flags] + (["and then distill.py --student, prior.py with", *job.student, "too"] if job.student else []))
+
+
 def table(text, root, alpha):
     """Lines of one text's table, of what is finished, and {name: [prior of each seed]}."""
     jobs = {seed: reported(text, seed, alpha) for seed in SEEDS}
@@ -412,7 +417,8 @@ def report(root, texts):
              "| alpha | " + " | ".join(map(str, ALPHAS)) + " | chosen |", "|---|---|---|---|---|"]
     lines += [f"| {name} | " + " | ".join(f"{found[name, a]:.4f}" for a in ALPHAS) + f" | {alpha[name]} |" for name in alpha]
     lines += ["", "The noise between cycles, multiplied, under the mixture as teacher (alpha 0.7, the same documents, one seed), learned prior and best member: "
-              + "; ".join(f"x {n:g}: {loss(p, 'learned'):.4f}, {loss(p, 'best'):.4f}" for n, p in ((n, read_json(j.folder(root) / "prior.json")) for n, j in noises("manual").items() if finished(j, root)))]
+              + "; ".join(f"x {n:g}: {loss(p, 'learned'):.4f}, {loss(p, 'best'):.4f}" for n, p in ((n, read_json(j.folder(root) / "prior.json")) for n, j in noises("manual").items() if finished(j, root)))
+              + "".join(f"; x {n:g} not yet run" for n, j in noises("manual").items() if not finished(j, root))]
     for text in texts:
         rows, done, _ = table(text, root, alpha)
         lines += ["", f"## {text}", "", *rows, "", *differences_of(done, root), "", *teachers_of(done, root), "", *students_of(done, root)]
@@ -423,6 +429,8 @@ def report(root, texts):
             if text == texts[0] and done.get(name):
                 plain, warm = tempered(done[name][0], root)
                 lines += ["", f"A temperature for each member, chosen on the fitness set ({LABELS[name]}, one seed): {plain:.4f} without, {warm:.4f} with."]
+    lines += ["", "## Commands", "", "train.py, distill.py and prior.py with the flags below and --seed, --run_dir, --data, --data_dir; what has no row above is not yet run.", ""]
+    lines += [f"- {label(job)}: `{command_of(job)}`" for job in reported(texts[0], SEEDS[0], alpha).values()]
     lines += ["", "## At 1.8B parameters, on paper", "", "A mixture takes no more passes than the predecessor's only with packings up to the distilled epochs of a cycle, 2: every member teaches once on every packing.", f"{4 * TOP_K} bytes a token, two mixtures of each trajectory on disk at a time.", "", *on_paper()]
     (ROOT / "results" / "teachers.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -244,7 +244,7 @@ def test_no_whole_state_is_refused(begun, reference, capsys):
         path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
-    assert stop.value.code == 2 and "/run/trajectory_00" in (err := error_line(capsys.readouterr().err)) and "resume_" in err
+    assert stop.value.code == 2 and f"delete {folder}/trajectory_00" in (err := error_line(capsys.readouterr().err)) and "resume_" in err
 
 
 @pytest.mark.parametrize("split", ["fit", "val"])
