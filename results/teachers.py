@@ -42,8 +42,9 @@ TEACHERS = {                    # name: flags; alpha is searched
     "best": ["--distill_temperature=1", "--distill_teacher=best"],
     "mixture": ["--distill_temperature=1", "--distill_teacher=mixture", "--packings=4"],
 }
-RECORD11 = ["--trajectories=1", "--restart=fresh", "--schedule=warmdown", "--momentum_warmup=300", "--ema_decay=0.95", "--ema_every=5", "--ema_share=0.4",
-            "--cycles=5", "--first_cycle_epochs=8", "--epochs_per_cycle=14", "--distill_from=1", "--distill_alpha=0.7", "--distill_temperature=1"]
+FRESH = ["--trajectories=1", "--restart=fresh", "--schedule=warmdown", "--momentum_warmup=300", "--ema_decay=0.95", "--ema_every=5", "--ema_share=0.4"]
+RECORD11 = [*FRESH, "--cycles=5", "--first_cycle_epochs=8", "--epochs_per_cycle=14", "--distill_from=1", "--distill_alpha=0.7", "--distill_temperature=1"]
+ALONE = [*FRESH, "--cycles=4", "--epochs_per_cycle=16", "--distill_from=4"]            # as many epochs and answering members
 
 
 @dataclasses.dataclass
@@ -83,7 +84,7 @@ def call(script, job, root, texts, *more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}: {done.stderr[-500:]}")
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
 
 
 LOCKS = collections.defaultdict(threading.Lock)
@@ -98,6 +99,14 @@ def run(job, root, texts):
     with LOCKS[folder]:
         work(job, folder, finished, root, texts)
     return read_json(finished)
+
+
+def attempt(job, root, texts):
+    """run(), but one that fails is reported, and the others go on."""
+    try:
+        run(job, root, texts)
+    except Exception as e:
+        print(job.text, job.name, job.seed, "failed:", e, file=sys.stderr, flush=True)
 
 
 def work(job, folder, finished, root, texts):
@@ -157,17 +166,17 @@ def reported(text, seed, alpha):
     eight, twelve = (job(f"mixture{n}", TINY, taught("mixture member", f"--cycles={n}")) for n in (8, 12))
     jobs = [paper, mixed, single, eight, twelve, job("none", TINY, [*ONE, "--distill_from=16"]), *(job(name, TINY, taught(name)) for name in TEACHERS),
             *(job(f"{name}_member", TINY, taught(f"{name} member")) for name in ("chain", "best")), job("mixture_2packings", TINY, taught("mixture member", "--packings=2")),
-            job("paper20", TINY, [*ONE, "--cycles=20"]), job("paper24", TINY, [*ONE, "--cycles=24"]), job("record11", TINY, RECORD11),
+            job("paper20", TINY, [*ONE, "--cycles=20"]), job("paper24", TINY, [*ONE, "--cycles=24"]), job("record11", TINY, RECORD11), job("independent", TINY, ALONE),
             *(job(f"single{e}", SINGLE, [f"--epochs_per_cycle={e}"]) for e in (8, 32, 64)), student(single, 16, search="student"),
             student(eight, 16, search="student"), student(twelve, 8), *(student(mixed, e) for e in (4, 8, 16, 32)), student(mixed, 16, "--student_from=scratch"),
             student(paper, 8), student(paper, 16), job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture member", "--trajectories=2"))]
     return {j.name: j for j in jobs}
 
 
-ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["record11"], ["paper_2x16"],
-         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["student16_of_single16", "student16_of_mixture8"], ["noises"], ["mixture_2packings"],
-         ["student4_of_mixture_member", "student32_of_mixture_member"], ["chain_member"], ["single64"], ["student16_of_mixture_member_scratch", "student8_of_paper"],
-         ["mixture_2x16"], ["paper20"], ["mixture", "chain", "best"]]
+ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["record11"],
+         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["paper_2x16"], ["student16_of_single16"], ["independent"], ["noises"], ["single64"],
+         ["student4_of_mixture_member", "student32_of_mixture_member"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"], ["chain_member"],
+         ["student8_of_paper"], ["paper20"], ["mixture_2x16"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
@@ -245,7 +254,7 @@ def answers(job, prior, root):
 
 LABELS = {"paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far", "mixture": "mixture so far",
           "chain_member": "predecessor, T 1, alpha for the best member", "best_member": "best so far, alpha for the best member", "mixture_member": "mixture so far, alpha for the best member",
-          "mixture_2packings": "mixture so far on 2 packings, alpha for the best member", "mixture8": "mixture so far, alpha for the best member, 8 cycles", "mixture12": "mixture so far, alpha for the best member, 12 cycles", "record11": "record 11: 5 fresh models, each against the last",
+          "mixture_2packings": "mixture so far on 2 packings, alpha for the best member", "mixture8": "mixture so far, alpha for the best member, 8 cycles", "mixture12": "mixture so far, alpha for the best member, 12 cycles", "record11": "record 11: 5 fresh models, each against the last", "independent": "record 11's recipe without a teacher: 4 independent models",
           "paper20": "the paper's, 20 cycles", "paper24": "the paper's, 24 cycles", "paper_2x16": "the paper's, 2 x 16", "mixture_2x16": "the trajectory's mixture so far, alpha for the best member, 2 x 16"}
 
 
@@ -446,7 +455,7 @@ def main():
         call("-m data.prepare", Job("prepare", name, 42, TINY, []), root, sources)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in (searches("manual").values(), all_jobs(texts, root)):
-            list(pool.map(lambda job: run(job, root, sources), some))
+            list(pool.map(lambda job: attempt(job, root, sources), some))
     report(root, texts)
 
 

@@ -1,4 +1,6 @@
 """A population small enough to train in a second, for tests that run the scripts."""
+import re
+
 import pytest
 import torch
 
@@ -8,8 +10,8 @@ MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000,
 
 
 def error_line(err):
-    """The one error line of a standard error that may hold progress bars, and no traceback."""
-    [line] = [part for line in err.splitlines() for part in line.split("\r") if part.startswith("error: ")]
+    """The one error line of a standard error that may hold progress bars (and their moves of the cursor), and no traceback."""
+    [line] = [part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")]
     assert "Traceback" not in err
     return line
 
