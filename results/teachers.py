@@ -173,8 +173,8 @@ def reported(text, seed, alpha):
     return {j.name: j for j in jobs}
 
 
-ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["record11"],
-         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["paper_2x16"], ["student16_of_single16"], ["independent"], ["noises"], ["single64"],
+ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["noises"], ["record11"],
+         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["paper_2x16"], ["student16_of_single16"], ["independent"], ["single64"],
          ["student4_of_mixture_member", "student32_of_mixture_member"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"], ["chain_member"],
          ["student8_of_paper"], ["paper20"], ["mixture_2x16"], ["mixture", "chain", "best"]]
 
