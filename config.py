@@ -23,6 +23,11 @@ SILENCE = 5             # seconds that a rank waits which leaves it to another t
 prints = False          # whether a rank other than 0 may print its errors: the first of each group of ranks may
 
 
+def first_rank():
+    """Whether this is the first of the processes that torchrun started, or the only one; known before they have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def speak(yes=True):
     """Have this rank say why it refuses, beside rank 0."""
     global prints
@@ -31,7 +36,7 @@ def speak(yes=True):
 
 def refuse(message, common=False, code=2) -> NoReturn:
     """One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way). common: every rank comes here, and rank 0 speaks for all."""
-    if os.environ.get("RANK", "0") == "0" or prints and not common:
+    if first_rank() or prints and not common:
         tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)         # on a line of its own, whatever bars there are
     else:
         time.sleep(SILENCE)         # torchrun ends all ranks as soon as one has ended: the one that speaks comes first

@@ -11,13 +11,12 @@ is kept as run_dir/student.pt, and reported when prior.py is run again. Run agai
 """
 import dataclasses
 import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from config import from_args, refuse, speak, take_actions
+from config import first_rank, from_args, refuse, speak, take_actions
 from data import loader
 from files import seal, sweep
 from model import GPT, chunks, cross_entropy
@@ -272,7 +271,7 @@ class Student(Mixture):
 
 def teach_student(config, argv):
     """Train it, where that is not done, and keep it as run_dir/student.pt; the mixture that taught it goes."""
-    data, prior, lead = loader.load(config), read_prior(config.run_dir), os.environ.get("RANK", "0") == "0"
+    data, prior, lead = loader.load(config), read_prior(config.run_dir), first_rank()
     run = Run(config, data.fingerprint)
     student = Student(config, run, prior)
     own = Run(student.config, data.fingerprint, mend="move it and student.pt away to train this one", **student.identity)
@@ -297,7 +296,7 @@ def main(argv=None):
     if config.distill_from < config.cycles:
         with one_line_errors(config):
             run_cycles(config, config.distill_from, config.cycles, TEACHERS[config.distill_teacher](config), next_command("distill.py", argv))
-    elif os.environ.get("RANK", "0") == "0":
+    elif first_rank():
         print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}")
     say_next("prior.py", argv)
 

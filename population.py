@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import FIELDS, from_args, refuse
+from config import FIELDS, first_rank, from_args, refuse
 from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, seal, sweep, write_json, write_whole
 from world import processes
 
@@ -107,7 +107,7 @@ class Run:
         """
         if os.environ.get("LOCAL_RANK", "0") != "0":
             return
-        if os.environ.get("RANK", "0") == "0":
+        if first_rank():
             if not self.locks:
                 self.lock(self.path, "training")
             sweep(self.path, ".config.json.*")
@@ -123,7 +123,7 @@ class Run:
 
     def claim_scores(self):
         """For prior.py, which may run beside training."""
-        if os.environ.get("RANK", "0") == "0":
+        if first_rank():
             self.lock(self.path / "scores", "scoring")
             sweep(self.path, "scores/*/.*")
             sweep(self.path, "scores/.*")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import refuse, speak
+from config import first_rank, refuse, speak
 
 HANG = timedelta(hours=1)           # so long may ranks of a group wait for one of them: a member written, a step
 STOPPED = 75                        # exit code of a run that was asked to stop, and saved (EX_TEMPFAIL: try again later)
@@ -185,7 +185,7 @@ def next_command(script, argv):
 
 def say_next(script, argv):
     """What to run once a script is done, from rank 0."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_rank():
         print("next:", next_command(script, argv))
 
 
