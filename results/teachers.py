@@ -174,9 +174,9 @@ def reported(text, seed, alpha):
 
 
 ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["noises"], ["record11"],
-         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["paper_2x16"], ["student16_of_single16"], ["independent"], ["single64"],
-         ["student4_of_mixture_member", "student32_of_mixture_member"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"], ["chain_member"],
-         ["student8_of_paper"], ["paper20"], ["mixture_2x16"], ["mixture", "chain", "best"]]
+         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["paper_2x16"], ["student16_of_single16"], ["single64"], ["student32_of_mixture_member"], ["independent"],
+         ["paper20"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"], ["chain_member"], ["student8_of_paper"],
+         ["student4_of_mixture_member"], ["mixture_2x16"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
@@ -321,7 +321,10 @@ def students_of(done, root):
 CLAIMS = [("mixture_member", "learned prior", "paper", "learned prior"), ("mixture_member", "best member", "paper", "best member"), ("paper", "learned prior", "none", "learned prior"),
           ("student8_of_mixture12", "", "paper", "learned prior"), ("student16_of_mixture_member", "", "paper24", "learned prior"), ("student16_of_paper", "", "paper24", "learned prior"),
           ("student16_of_mixture_member", "it and the members, learned prior", "paper24", "learned prior"), ("student16_of_mixture_member", "", "paper_2x16", "learned prior"),
-          ("student16_of_mixture_member", "it and the members, learned prior", "paper_2x16", "learned prior"), ("student16_of_mixture_member", "", "paper", "learned prior")]
+          ("student16_of_mixture_member", "it and the members, learned prior", "paper_2x16", "learned prior"), ("student16_of_mixture_member", "", "paper", "learned prior"),
+          ("best_member", "learned prior", "paper", "learned prior"), ("student16_of_single16", "", "paper", "learned prior"), ("student8_of_mixture_member", "", "paper20", "learned prior"),
+          ("student32_of_mixture_member", "", "paper_2x16", "learned prior"), ("student32_of_mixture_member", "it and the members, learned prior", "paper_2x16", "learned prior"),
+          ("record11", "uniform, the 4 of lowest fitness loss", "independent", "uniform, all"), ("record11", "learned prior", "paper_2x16", "learned prior")]
 
 
 def differences_of(done, root):
