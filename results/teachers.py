@@ -318,6 +318,20 @@ def students_of(done, root):
     return lines
 
 
+def curve_of(done, root):
+    """Lines: loss against the epochs that a student was given."""
+    lines = ["| epochs of a student of 16 cycles' mixture | the student | it and the members, learned prior |", "|---|---|---|"]
+    taught = [read_json(j.folder(root) / "prior.json") for j in done.get("mixture_member", [])]
+    if taught:
+        lines.append(f"| none: the best member, the members' mixture | {mean_error([loss(p, 'best') for p in taught])} | {mean_error([loss(p, 'learned') for p in taught])} |")
+    for epochs in (4, 8, 16, 32):
+        some = done.get(f"student{epochs}_of_mixture_member")
+        if some:
+            own = [loss(read_json(j.folder(root) / "prior.json"), "student") for j in some]
+            lines.append(f"| {epochs} | {mean_error(own)} | {mean_error([with_student(j, root) for j in some])} |")
+    return lines
+
+
 CLAIMS = [("mixture_member", "learned prior", "paper", "learned prior"), ("mixture_member", "best member", "paper", "best member"), ("paper", "learned prior", "none", "learned prior"),
           ("student8_of_mixture12", "", "paper", "learned prior"), ("student16_of_mixture_member", "", "paper24", "learned prior"), ("student16_of_paper", "", "paper24", "learned prior"),
           ("student16_of_mixture_member", "it and the members, learned prior", "paper24", "learned prior"), ("student16_of_mixture_member", "", "paper_2x16", "learned prior"),
@@ -433,7 +447,7 @@ def report(root, texts):
               + "".join(f"; x {n:g} not yet run" for n, j in noises("manual").items() if not finished(j, root))]
     for text in texts:
         rows, done, _ = table(text, root, alpha)
-        lines += ["", f"## {text}", "", *rows, "", *differences_of(done, root), "", *teachers_of(done, root), "", *students_of(done, root)]
+        lines += ["", f"## {text}", "", *rows, "", *differences_of(done, root), "", *teachers_of(done, root), "", *students_of(done, root), "", *curve_of(done, root)]
         if text == texts[0] and done.get("mixture_member"):
             outside, exact, stored = stored_error(done["mixture_member"][0], root)
             lines += ["", f"What is stored, after 15 members ({LABELS['mixture_member']}, one seed): {TOP_K} probabilities of {4 * TOP_K} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
