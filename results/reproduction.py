@@ -37,7 +37,7 @@ FIGURES = [         # (what, published, [(config, flags)] of the runs, answer to
      "`learned`, K = 4", 8, "not yet run; on the demo's text: baselines.md"),
     ("data efficiency of 3.0476, 3.0034, 2.987", "9.96x, 11.96x, 12.87x", [], "follows from the losses and the reference's curve", 0, "follows from the runs above"),
     ("downstream: ARC-Easy, PIQA, SciQ, mean", ".4781 .6697 .7850 .6443 (baseline), .4865 .6823 .8030 .6573 (256), .4945 .6774 .8080 .6600 (960); data efficiency of the means 12.2x, 14.2x, 16.0x", [], "lm-evaluation-harness on a mixture", 0, "no tool for it yet"),
-    ("Slowrun record 11, 20 models and their ensemble", "3.2030 .. 3.0876; 3.1200 .. 3.0014", [], "cycles that begin afresh, with a teacher", 0, "not in the loop yet"),
+    ("Slowrun record 11, 20 models and their ensemble", "3.2030 .. 3.0876; 3.1200 .. 3.0014", [("record11", [])], "`members`; `uniform`, up to K = 19", 8, "not yet run; on the demo's text: teachers.md"),
     ("Slowrun records 6 (8 members and their ensemble), 9, 10", "3.308 .. 3.200 and 3.126; 3.045; 3.024", [], "superseded by record 11", 0, "not planned"),
     ("what the script computes for given inputs", "913 quantities", [], "`python -m tests.parity tests/data/slowrun_facts.json`", 0, "measured: all within their tolerance (CPU)"),
     ("the prepared files' SHA-256", "6868ed37.., 36e7c95c..", [], "`python -m data.prepare configs/1p8b.py` says it", 0, "rehearsed on local .parquet; the hub was out of reach"),
