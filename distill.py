@@ -20,7 +20,7 @@ from config import first_rank, from_args, refuse, speak, take_actions
 from data import loader
 from files import seal, sweep
 from model import GPT, chunks, cross_entropy
-from population import STUDENT, TOP_K, Run, read_prior, whole_mixture
+from population import STORED, STUDENT, Run, read_prior, whole_mixture
 from train import run_cycles
 from world import StopSignals, next_command, one_line_errors, say_next
 
@@ -122,22 +122,22 @@ def newest_share(old, new):
 @torch.no_grad()
 def mix_in(model, sequences, mixture, share, batch_size):
     """
-    (1 - share) * a stored mixture + share * the model, on sequences (n, T + 1), as it is stored: "p", the TOP_K largest
+    (1 - share) * a stored mixture + share * the model, on sequences (n, T + 1), as it is stored: "p", the STORED largest
     probabilities of every position, (n, T, k) float16, and "ids", their tokens, int16 (read without sign). What the
     mixture did not store counts as spread like the model's own. mixture None: the model alone.
     """
-    k, parts = min(TOP_K, model.config.vocab_size - 1), {"p": [], "ids": []}
+    k, parts = min(STORED, model.config.vocab_size - 1), {"p": [], "ids": []}
     for i, rows in enumerate(torch.from_numpy(sequences.astype("int64")).split(batch_size)):
-        x = model.hidden(rows[:, :-1].to(model.cos.device)).flatten(0, 1)
+        x = model.hidden(rows[:, :-1].to(model.device)).flatten(0, 1)
         part = slice(i * batch_size, i * batch_size + len(rows))
         before = mixture and [z.to(x.device).flatten(0, 1) for z in unpack(mixture["p"][part], mixture["ids"][part])]
         for chunk in chunks(x, model.config.vocab_size):
             p = new = model.logits(x[chunk]).softmax(dim=-1)                    # n, V
             if before:
                 old, ids = (z[chunk] for z in before)
-                p = new.scatter(-1, ids, 0)
-                p *= (1 - old.sum(dim=-1, keepdim=True)).clamp(min=0) / p.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-                p = (1 - share) * p.scatter(-1, ids, old) + share * new
+                rest = new.scatter(-1, ids, 0)                                  # spreads what was not stored
+                rest *= (1 - old.sum(dim=-1, keepdim=True)).clamp(min=0) / rest.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+                p = (1 - share) * rest.scatter(-1, ids, old) + share * new
             p, ids = p.topk(k, dim=-1)
             parts["p"].append(p.half().cpu())
             parts["ids"].append(ids.to(torch.int16).cpu())
@@ -172,7 +172,7 @@ class Mixture:
         self.store(launch, trajectory, members, parts)
         if launch.stop.agreed:
             return None
-        stored = {p: launch.run.read_mixture(t, len(members), *p, check=launch.world.lead) for p in parts}
+        stored = {place: launch.run.read_mixture(t, len(members), *place, check=launch.world.lead) for place in parts}
 
         def rows(name, numbers):
             """Of the sequences of these numbers: (B * T, k)."""
@@ -189,16 +189,17 @@ class Mixture:
         """Make what is not there of the mixture of these members, the ranks of a group side by side, or until asked to stop."""
         run, world, stop, t = launch.run, launch.world, launch.stop, trajectory.t
         sha = [source.read_member(*which, check=False)[1]["sha256"] for source, *which in members]
-        of = lambda n, p: seal([sha[:n], p, PART, TOP_K])
-        there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *p, of(n, p)) for p in parts)), default=0)
+        of = lambda n, place: seal([sha[:n], place, PART, STORED])
+        there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *place, of(n, place)) for place in parts)), default=0)
         world.barrier()                                         # all have looked before one writes
         for n in range(there + 1, len(members) + 1):
             launch.bar.set_postfix_str(f"trajectory {t}: storing the mixture, member {n} of {len(members)}")
             mix = self.mixer(launch, trajectory, members[n - 1], n)
-            for i in range(0, len(parts), world.data_size):
-                for p in parts[i:][world.data_rank:world.data_rank + 1]:
-                    if not run.has_mixture(t, n, *p, of(n, p)):
-                        run.save_mixture(t, n, *p, mix(*p), of(n, p))
+            for first in range(0, len(parts), world.data_size):            # a part for each rank, then ask whether to stop
+                if first + world.data_rank < len(parts):
+                    place = parts[first + world.data_rank]
+                    if not run.has_mixture(t, n, *place, of(n, place)):
+                        run.save_mixture(t, n, *place, mix(*place), of(n, place))
                 stop.agreed = world.any(stop.asked)
                 if stop.agreed:
                     return
@@ -214,7 +215,7 @@ class Mixture:
             sequences = batches.pack(batches.order_of(packing))[part * PART:(part + 1) * PART]
             if n == 1:
                 return {**mix_in(self.model, sequences, None, 1.0, self.config.micro_batch), "fit": fit}
-            speak()                                             # whichever rank meets a damaged one
+            speak()                                             # any rank may be the one to find the file damaged
             old = run.read_mixture(trajectory.t, n - 1, packing, part)
             speak(launch.world.lead)
             share = self.share(n, old["fit"], fit)
@@ -236,7 +237,8 @@ def student_config(config):
     return dataclasses.replace(
         config, run_dir=str(Path(config.run_dir) / "student"), trajectories=1, cycles=1, epochs_per_cycle=config.student_epochs, first_cycle_epochs=None,
         schedule="cosine", restart="noise", ema_decay=0.0, dropout=0.0, keep="all",
-        packings=min(config.packings or PACKINGS, math.ceil(config.student_epochs)), distill_from=0, distill_teacher="mixture", distill_alpha=config.student_alpha, distill_temperature=1.0)
+        packings=min(config.packings or PACKINGS, math.ceil(config.student_epochs)),
+        distill_from=0, distill_teacher="mixture", distill_alpha=config.student_alpha, distill_temperature=1.0)
 
 
 class Student(Mixture):
@@ -276,7 +278,8 @@ def teach_student(config, argv):
     student = Student(config, run, prior)
     own = Run(student.config, data.fingerprint, mend="move it and student.pt away to train this one", **student.identity)
     if lead:
-        print(f"a student of the learned prior's {len(student.teachers)} members with weight, of {len(prior['members'])} (of {config.trajectories} x {config.cycles}), from {config.student_from}")
+        print(f"a student of the learned prior's {len(student.teachers)} members with weight, "
+              f"of {len(prior['members'])} (of {config.trajectories} x {config.cycles}), from {config.student_from}")
     with one_line_errors(student.config):
         run_cycles(student.config, 0, 1, student, next_command("distill.py", [*argv, "--student"]), **student.identity)
         if lead:

@@ -68,7 +68,7 @@ def attend(q, k, v, window):
 
 
 def activate_attention(device):
-    """What attend() runs there, in words; FlashAttention 3 where it is installed."""
+    """Turns on FlashAttention 3 where it is installed; what attend() runs there, in words."""
     if device.type != "cuda":
         return "PyTorch's attention"
     installed = importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9
@@ -78,6 +78,12 @@ def activate_attention(device):
 
 
 class Attention(nn.Module):
+    """
+    Causal attention in a window, on queries, keys and values of which each head mixes all heads' (IHA). In every second
+    layer a gated projection of the token embedding, the value embedding ve, joins the values. As in the record the gates
+    see the first channels of x only: 32 for ve, 12 for the output.
+    """
+
     def __init__(self, config, has_ve):
         super().__init__()
         C, H = config.n_embd, config.n_head
@@ -178,12 +184,13 @@ class HeadLoss(torch.autograd.Function):
 
 
 def cap(z):
+    """The soft cap of logits, in float32."""
     return 15 * torch.tanh(z.float() / 15)
 
 
 def chunks(x, V):
-    """Slices of the N tokens of x (N, C), few enough each for their V logits not to count."""
-    n = max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // (4 * V))          # 32 MiB: malloc hands larger pieces back, twice the time
+    """Slices of the N tokens of x (N, C), short enough that the V logits of one take little memory."""
+    n = max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // (4 * V))          # CPU: what is larger than 32 MiB goes back to the system each time, twice the time
     n = n // 128 * 128 or n
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
@@ -211,9 +218,9 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(C, padded, bias=False)
         self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in range(L) if has_ve[i]})
-        self.resid_lambdas = nn.Parameter(torch.empty(L))
-        self.x0_lambdas = nn.Parameter(torch.empty(L))
-        self.skip_weights = nn.Parameter(torch.empty(L // 2))
+        self.resid_lambdas = nn.Parameter(torch.empty(L))               # before every layer: of the stream,
+        self.x0_lambdas = nn.Parameter(torch.empty(L))                  # of the embedding,
+        self.skip_weights = nn.Parameter(torch.empty(L // 2))           # and, in the second half, of its partner in the first
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
             self.mtp_block = Block(config, has_ve=False)
@@ -254,6 +261,10 @@ class GPT(nn.Module):
             next(fill for ending, fill in table if name.endswith(ending))(p)
         return self
 
+    @property
+    def device(self):
+        return self.cos.device
+
     def place(self, device, compile=False):
         """To the device in the recipe's types: on CUDA the embedding table, and so the residual stream, is bf16."""
         self.to(device)
@@ -280,7 +291,7 @@ class GPT(nn.Module):
                 x = x + self.skip_weights[i - half] * encoder[c.n_layer - 1 - i]
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             again = i in weights
-            if not again:       # once, however often the layer is applied; not earlier, or gradients would all come last
+            if not again:       # once, however often the layer is applied; made here, because gradients of what is made first come last
                 weights[i] = self.transformer.h[i].weights(x.dtype)
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"

@@ -44,13 +44,13 @@ def setup(config, world):
 
 DEFAULTS = {f.name: f.default for f in FIELDS.values() if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
-TOP_K = 64              # a stored mixture's probabilities of a token
+STORED = 64              # a stored mixture's probabilities of a token
 
 
 def mixture_bytes(config):
     """Of one stored mixture, on all packings of a trajectory; 0 where none teaches."""
     taught = config.distill_teacher == "mixture" and config.distill_from < config.cycles
-    return taught * config.packings * (config.train_tokens - config.fitness_tokens) * 4 * TOP_K
+    return taught * config.packings * (config.train_tokens - config.fitness_tokens) * 4 * STORED
 
 
 class Run:

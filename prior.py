@@ -267,24 +267,25 @@ def weigh(config, data, run, members):
     fit = torch.from_numpy(np.stack(log_p["fit"][:len(members)]))                   # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
-    # all that is reported, in one pass over each held-out set
-    mixtures = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
-    mixtures += [(chosen, weights) for _, chosen, weights in grown] + [answer for answers in rules.values() for answer in answers]
-    mixtures += [(torch.tensor([len(members)]), torch.ones(1, dtype=torch.float64)) for _ in students]
-    best = int(rules["best"][0][0])                             # its index, among members and so among mixtures
-    rows = iter(evaluate(mixtures, best, log_p, data))          # taken in the order of mixtures
+    alone = lambda i: (torch.tensor([i]), torch.ones(1, dtype=torch.float64))
+    mixtures = dict(members=[alone(i) for i in range(len(members))], growing=[(chosen, weights) for _, chosen, weights in grown],
+                    **rules, student=[alone(len(members)) for _ in students])
+    best = int(rules["best"][0][0])                             # its index, among members and so among all mixtures
+    rows = iter(evaluate(sum(mixtures.values(), []), best, log_p, data))        # in one pass over each held-out set
+    losses = {kind: [next(rows) for _ in some] for kind, some in mixtures.items()}
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
-    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.scores_of(t, c)["weights_sha256"], **next(rows)) for t, c in members]
-    result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **next(rows)) for cycle, chosen, _ in grown]
+    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.scores_of(t, c)["weights_sha256"], **row) for (t, c), row in zip(members, losses["members"])]
+    result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
+                         for (cycle, chosen, _), row in zip(grown, losses["growing"])]
     kept = {len(members), *(2 ** i for i in range(len(members).bit_length()))}
     for rule, answers in rules.items():
-        answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **next(rows)) for m, w in answers]
+        answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **row) for (m, w), row in zip(answers, losses[rule])]
         result["answers"] += [a for a in answers if a["K"] in kept]
         result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
-    for student in students:                                    # no member: it was taught by a mixture of them, maybe an older one
+    for student, row in zip(students, losses["student"]):       # no member: it was taught by a mixture of them, maybe an older one
         about = run.read_member(*student, check=False)[1]
         current = about["taught_by"] == whole_mixture(result)[1]
-        result["answers"].append(dict(K=1, rule="student", members=[], weights=[], epochs=about["epochs"], of_this_mixture=current, **next(rows)))
+        result["answers"].append(dict(K=1, rule="student", members=[], weights=[], epochs=about["epochs"], of_this_mixture=current, **row))
     result["answers"].sort(key=lambda a: a["K"])
     return result
 

@@ -71,7 +71,7 @@ def place_in_decay(config, lengths, cycle, step):
 
 
 def noise_seed(seed, cycle):
-    """The public script's; fresh weights are drawn from it, too."""
+    """The public script's formula; restart=fresh draws its new weights from it, too."""
     return seed * 100_003 + cycle * 31_337
 
 
@@ -88,12 +88,16 @@ def perturb(model, scale, seed):
 # --------------------------------------------------------------------------------------------- one step
 
 def label_loss(model, batch, numbers=None):
-    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token, whatever their numbers."""
-    return sum(model(batch[:, :-1], batch[:, 1:]))
+    """
+    Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token. Their numbers in
+    the trajectory's order serve a stored teacher only.
+    """
+    loss, mtp = model(batch[:, :-1], batch[:, 1:])
+    return loss + mtp
 
 
 def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
-    """Clip to norm 1 and step; the norm before clipping. A norm that is no finite number, the same on all ranks: no step."""
+    """Clip the gradients to norm 1 and take a step, none if the norm is not finite (all ranks see the same). The norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if norm.isfinite():
         optimizer.set_rates(lr_multiplier, wd_multiplier)
@@ -111,8 +115,8 @@ def average_weights(average, model, decay):
 
 def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
     """
-    One optimizer step over this rank's micro-batches, all of equally many sequences: what loss_fn takes after the model, a
-    tuple of (B, T + 1) tokens and (B,) their numbers. Returns (mean loss, gradient norm).
+    One optimizer step over this rank's micro-batches, a list of (tokens (B, T + 1), numbers of these sequences (B,)), all of
+    the same B; loss_fn(model, tokens, numbers). Returns (mean loss, gradient norm).
     """
     optimizer.zero_grad()
     total = 0
@@ -147,10 +151,11 @@ class Trajectory:
         part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
         try:
             self.model.load_state_dict(part("model."))
-            self.optimizer.load_state_dict(dict(steps=about.get("updates", about["step"]), moments={n: (tensors[f"m.{n}"], tensors[f"v.{n}"]) for n in part("m.")}))
+            moments = {name: (tensors[f"m.{name}"], tensors[f"v.{name}"]) for name in part("m.")}
+            self.optimizer.load_state_dict(dict(steps=about.get("updates", about["step"]), moments=moments))       # older states lack updates
         except (KeyError, RuntimeError, AssertionError):
             refuse(f"the resume state of trajectory {self.t} is of another model: restore it, or delete the trajectory's folder and train it again")
-        self.average = {name: w.to(self.model.cos.device, copy=True) for name, w in part("average.").items()} or None
+        self.average = {name: w.to(self.model.device, copy=True) for name, w in part("average.").items()} or None
         self.batches.position = about["position"]
         self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
 
@@ -183,7 +188,7 @@ def distributed(model, process_group, micro_batch):
         warnings.simplefilter("ignore", FutureWarning)
         shared = DistributedDataParallel(model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
     # after a first pass DDP lays out its buckets anew, and sums in another order: now, so that a resumed run sums as it would have
-    label_loss(shared, torch.zeros(micro_batch, model.config.sequence_len + 1, dtype=torch.int64, device=model.cos.device)).backward()
+    label_loss(shared, torch.zeros(micro_batch, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)).backward()
     return shared
 
 
@@ -213,7 +218,7 @@ def save_state(launch, trajectory):
 
 def as_saved(model, config):
     """A copy whose weights went through the members' bf16."""
-    copy = GPT(config).place(model.cos.device)
+    copy = GPT(config).place(model.device)
     copy.load_state_dict({name: w.bfloat16() for name, w in model.state_dict().items()})
     return copy
 
@@ -225,7 +230,8 @@ def keep_member(launch, trajectory):
     if lead:
         fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
         if not math.isfinite(fit_loss):
-            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
+            refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, "
+                   "start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
         run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
         if config.keep == "last":
@@ -240,15 +246,16 @@ def refuse_nan(trajectory, rows, loss, norm):
     """Where a loss or a gradient norm is no finite number: one line that says on which step and sequences, exit code 1."""
     if not math.isfinite(loss + norm):
         newest = trajectory.batches.position - 1
-        refuse(f"trajectory {trajectory.t}, cycle {trajectory.cycles_done}, step {trajectory.cycle_step}: loss {loss}, gradient norm {norm} on sequences {newest - len(rows) + 1} .. {newest} of its "
-               "order; the step was not taken, what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
+        refuse(f"trajectory {trajectory.t}, cycle {trajectory.cycles_done}, step {trajectory.cycle_step}: loss {loss}, gradient norm {norm} on sequences "
+               f"{newest - len(rows) + 1} .. {newest} of its order; the step was not taken, what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
 
 
 def report(launch, trajectory, loss, norm, tokens_per_s):
     launch.bar.set_postfix_str(f"trajectory {trajectory.t} cycle {trajectory.cycles_done} loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
     launch.bar.update()
     if launch.world.lead:
-        launch.run.log(kind="step", trajectory=trajectory.t, cycle=trajectory.cycles_done, step=trajectory.step, loss=loss, grad_norm=norm, tokens_per_s=round(tokens_per_s))
+        launch.run.log(kind="step", trajectory=trajectory.t, cycle=trajectory.cycles_done, step=trajectory.step,
+                       loss=loss, grad_norm=norm, tokens_per_s=round(tokens_per_s))
 
 
 def train_cycle(launch, trajectory, loss_fn):
@@ -268,7 +275,7 @@ def train_cycle(launch, trajectory, loss_fn):
         loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, micro_batches, loss_fn, rates)
         loss, norm, stop.agreed = world.agree(loss, norm, stop.asked)
         refuse_nan(trajectory, rows, loss, norm)
-        if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:
+        if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:      # the last step among them
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
         trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
         report(launch, trajectory, loss, norm, tokens / (time.perf_counter() - began) * world.groups)
@@ -289,10 +296,10 @@ def train_trajectory(launch, trajectory, end, loss_for_cycle):
         if not launch.stop.agreed:
             train_cycle(launch, trajectory, loss_fn)
         if launch.stop.agreed:
-            if trajectory.cycle_step:               # else the last cycle's end is saved, before the noise
+            if trajectory.cycle_step:               # else the state of the last cycle's end still holds: the noise is drawn again
                 save_state(launch, trajectory)
             return
-        if trajectory.average:                      # what goes on, too, is the average
+        if trajectory.average:                      # the next cycle, too, starts from it
             model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share) for name, w in model.state_dict().items()})
         trajectory.cycles_done, trajectory.cycle_step, trajectory.average = cycle + 1, 0, None
         keep_member(launch, trajectory)
@@ -314,8 +321,8 @@ def run_cycles(config, first, end, loss_for_cycle, again, **identity):
     with run, StopSignals() as stop:
         states = run.begin(world, first, end)      # trajectory -> (tensors, about) or None
         if world.rank == 0:
-            print(f"cycles {first} .. {end - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: "
-                  f"{world.data_size}, on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+            print(f"cycles {first} .. {end - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: {world.data_size}, "
+                  f"on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
         launch = Launch(run, data, lengths, world, stop)
         # counts all cycles, so that the ETA is that of the population: train.py alone ends early
         launch.bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from config import from_args                                                # noqa: E402
 from data import loader, prepare                                            # noqa: E402
 from data.tokenizer import get_tokenizer                                    # noqa: E402
-from distill import TOP_K, mix_in, newest_share, stored_kl, student_config, unpack      # noqa: E402
+from distill import STORED, mix_in, newest_share, stored_kl, student_config, unpack      # noqa: E402
 from files import read_json                                                 # noqa: E402
 from model import GPT                                                       # noqa: E402
 from population import Run, mixture_bytes                                   # noqa: E402
@@ -450,14 +450,14 @@ def report(root, texts):
         lines += ["", f"## {text}", "", *rows, "", *differences_of(done, root), "", *teachers_of(done, root), "", *students_of(done, root), "", *curve_of(done, root)]
         if text == texts[0] and done.get("mixture_member"):
             outside, exact, stored = stored_error(done["mixture_member"][0], root)
-            lines += ["", f"What is stored, after 15 members ({LABELS['mixture_member']}, one seed): {TOP_K} probabilities of {4 * TOP_K} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
+            lines += ["", f"What is stored, after 15 members ({LABELS['mixture_member']}, one seed): {STORED} probabilities of {4 * STORED} bytes a token leave out {outside:.5f} of the mass; the KL that the last member meets is {stored:.4f} nats with them, {exact:.4f} exactly."]
         for name in ("paper", "mixture_member"):
             if text == texts[0] and done.get(name):
                 plain, warm = tempered(done[name][0], root)
                 lines += ["", f"A temperature for each member, chosen on the fitness set ({LABELS[name]}, one seed): {plain:.4f} without, {warm:.4f} with."]
     lines += ["", "## Commands", "", "train.py, distill.py and prior.py with the flags below and --seed, --run_dir, --data, --data_dir; what has no row above is not yet run.", ""]
     lines += [f"- {label(job)}: `{command_of(job)}`" for job in reported(texts[0], SEEDS[0], alpha).values()]
-    lines += ["", "## At 1.8B parameters, on paper", "", "A mixture takes no more passes than the predecessor's only with packings up to the distilled epochs of a cycle, 2: every member teaches once on every packing.", f"{4 * TOP_K} bytes a token, two mixtures of each trajectory on disk at a time.", "", *on_paper()]
+    lines += ["", "## At 1.8B parameters, on paper", "", "A mixture takes no more passes than the predecessor's only with packings up to the distilled epochs of a cycle, 2: every member teaches once on every packing.", f"{4 * STORED} bytes a token, two mixtures of each trajectory on disk at a time.", "", *on_paper()]
     (ROOT / "results" / "teachers.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

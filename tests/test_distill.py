@@ -88,7 +88,7 @@ def test_a_mixture_is_stored_as_three_members_make_it(micro, monkeypatch):
             models[-1].lm_head.weight.normal_(0, 1)
     exact = sum(w * m(torch.from_numpy(sequences[:, :-1])).detach().double().softmax(-1) for w, m in zip((0.14, 0.56, 0.3), models))     # 0.7 (0.2, 0.8), 0.3
     for k, error in ((256, 1e-3), (64, 0.02)):
-        monkeypatch.setattr(distill, "TOP_K", k)
+        monkeypatch.setattr(distill, "STORED", k)
         stored = None
         for model, share in zip(models, (1.0, 0.8, 0.3)):
             stored = distill.mix_in(model, sequences, stored, share, 2)
@@ -361,7 +361,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
         started.append({n: w.clone() for n, w in trajectory.model.state_dict().items()})
         return call(self, launch, trajectory)
     monkeypatch.setattr(distill.Mixture, "__call__", spy)
-    monkeypatch.setattr(distill, "TOP_K", 256)                  # these are flatter than any that has learned to read
+    monkeypatch.setattr(distill, "STORED", 256)                  # these are flatter than any that has learned to read
     stored, drop = {}, Run.drop_mixtures
     monkeypatch.setattr(Run, "drop_mixtures", lambda own, t: (stored.update({name: w.clone() for name, w in own.read_mixture(0, len(chosen), 1, 0).items()}), drop(own, t)))
     mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])

@@ -39,7 +39,7 @@ def sample(models, weights, ids, options, stop):
     generator = torch.Generator().manual_seed(options.sample_seed)
     ids, start = list(ids), len(ids)
     while len(ids) < start + options.tokens:
-        context = torch.tensor([ids[-models[0].config.sequence_len:]], device=models[0].cos.device)
+        context = torch.tensor([ids[-models[0].config.sequence_len:]], device=models[0].device)
         p = sum(w * model(context)[0, -1].softmax(dim=0).double().cpu() for w, model in zip(weights, models))
         ids.append(torch.multinomial(next_probabilities(p, options.temperature, options.top_k), 1, generator=generator).item())
         if ids[-1] == stop:
