@@ -73,7 +73,10 @@ def activate_attention(device):
         return "PyTorch's attention"
     installed = importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9
     if installed and current_flash_attention_impl() is None:
-        activate_flash_attention_impl("FA3")
+        try:
+            activate_flash_attention_impl("FA3")
+        except (ImportError, RuntimeError) as e:
+            return f"flash attention (FA2; FlashAttention 3 is installed, but fails: {e})"
     return f"flash attention ({current_flash_attention_impl() or 'FA2'})"
 
 

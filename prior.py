@@ -11,6 +11,7 @@ the losses for every K, and for K = 1, 2, 4, ... and all the members and weights
 are made on the fitness set; validation text only reports.
 """
 import math
+import os
 
 import numpy as np
 import torch
@@ -304,6 +305,8 @@ def main(argv=None):
         world.close()
         if world.rank > 0:
             return
+        if world.size > 1:                          # torchrun's one thread a rank: the others are done
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
         result = weigh(config, data, run, members)
         write_json(run.path / "prior.json", result)
     print_table(config, result)

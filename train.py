@@ -10,6 +10,7 @@ metrics.jsonl, and per trajectory its members cycle_CCC.pt and resume_STEP.pt, t
 only what is missing; stopped by Ctrl-C or SIGTERM it finishes its step and saves that state first.
 """
 import contextlib
+import gc
 import math
 import time
 import warnings
@@ -329,7 +330,8 @@ def run_cycles(config, first, end, loss_for_cycle, again, **identity):
         for t in states:                            # one after another; other groups of ranks take other trajectories
             if states[t] and states[t][1]["cycles_done"] >= end:
                 continue
-            trajectory = None                       # frees the last one's memory
+            trajectory = None                       # frees the last one's memory:
+            gc.collect()                            # a compiled block refers to itself
             trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
             train_trajectory(launch, trajectory, end, loss_for_cycle)
             if stop.agreed:

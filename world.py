@@ -90,7 +90,7 @@ class World:
 
     def to_device(self, rows):
         """A tensor of the CPU's; a GPU does not wait for the copy."""
-        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+        return rows.contiguous().pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def agree(self, loss, norm, stop):
         """Of a group's ranks: (mean loss, gradient norm, whether any was asked to stop), floats and a bool, in one exchange."""
@@ -151,6 +151,8 @@ def join_world(config):
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     keep_freed_memory()
+    if kind == "cpu" and os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        refuse(f"this machine's GPU cannot be used by its torch {torch.__version__}: install one that fits its driver (pytorch.org says which), or set CUDA_VISIBLE_DEVICES= for the CPU", common=True)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             refuse(f"this machine has {torch.cuda.device_count()} GPUs: start so many processes on it, not more", common=True)

@@ -1,8 +1,11 @@
 """A population small enough to train in a second, for tests that run the scripts."""
+import os
 import re
 
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than a machine may have GPUs
+
+import pytest           # noqa: E402
+import torch            # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800, batch_tokens=128,

@@ -125,7 +125,7 @@ def test_what_is_printed(capsys):
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--mfu=0.55", "--price=2", "--ranks=8"])
     out = capsys.readouterr().out
     for words in ("1,870,172,811", "25.5290", "33.7046", "2 x 64 = 128 members, 256 epochs", "508 steps of 393,216", "2 groups of 4", "the predecessor, from cycle 8",
-                  "128 members of 3.74 = 478.8; 5 states of 15.2", "scores 5.184", "80 GB, 74.0 GiB usable: micro_batch=4", "0.2500 0.2499", "0.0501 0.0500"):
+                  "128 members of 3.74 = 478.8; 5 states of 15.2", "scores 5.184", "80 GB, 74.0 GiB usable: micro_batch=2", "0.2500 0.2499", "0.0501 0.0500"):
         assert words in out, words
     assert len(out.split("1, 2, ...: ")[1].split("teacher")[0].split()) == 63               # noise before every cycle but the first
     [hours] = [float(line.split()[4]) for line in out.splitlines() if line.startswith("  in all")]

@@ -471,6 +471,15 @@ def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
     assert stop.value.code == 2 and "Tesla T4" in error_line(capsys.readouterr().err)
 
 
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(micro, monkeypatch, capsys):
+    monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/nvidia0")
+    join_world(from_args(micro(), ""))                          # asked for: CUDA_VISIBLE_DEVICES is empty in the tests
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(SystemExit) as stop:
+        join_world(from_args(micro(), ""))
+    assert stop.value.code == 2 and "driver" in (err := error_line(capsys.readouterr().err)) and "CUDA_VISIBLE_DEVICES=" in err
+
+
 def test_a_loss_that_is_no_number_stops_before_anything_is_kept(ready, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "label_loss", lambda model, batch, numbers: model(batch[:, :-1], batch[:, 1:])[1] * float("nan"))
     with pytest.raises(SystemExit) as stop:

@@ -5,13 +5,14 @@ tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and 
 torchrun (with --trajectories=1) the ranks share each step, and what they send is timed alone, too.
 
 Of its own: --rounds=5   --steps=train,distill,score,prior
-            --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating
+            --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating (on CUDA one after the other)
             --memory=1         the largest micro-batch that fits, ours and (with --slowrun) theirs; on CUDA
             --peak_tflops=989  on CUDA; on the CPU the peak is that of its own matrix product, measured here
             --members=480  --tokens=131072   (of the fit)
 """
 import contextlib
 import functools
+import gc
 import re
 import resource
 import statistics
@@ -192,13 +193,20 @@ def peak_flops(options):
     return 2 * 2048 ** 3 / min(timed(lambda: a @ a)[0] for _ in range(5))
 
 
+def free_memory():
+    """Of what nothing refers to any more but itself, as compiled blocks do."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def extra_memory(kind, chain, config, options):
     """
     Peak GiB of two steps beyond weights, gradients and optimizer state (and the teacher's weights). On the CPU in a process
     of its own; on CUDA by the allocator.
     """
     if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
+        free_memory()
         torch.cuda.reset_peak_memory_stats()
         runner, rows = kind(config, chain, options), random_rows(config, config.micro_batch * config.sequence_len)
         runner.step(rows)
@@ -243,17 +251,20 @@ def bench_step(name, chain, config, options, peak, world):
     rows, compared = random_rows(config, ranks=world.data_size), kinds(options)
     if world.size > 1:
         compared = {"ours": functools.partial(Ours, group=world.data_group)}
-    runners, peak = {kind: make(config, chain, options) for kind, make in compared.items()}, peak * world.data_size
-    model = plan.meta_model(config)
+    peak, model = peak * world.data_size, plan.meta_model(config)
     flops = plan.step_flops(model, True, chain) * config.batch_tokens
-    seconds = {kind: [] for kind in runners}
-    for i in range(options.rounds + 1):                     # the first warms up
-        for kind in runners:
-            took, _ = timed(lambda: runners[kind].step(rows))
-            if i:
-                seconds[kind].append(took)
-    parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
-    runners.clear()                                         # a GPU holds one side while memory is measured
+    seconds = {kind: [] for kind in compared}
+    for side in [[kind] for kind in compared] if DEVICE.type == "cuda" else [list(compared)]:       # a GPU may not hold both: one after the other there
+        runners = {kind: compared[kind](config, chain, options) for kind in side}
+        for i in range(options.rounds + 1):                 # the first warms up
+            for kind in side:
+                took, _ = timed(lambda: runners[kind].step(rows))
+                if i:
+                    seconds[kind].append(took)
+        if "ours" in runners:
+            parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
+        runners.clear()
+        free_memory()
     if world.rank > 0:
         return
     print(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
