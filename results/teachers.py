@@ -164,19 +164,20 @@ def reported(text, seed, alpha):
         f"student{epochs}_of_{of.name}{''.join(flags).replace('--student_from=', '_')}", of.config, of.flags, of=of, student=[f"--student_alpha={alpha[search]}", f"--student_epochs={epochs}", *flags])
     paper, mixed, single = job("paper", TINY, ONE), job("mixture_member", TINY, taught("mixture member")), job("single16", SINGLE, ["--epochs_per_cycle=16"])
     eight, twelve = (job(f"mixture{n}", TINY, taught("mixture member", f"--cycles={n}")) for n in (8, 12))
-    jobs = [paper, mixed, single, eight, twelve, job("none", TINY, [*ONE, "--distill_from=16"]), *(job(name, TINY, taught(name)) for name in TEACHERS),
-            *(job(f"{name}_member", TINY, taught(f"{name} member")) for name in ("chain", "best")), job("mixture_2packings", TINY, taught("mixture member", "--packings=2")),
+    best = job("best_member", TINY, taught("best member"))
+    jobs = [paper, mixed, best, single, eight, twelve, job("none", TINY, [*ONE, "--distill_from=16"]), *(job(name, TINY, taught(name)) for name in TEACHERS),
+            job("chain_member", TINY, taught("chain member")), job("best24", TINY, taught("best member", "--cycles=24")), job("mixture_2packings", TINY, taught("mixture member", "--packings=2")),
             job("paper20", TINY, [*ONE, "--cycles=20"]), job("paper24", TINY, [*ONE, "--cycles=24"]), job("record11", TINY, RECORD11), job("independent", TINY, ALONE),
             *(job(f"single{e}", SINGLE, [f"--epochs_per_cycle={e}"]) for e in (8, 32, 64)), student(single, 16, search="student"),
             student(eight, 16, search="student"), student(twelve, 8), *(student(mixed, e) for e in (4, 8, 16, 32)), student(mixed, 16, "--student_from=scratch"),
-            student(paper, 8), student(paper, 16), job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture member", "--trajectories=2"))]
+            student(paper, 8), student(paper, 16), student(best, 16), job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture member", "--trajectories=2"))]
     return {j.name: j for j in jobs}
 
 
-ORDER = [["paper", "mixture_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["noises"], ["record11"],
-         ["student8_of_mixture_member", "student8_of_mixture12"], ["best_member"], ["paper_2x16"], ["student16_of_single16"], ["single64"], ["student32_of_mixture_member"], ["independent"],
-         ["paper20"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"], ["chain_member"], ["student8_of_paper"],
-         ["student4_of_mixture_member"], ["mixture_2x16"], ["mixture", "chain", "best"]]
+ORDER = [["paper", "mixture_member", "best_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["noises"], ["record11"],
+         ["student8_of_mixture_member", "student8_of_mixture12"], ["paper_2x16"], ["chain_member"], ["student16_of_best_member"], ["student16_of_single16"], ["single64"], ["independent"],
+         ["best24"], ["student32_of_mixture_member"], ["paper20"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"],
+         ["student8_of_paper"], ["student4_of_mixture_member"], ["mixture_2x16"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
@@ -255,7 +256,7 @@ def answers(job, prior, root):
 LABELS = {"paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far", "mixture": "mixture so far",
           "chain_member": "predecessor, T 1, alpha for the best member", "best_member": "best so far, alpha for the best member", "mixture_member": "mixture so far, alpha for the best member",
           "mixture_2packings": "mixture so far on 2 packings, alpha for the best member", "mixture8": "mixture so far, alpha for the best member, 8 cycles", "mixture12": "mixture so far, alpha for the best member, 12 cycles", "record11": "record 11: 5 fresh models, each against the last", "independent": "record 11's recipe without a teacher: 4 independent models",
-          "paper20": "the paper's, 20 cycles", "paper24": "the paper's, 24 cycles", "paper_2x16": "the paper's, 2 x 16", "mixture_2x16": "the trajectory's mixture so far, alpha for the best member, 2 x 16"}
+          "paper20": "the paper's, 20 cycles", "paper24": "the paper's, 24 cycles", "best24": "best so far, alpha for the best member, 24 cycles", "paper_2x16": "the paper's, 2 x 16", "mixture_2x16": "the trajectory's mixture so far, alpha for the best member, 2 x 16"}
 
 
 def label(job):
@@ -336,7 +337,9 @@ CLAIMS = [("mixture_member", "learned prior", "paper", "learned prior"), ("mixtu
           ("student8_of_mixture12", "", "paper", "learned prior"), ("student16_of_mixture_member", "", "paper24", "learned prior"), ("student16_of_paper", "", "paper24", "learned prior"),
           ("student16_of_mixture_member", "it and the members, learned prior", "paper24", "learned prior"), ("student16_of_mixture_member", "", "paper_2x16", "learned prior"),
           ("student16_of_mixture_member", "it and the members, learned prior", "paper_2x16", "learned prior"), ("student16_of_mixture_member", "", "paper", "learned prior"),
-          ("best_member", "learned prior", "paper", "learned prior"), ("student16_of_single16", "", "paper", "learned prior"), ("student8_of_mixture_member", "", "paper20", "learned prior"),
+          ("best_member", "learned prior", "paper", "learned prior"), ("best_member", "best member", "paper", "best member"), ("best_member", "learned prior", "chain_member", "learned prior"),
+          ("chain_member", "learned prior", "paper", "learned prior"), ("best24", "learned prior", "paper24", "learned prior"), ("student16_of_best_member", "", "paper24", "learned prior"),
+          ("student16_of_best_member", "it and the members, learned prior", "paper24", "learned prior"), ("student16_of_best_member", "", "paper_2x16", "learned prior"), ("student16_of_single16", "", "paper", "learned prior"), ("student8_of_mixture_member", "", "paper20", "learned prior"),
           ("student32_of_mixture_member", "", "paper_2x16", "learned prior"), ("student32_of_mixture_member", "it and the members, learned prior", "paper_2x16", "learned prior"),
           ("record11", "uniform, the 4 of lowest fitness loss", "independent", "uniform, all"), ("record11", "learned prior", "paper_2x16", "learned prior")]
 
