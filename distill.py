@@ -46,12 +46,12 @@ def stored_kl(student_logits, p, ids):
     return (torch.xlogy(p, p) - p * student).sum()
 
 
-def distilled_loss(student, batch, alpha, kl):
-    """(1 - alpha) * training loss + alpha * kl(logits, chunk: slice of B * T), of sequences (B, T + 1), in nats per token."""
-    def token_loss(logits, targets, chunk):
-        return (1 - alpha) * cross_entropy(logits, targets) + alpha * kl(logits, chunk)
+def distilled_loss(student, batch, alpha, kl, *teaching):
+    """(1 - alpha) * training loss + alpha * kl(logits, *teaching: rows for each of the B * T tokens), of sequences (B, T + 1), in nats per token."""
+    def token_loss(logits, targets, *teaching):
+        return (1 - alpha) * cross_entropy(logits, targets) + alpha * kl(logits, *teaching)
 
-    loss, mtp = student(batch[:, :-1], batch[:, 1:], token_loss)
+    loss, mtp = student(batch[:, :-1], batch[:, 1:], token_loss, *teaching)
     return loss + (1 - alpha) * mtp
 
 
@@ -60,12 +60,12 @@ def chain_loss(student, teacher, batch, alpha, temperature):
     with torch.no_grad():
         states = teacher.hidden(batch[:, :-1]).flatten(0, 1)        # N, C: logits follow chunk by chunk, as the student's do
 
-    def kl(logits, chunk):
+    def kl(logits, states):
         with torch.no_grad():
-            teacher_logits = teacher.logits(states[chunk])
+            teacher_logits = teacher.logits(states)
         return distillation_kl(logits, teacher_logits, temperature)
 
-    return distilled_loss(student, batch, alpha, kl)
+    return distilled_loss(student, batch, alpha, kl, states)
 
 
 # --------------------------------------------------------------------------------------- one member teaches
@@ -181,8 +181,7 @@ class Mixture:
             return launch.world.to_device(found).flatten(0, 1)
 
         def loss(student, batch, numbers):
-            p, ids = unpack(rows("p", numbers), rows("ids", numbers))
-            return distilled_loss(student, batch, self.config.distill_alpha, lambda logits, chunk: stored_kl(logits, p[chunk], ids[chunk]))
+            return distilled_loss(student, batch, self.config.distill_alpha, stored_kl, *unpack(rows("p", numbers), rows("ids", numbers)))
         return loss
 
     def store(self, launch, trajectory, members, parts):

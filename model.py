@@ -149,26 +149,31 @@ class Block(nn.Module):
         """Its matrices in the type of computing, made once per forward pass however often the block is applied."""
         return *self.attn.weights(dtype), *self.mlp.weights(dtype)
 
-    def forward(self, x, weights, ve, rope, window):
+    def forward(self, x, weights, ve, rope, window, mix=None, skip=None):
+        """Before attention and MLP the stream x becomes r x + a x0, mix = (r, a, x0); before that s e joins it, skip = (s, e)."""
+        if skip:
+            x = x + skip[0] * skip[1]
+        if mix:
+            x = mix[0] * x + mix[1] * mix[2]
         x = x + self.attn(norm(x), weights[:2], ve, rope, window)
         return x + self.mlp(norm(x), *weights[2:])
 
 
 class HeadLoss(torch.autograd.Function):
     """
-    The mean over N tokens of a loss of capped logits, from hidden states x (N, C) and the head's weight (padded V, C).
-    Loss and gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive.
-    token_loss(logits (n, V) float32, targets (n,), chunk: slice of N) is a chunk's sum.
+    The mean over N tokens of a loss of logits, from hidden states x (N, C) and the head's weight (padded V, C). Loss and
+    gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive. loss_of(logits (n, padded V),
+    *rows) is a chunk's sum, of its part of rows: what the loss wants to know of every token, the first dimension N.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, V, targets, token_loss):
+    def forward(ctx, x, weight, loss_of, *rows):
         N, w, train = len(x), weight.to(x.dtype), ctx.needs_input_grad[0]
         total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
-        for chunk in chunks(x, V):
+        for chunk in chunks(x, len(w)):
             z = (x[chunk] @ w.T).requires_grad_(train)                  # n, padded V: rows of an even size are faster
             with torch.set_grad_enabled(train):
-                loss = token_loss(cap(z[:, :V]), targets[chunk], chunk) / N
+                loss = loss_of(z, *(row[chunk] for row in rows)) / N
             total += loss.detach()
             if train:
                 dz, = torch.autograd.grad(loss, z)
@@ -183,7 +188,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         (dx, dw), ctx.gradients = ctx.gradients, None                   # freed with this pass
-        return dx.mul_(scale), dw.mul_(scale), None, None, None
+        return dx.mul_(scale), dw.mul_(scale), *[None] * (len(ctx.needs_input_grad) - 2)
 
 
 def cap(z):
@@ -193,14 +198,19 @@ def cap(z):
 
 def chunks(x, V):
     """Slices of the N tokens of x (N, C), short enough that the V logits of one take little memory."""
-    n = max(1, (2 ** 28 if x.is_cuda else 2 ** 25) // (4 * V))          # CPU: what is larger than 32 MiB goes back to the system each time, twice the time
+    n = max(1, (2 ** 29 if x.is_cuda else 2 ** 25) // (4 * V))          # CPU: what is larger than 32 MiB goes back to the system each time, twice the time
     n = n // 128 * 128 or n
     return [slice(i, i + n) for i in range(0, len(x), n)]
 
 
-def cross_entropy(logits, targets, chunk=None):
+def cross_entropy(logits, targets):
     """Summed over tokens, in nats."""
     return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def capped_loss(token_loss, V, z, *rows):
+    """A token_loss of capped logits, without the padding of the vocabulary."""
+    return token_loss(cap(z[:, :V]), *rows)
 
 
 class GPT(nn.Module):
@@ -232,6 +242,7 @@ class GPT(nn.Module):
         end = config.loop_end if block else L
         self.layers = [*range(end), *block, *range(end, L)]
         self.looping = True             # False: every layer once
+        self.capped_loss = capped_loss
         self.checkpointing = False      # repeated applications are computed again for backward instead of kept
         self.register_tables()
 
@@ -280,6 +291,7 @@ class GPT(nn.Module):
                 for block in self.modules():
                     if isinstance(block, Block):
                         block.compile(dynamic=False)
+                self.capped_loss = torch.compile(capped_loss, dynamic=False)
         return self
 
     @mixed_precision
@@ -290,15 +302,14 @@ class GPT(nn.Module):
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
         weights, ve, encoder = {}, {}, {}
         for i in self.layers if self.looping else range(c.n_layer):
-            if i >= half:                                                       # U-Net: decoder i pairs with L-1-i
-                x = x + self.skip_weights[i - half] * encoder[c.n_layer - 1 - i]
-            x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             again = i in weights
             if not again:       # once, however often the layer is applied; made here, because gradients of what is made first come last
                 weights[i] = self.transformer.h[i].weights(x.dtype)
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
-            inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2
+            mix = self.resid_lambdas[i], self.x0_lambdas[i], x0
+            skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else None         # U-Net: decoder i pairs with L-1-i
+            inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, mix, skip
             if self.checkpointing and again and torch.is_grad_enabled():
                 x = checkpoint(self.transformer.h[i], *inputs, use_reentrant=False)
             else:
@@ -311,9 +322,10 @@ class GPT(nn.Module):
         """Capped logits in fp32 (..., V), without the padding of the vocabulary; x (..., C) is normed."""
         return cap(F.linear(x, self.lm_head.weight.to(x.dtype))[..., :self.config.vocab_size])
 
-    def head_loss(self, x, targets, token_loss=cross_entropy):
-        """The mean of a token_loss (see HeadLoss) of hidden states (B, T, C)."""
-        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, self.config.vocab_size, targets.flatten(), token_loss)
+    def head_loss(self, x, targets, token_loss=cross_entropy, *rows):
+        """The mean of token_loss(logits (n, V) float32, targets (n,), *rows: n of each), a sum, of hidden states (B, T, C) and rows (B * T, ...)."""
+        loss_of = functools.partial(self.capped_loss, token_loss, self.config.vocab_size)
+        return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, loss_of, targets.flatten(), *rows)
 
     @mixed_precision
     def mtp_loss(self, targets, x):
@@ -325,16 +337,16 @@ class GPT(nn.Module):
         return self.head_loss(norm(h), targets[:, 1:])
 
     @mixed_precision
-    def forward(self, idx, targets=None, token_loss=cross_entropy):
+    def forward(self, idx, targets=None, token_loss=cross_entropy, *rows):
         """
-        Without targets the logits (B, T, V) float32; with them two scalars in nats: the mean of token_loss, by default
-        the cross-entropy, and, in training, the weighted multi-token-prediction loss (else 0).
+        Without targets the logits (B, T, V) float32; with them two scalars in nats: the mean of token_loss (see head_loss),
+        by default the cross-entropy, and, in training, the weighted multi-token-prediction loss (else 0).
         """
         x = self.hidden(idx)
         if targets is None:
             return self.logits(x)
         mtp = self.config.mtp_weight * self.mtp_loss(targets, x) if self.config.mtp_weight and self.training else 0
-        return self.head_loss(x, targets, token_loss), mtp
+        return self.head_loss(x, targets, token_loss, *rows), mtp
 
     def log_p(self, idx, targets):
         """Natural log of the probability given to each target, (B, T) float32."""

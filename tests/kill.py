@@ -66,6 +66,7 @@ def work(argv, output, rank, size, ports, patch, scripts):
             mark(Run, "save_scores", "scores saved")
             mark(prior, "answers_for", "fit")
             mark(prior, "write_json", "prior.json saved")
+        torch.set_num_threads = lambda n: None          # a forked process has no other threads to compute with: it would wait for them
         patch(rank)
         step, score = train.train_step, loader.score
         for script, port in zip(scripts, ports):

@@ -16,7 +16,7 @@ class Fixed(torch.nn.Module):
     """Always the same next-token probabilities."""
     def __init__(self, p):
         super().__init__()
-        self.logits, self.config, self.cos, self.passes = torch.tensor(p).log(), SimpleNamespace(sequence_len=4), torch.zeros(1), 0
+        self.logits, self.config, self.device, self.passes = torch.tensor(p).log(), SimpleNamespace(sequence_len=4), torch.device("cpu"), 0
     def forward(self, idx):
         assert idx.shape[0] == 1 and idx.shape[1] <= 4
         self.passes += 1

@@ -1,4 +1,5 @@
 """The model against float64 written out from the formulas, and its invariants (tests/parity.py holds the whole of it to the record)."""
+import functools
 import math
 import weakref
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, Attention, GPTConfig
+from model import GPT, Attention, GPTConfig, capped_loss
 
 
 def small(**changes):
@@ -103,15 +104,16 @@ def test_losses_are_those_of_the_logits():
 
 @pytest.mark.parametrize("grain", [2 ** 26, 4 * 50 * 7, 1])
 def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypatch):
-    """In chunks of all tokens, of 7 and of 1; V logits of a padded table; a loss that reads its chunk's place."""
+    """In chunks of all tokens, of 7 and of 1; V logits of a padded table; a loss that reads a row of every token's own."""
     import model as module
-    monkeypatch.setattr(module, "chunks", lambda x, V: [slice(i, i + max(1, grain // (4 * V))) for i in range(0, len(x), max(1, grain // (4 * V)))])
+    monkeypatch.setattr(module, "chunks", lambda x, V: [slice(i, i + max(1, grain // 200)) for i in range(0, len(x), max(1, grain // 200))])
     r = torch.Generator().manual_seed(0)
     x, weight, targets, factor = torch.randn(30, 32, generator=r), torch.randn(64, 32, generator=r), torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r)
     x.requires_grad_(), weight.requires_grad_()
-    def loss_of(logits, targets, chunk):
-        return F.cross_entropy(logits, targets, reduction="sum") + (factor[chunk] * logits.sigmoid()).sum()
-    loss = module.HeadLoss.apply(x, weight, 50, targets, loss_of)
+    def loss_of(logits, targets, factor):
+        return F.cross_entropy(logits, targets, reduction="sum") + (factor * logits.sigmoid()).sum()
+    mean = lambda: module.HeadLoss.apply(x, weight, functools.partial(module.capped_loss, loss_of, 50), targets, factor)
+    loss = mean()
     (3 * loss).backward()
     X, W = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     logits = 15 * torch.tanh(X @ W[:50].T / 15)
@@ -122,7 +124,7 @@ def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypa
         assert torch.allclose(mine.double(), wanted, rtol=1e-4, atol=1e-6)
     assert not weight.grad[50:].any()
     with torch.no_grad():
-        assert module.HeadLoss.apply(x, weight, 50, targets, loss_of).item() == pytest.approx(plain.item(), rel=1e-5)
+        assert mean().item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_no_logits_of_all_tokens_are_kept():
@@ -203,17 +205,36 @@ def test_one_compiled_block_serves_all_layers():
             block.compile(backend=counter)
     for _ in range(2):
         assert torch.allclose(model(idx, targets)[0], wanted, rtol=1e-5)
-    # with and without value embeddings, short and long window, the MTP block's length: not one per application
-    assert counter.frame_count <= 5
+    # with and without value embeddings and skip, short and long window, the MTP block's length: not one per application
+    assert counter.frame_count <= 9
     torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as place() does
     try:                                                        # scoring, with a smaller last batch, and a bf16 teacher
         plain = small(**loop)
         for rows in (idx, idx[:1]):
             with torch.no_grad():
                 assert torch.allclose(model.eval().log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
-        assert counter.frame_count <= 16
+        assert counter.frame_count <= 30
     finally:
         torch._dynamo.config.recompile_limit = kept
+
+
+def test_a_compiled_loss_serves_every_micro_batch(monkeypatch):
+    """Every loss is compiled once for every size of a chunk (a whole one, the last, the shorter MTP's last), though its closure is new each time."""
+    import distill
+    from torch._dynamo.testing import CompileCounter
+    monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + 12) for i in range(0, len(x), 12)])
+    model, teacher = small().train(), small().eval().requires_grad_(False)
+    p, ids = torch.rand(32, 40).softmax(-1).topk(5)
+    losses = (lambda: distill.chain_loss(model, teacher, batch, 0.45, 1.2), lambda: distill.distilled_loss(model, batch, 0.7, distill.stored_kl, p, ids))
+    for loss in losses:
+        torch._dynamo.reset()
+        batch, counter, model.capped_loss = tokens(2, 17), CompileCounter(), capped_loss
+        wanted, model.capped_loss = loss().item(), torch.compile(capped_loss, backend=counter)
+        for _ in range(3):
+            assert loss().item() == pytest.approx(wanted, rel=1e-5)
+        counts = counter.frame_count
+        loss().backward()
+        assert counter.frame_count == counts <= 5
 
 
 def test_place_compiles_every_block_on_cuda_only(monkeypatch):
@@ -223,7 +244,8 @@ def test_place_compiles_every_block_on_cuda_only(monkeypatch):
     monkeypatch.setattr(Block, "compile", lambda self, dynamic: compiled.append(self))
     monkeypatch.setattr(GPT, "to", lambda self, device: self)
     monkeypatch.setattr("model.activate_attention", lambda device: None)
+    monkeypatch.setattr("torch.compile", lambda function, dynamic: compiled.append(function) or function)
     assert model.place(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):          # what it sets is put back
         model.place(torch.device("cuda"), compile=True)
-    assert len(compiled) == 5 and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+    assert len(compiled) == 6 and compiled[-1] is model.capped_loss and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32

@@ -61,7 +61,7 @@ def test_linear_flops_against_torchs_counter(micro):
     """A forward pass at dropout 0, attention left out: the counter sees every matrix product, the head mixes' too."""
     from torch.utils.flop_counter import FlopCounterMode
     config = from_args(micro(iha=False, n_layer=4, loop_start=2, loop_end=4, loop_extra=2), "")
-    model = GPT(config).init_weights().eval()
+    model = GPT(config).init_weights().eval().requires_grad_(False)
     idx = torch.randint(257, (2, 32))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(idx)
@@ -77,7 +77,7 @@ def test_attention_flops_against_torchs_counter(micro):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     config = from_args(micro(iha=False, n_layer=4, window_pattern="SL"), "")
-    model, T = GPT(config).init_weights().eval(), 32
+    model, T = GPT(config).init_weights().eval().requires_grad_(False), 32
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         model(torch.randint(257, (2, T)))
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))

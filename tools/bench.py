@@ -108,14 +108,14 @@ class Ours:
 
 def load_slowrun(folder, honest):
     """
-    The public script as a module: what it imports and parses at import is stood in for. honest: its attention is ours
-    and its Muon float32, as ours is on a CPU.
+    The public script as a module: what it imports and parses at import is stood in for. honest: its attention is ours,
+    and, on a CPU, its Muon float32, as ours is there.
     """
     path = Path(folder) / "unlimited" / "train.py"
     if not path.exists():
         refuse(f"slowrun={folder}: has no unlimited/train.py; name a clone of the NanoGPT Slowrun's repository")
     source, module = path.read_text(), types.ModuleType("slowrun")
-    if honest:
+    if honest and DEVICE.type == "cpu":
         source = source.replace("X = g.bfloat16()", "X = g.float()")
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))
     argv, sys.argv, sys.modules["slowrun"] = sys.argv, [str(path)], module
@@ -241,8 +241,7 @@ def kinds(options):
     rows = {"ours": Ours}
     if options.slowrun:
         rows["theirs as it is"] = functools.partial(Theirs, honest=False)
-        if DEVICE.type == "cpu":
-            rows["theirs, our attention, fp32"] = functools.partial(Theirs, honest=True)
+        rows["theirs, our attention" + ", fp32" * (DEVICE.type == "cpu")] = functools.partial(Theirs, honest=True)
     return rows
 
 

@@ -1,0 +1,233 @@
+"""
+What only a GPU can check: python -m tests.on_gpu [PART ...]
+The model, the losses, the optimizer and two ranks in bf16 on CUDA, eager and compiled, against float32 on the CPU; then the scripts,
+once whole, once stopped and gone on, with every teacher. A line for each; exits 1 where one is out. Takes two minutes or three.
+"""
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+import distill
+import train
+from config import refuse
+from data import loader
+from files import load_tensors, read_json
+from model import GPT, GPTConfig, attend, activate_attention
+from optim import MuonAdamW
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+SHAPE = dict(sequence_len=256, vocab_size=1000, n_layer=6, n_head=2, n_embd=256, loop_start=3, loop_end=5, loop_extra=2, dropout=0.0)
+FAILED = []
+
+
+def report(name, error, allowed):
+    print(f"{name}: {error:.2g}, allowed {allowed:g}{'' if error <= allowed else '   <-- OUT'}", flush=True)
+    FAILED.extend([name] * (not error <= allowed))
+
+
+def check(function):
+    """A part of the run; what it raises is a failure, and the others go on."""
+    @functools.wraps(function)
+    def tried(*args):
+        began = time.perf_counter()
+        try:
+            function(*args)
+        except Exception as e:
+            print(f"{function.__name__}: {type(e).__name__}: {str(e)[:1500]}   <-- OUT", flush=True)
+            FAILED.append(function.__name__)
+        print(f"    {time.perf_counter() - began:.1f} s", flush=True)
+    return tried
+
+
+def relative(a, b):
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def built(device, compile=False, seed=0, **changes):
+    """A model whose every part counts: no weight is left at zero."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SHAPE, **changes})).init_weights()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape))
+    return model.place(device, compile)
+
+
+def tokens(n, seed=1):
+    return torch.randint(SHAPE["vocab_size"], (n, SHAPE["sequence_len"] + 1), generator=torch.Generator().manual_seed(seed))
+
+
+@check
+def attention():
+    for T, D, window in ((512, 128, None), (512, 128, 256), (256, 64, 100), (96, 32, 200)):
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, T, 4, D).bfloat16() for _ in range(4)]
+        sides = []
+        for device, dtype in ((CPU, torch.float32), (GPU, torch.bfloat16)):
+            q, k, v, g = (x.to(device, dtype) for x in inputs)
+            y = attend(*(z.requires_grad_() for z in (q, k, v)), window)
+            sides.append([y, *torch.autograd.grad(y, (q, k, v), g)])
+        report(f"attention, T={T}, D={D}, window {window}: output and gradients", max(map(relative, sides[1], sides[0])), 1e-2)
+
+
+def losses(device, teacher, batch, **place):
+    """name -> loss function of a model: labels, chain, stored mixture."""
+    p, ids = torch.randn(batch.numel() - len(batch), 1000, generator=torch.Generator().manual_seed(2)).mul(3).softmax(-1).topk(64)
+    p, ids = p.to(device), ids.to(device)
+    return dict(labels=train.label_loss, chain=lambda model, rows: distill.chain_loss(model, teacher, rows, 0.45, 1.2),
+                mixture=lambda model, rows: distill.distilled_loss(model, rows, 0.7, distill.stored_kl, p, ids))
+
+
+@check
+def model_and_losses():
+    batch, kinds = tokens(3), dict(eager={}, compiled=dict(compile=True), compiled_and_checkpointed=dict(compile=True))
+    reference, teacher = built(CPU), built(CPU, seed=5).eval().requires_grad_(False)
+    wanted = {}
+    for name, loss_fn in losses(CPU, teacher, batch).items():
+        reference.zero_grad()
+        loss = loss_fn(reference.train(), batch)
+        loss.backward()
+        wanted[name] = loss.item(), {n: p.grad.clone() for n, p in reference.named_parameters()}
+    for kind, place in kinds.items():
+        model, teacher = built(GPU, **place), built(GPU, seed=5, **place).eval().requires_grad_(False).bfloat16()
+        model.checkpointing = "checkpointed" in kind
+        for name, loss_fn in losses(GPU, teacher, batch).items():
+            model.zero_grad()
+            loss = loss_fn(model.train(), batch.to(GPU))
+            loss.backward()
+            value, gradients = wanted[name]
+            report(f"{kind}, {name}: loss", abs(loss.item() / value - 1), 2e-3)
+            worst = {n: relative(p.grad, gradients[n]) for n, p in model.named_parameters()}
+            n = max(worst, key=worst.get)
+            report(f"{kind}, {name}: gradients, median", sorted(worst.values())[len(worst) // 2], 3e-2)
+            report(f"{kind}, {name}: gradient of {n}, the worst", worst[n], 0.3)
+        rows = batch.numpy()
+        ours, theirs = (torch.from_numpy(loader.score(m, rows, 2)) for m in (model, reference))
+        report(f"{kind}: log p of every token, largest difference, nats", (ours - theirs).abs().max().item(), 0.1)
+        report(f"{kind}: mean log p, difference, nats", (ours - theirs).mean().abs().item(), 2e-3)
+
+
+@check
+def the_step_does_not_wait():
+    """Between a micro-batch's arrival and its gradients nothing asks the GPU for a value; weights after a step are those of the CPU."""
+    batch, sides = tokens(4), []
+    for device in (CPU, GPU):
+        model = built(device).train()
+        optimizer = MuonAdamW(model.named_parameters(), 0.25)
+        batches = [(rows,) for rows in batch.to(device).split(2)]
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        if device == GPU:
+            train.label_loss(model, *batches[0]).backward()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                train.label_loss(model, *batches[0]).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            print("no synchronisation in forward and backward")
+        loss, norm = train.train_step(model, optimizer, batches, train.label_loss, (1.0, 1.0))
+        sides.append((loss, norm, {n: p.detach().float().cpu() - before[n].float().cpu() for n, p in model.named_parameters()}))
+    report("a step: loss", relative(sides[1][0], sides[0][0]), 2e-3)
+    report("a step: gradient norm", relative(sides[1][1], sides[0][1]), 2e-2)
+    muon = {n: relative(sides[1][2][n], d) for n, d in sides[0][2].items() if d.ndim == 2 and n.startswith("transformer.h.") and "_mix" not in n and "gate.w" not in n}
+    report("a step: what Muon adds, median over matrices", sorted(muon.values())[len(muon) // 2], 0.1)
+
+
+def rank_step(rank, size, folder, backend):
+    """A step of `size` ranks on one GPU; the weights go to folder/size.pt. NCCL wants a GPU each, so two meet over gloo."""
+    dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=size, **(dict(device_id=torch.device("cuda", 0)) if backend == "nccl" else {}))
+    group, _ = dist.new_subgroups_by_enumeration([list(range(size))])
+    model = built(GPU, compile=True).train()
+    optimizer = MuonAdamW(model.named_parameters(), 0.25, group)
+    one = dist.get_world_size
+    train.dist.get_world_size = lambda g: max(2, one(g))            # NCCL's one rank, too, goes through DDP
+    ddp_model = train.distributed(model, group, 1)
+    train.dist.get_world_size = one
+    optimizer.zero_grad()
+    for _ in range(2):
+        loss, norm = train.train_step(ddp_model, optimizer, [(row,) for row in tokens(4).to(GPU)[rank::size].split(1)], train.label_loss, (1.0, 1.0))
+    optimizer.state_dict()
+    if rank == 0:
+        torch.save(dict(loss=loss.cpu(), norm=norm.cpu(), **{n: p.detach().cpu() for n, p in model.named_parameters()}), Path(folder) / f"{size}{backend}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@check
+def ranks():
+    with tempfile.TemporaryDirectory() as folder:
+        for size, backend in ((1, "nccl"), (2, "gloo")):
+            multiprocessing.spawn(rank_step, (size, folder, backend), nprocs=size)
+        one, two = (torch.load(Path(folder) / f"{name}.pt") for name in ("1nccl", "2gloo"))
+    report("two ranks on this GPU (gloo) and one (NCCL): gradient norm of the second step", relative(two.pop("norm"), one.pop("norm")), 1e-2)
+    two.pop("loss"), one.pop("loss")            # each rank's own
+    report("two ranks and one: weights after two steps, the worst", max(relative(two[n], one[n]) for n in one if "_mix" not in n), 2e-2)
+
+
+def script(name, argv, **options):
+    done = subprocess.run([sys.executable, name, *argv], cwd=ROOT, capture_output=True, text=True, **options)
+    last = re.split(r"[\r\n]", done.stderr.strip() or "-")[-1]
+    assert done.returncode in (0, 75), f"{name} {argv}: exit code {done.returncode}: {done.stdout[-600:]} {done.stderr[-1200:]}"
+    return done, last
+
+
+def population(folder, name, argv):
+    """Trained by the three scripts, where it is the stopped one, asked to stop in the first cycle and started again. The last member's weights."""
+    argv = [*argv, f"--run_dir={folder / name}"]
+    lines = []
+    if name == "stopped":
+        child, log = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), folder / name / "metrics.jsonl"
+        while child.poll() is None and not (log.exists() and log.read_text().count('"step"') > 9):
+            time.sleep(0.01)
+        child.terminate()
+        lines.append(f"train.py asked to stop: exit code {child.wait()} after {log.read_text().count(chr(10))} steps")
+    for step in ("train.py", "distill.py", "prior.py") + ("distill.py --student", "prior.py") * (name == "mixture"):
+        began = time.perf_counter()
+        _, last = script(step.split()[0], [*argv, *step.split()[1:]])
+        lines.append(f"{step} {time.perf_counter() - began:.0f} s  {last[-90:]}")
+    answers = {f"{a['rule']} of {a['K']}": round(a["val_loss"], 4) for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"}
+    print(f"{name}:", *lines, answers, script("-m", ["tools.generate", *argv, "--tokens=40"])[0].stdout.strip(), sep="\n    ", flush=True)
+    return load_tensors(sorted((folder / name / "trajectory_0").glob("cycle_*.pt"))[-1])[0]
+
+
+@check
+def scripts():
+    """The demo's model on four cycles, side by side: twice the same eager, one of them stopped, compiled, and taught by the mixture, with a student."""
+    folder = Path(tempfile.mkdtemp())
+    base = [str(ROOT / "configs" / "tiny.py"), f"--data_dir={folder / 'data'}", "--cycles=4", "--trajectories=1", "--distill_from=2"]
+    subprocess.run([sys.executable, "-m", "data.prepare", *base], cwd=ROOT, check=True, capture_output=True)
+    kinds = dict(eager=[], again=[], stopped=[], compiled=["--compile=True"],
+                 mixture=["--distill_teacher=mixture", "--packings=2", "--distill_temperature=1", "--compile=True"])
+    with ThreadPoolExecutor() as pool:
+        runs = {name: pool.submit(population, folder, name, [*base, *more]) for name, more in kinds.items()}
+    weights = {name: run.result() for name, run in runs.items()}
+    for other in ("again", "stopped", "compiled"):
+        print(f"eager and {other}: the last member's weights differ by {max(relative(weights[other][n], w) for n, w in weights['eager'].items()):.2g} (no bits are promised on CUDA)")
+
+
+PARTS = {part.__name__: part for part in (attention, model_and_losses, the_step_does_not_wait, ranks, scripts)}
+
+
+def main():
+    if not torch.cuda.is_available():
+        refuse("tests.on_gpu wants a GPU; the other tests are the CPU's")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {activate_attention(GPU)}, Python {sys.version.split()[0]}")
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()
+    print(f"out: {FAILED or 'nothing'}")
+    raise SystemExit(bool(FAILED))
+
+
+if __name__ == "__main__":
+    main()
