@@ -185,20 +185,20 @@ def script(name, argv, **options):
 def population(folder, name, argv):
     """Trained by the three scripts, where it is the stopped one, asked to stop in the first cycle and started again. The last member's weights."""
     argv = [*argv, f"--run_dir={folder / name}"]
-    lines = []
+    say = lambda *words: print(f"{name}:", *words, flush=True)
     if name == "stopped":
         child, log = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), folder / name / "metrics.jsonl"
         while child.poll() is None and not (log.exists() and log.read_text().count('"step"') > 9):
             time.sleep(0.01)
         child.terminate()
-        lines.append(f"train.py asked to stop: exit code {child.wait()} after {log.read_text().count(chr(10))} steps")
+        say(f"train.py asked to stop: exit code {child.wait()} after {log.read_text().count(chr(10))} steps")
     for step in ("train.py", "distill.py", "prior.py") + ("distill.py --student", "prior.py") * (name == "mixture"):
         began = time.perf_counter()
         _, last = script(step.split()[0], [*argv, *step.split()[1:]])
-        lines.append(f"{step} {time.perf_counter() - began:.0f} s  {last[-90:]}")
-    answers = {f"{a['rule']} of {a['K']}": round(a["val_loss"], 4) for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"}
-    print(f"{name}:", *lines, answers, script("-m", ["tools.generate", *argv, "--tokens=40"])[0].stdout.strip(), sep="\n    ", flush=True)
-    return load_tensors(sorted((folder / name / "trajectory_0").glob("cycle_*.pt"))[-1])[0]
+        say(f"{step} {time.perf_counter() - began:.0f} s  {last[-90:]}")
+    say({f"{a['rule']} of {a['K']}": round(a["val_loss"], 4) for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"})
+    say(script("-m", ["tools.generate", *argv, "--tokens=40"])[0].stdout.strip())
+    return load_tensors(max((folder / name).glob("trajectory_*/cycle_*.pt")))[0]
 
 
 @check

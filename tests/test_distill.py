@@ -1,5 +1,6 @@
 """Who teaches: stored probabilities against float64 formulas on all tokens, the teachers that a run has, fresh cycles, the student."""
 import json
+import math
 import os
 import shutil
 import signal
@@ -157,8 +158,9 @@ def test_the_mixture_so_far_teaches(ready, monkeypatch):
         for (rows, _), (p, ids) in zip(teaches, seen[:len(teaches)] if cycle == 2 else seen[len(batches) // 2:]):
             exact = sum(w * probabilities(config, run, (0, c), rows.numpy()) for c, w in enumerate(weights)).flatten(0, 1)
             assert (p - exact.gather(-1, ids)).abs().max() < 2e-3
+    parts = math.ceil(loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, 0).per_packing / 25)
     kept = sorted(p.name for p in (run.path / "trajectory_00").glob("mixture_*"))
-    assert kept == [f"mixture_{n:03d}_{p}_{part:02d}.pt" for n in (2, 3) for p in (1, 2) for part in (0, 1)]               # the newest two
+    assert kept == [f"mixture_{n:03d}_{p}_{part:02d}.pt" for n in (2, 3) for p in (1, 2) for part in range(parts)] and parts > 1            # the newest two
 
 
 def _model(config, run, c):
@@ -395,7 +397,8 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     assert "student" in capsys.readouterr().out
     plot.main(argv)
     generate.main([*argv, "--member=student", "--tokens=5"])
-    assert "student: 'The " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "student: 'The " in out or 'student: "The ' in out
     monkeypatch.undo()
     changed = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.pt")}
     student(argv)                                               # done already: nothing is trained

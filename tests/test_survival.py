@@ -267,7 +267,7 @@ def test_flipped_scores_and_results_are_named(split, begun, reference, capsys):
 def test_flipped_data_is_refused(reference, tmp_path, capsys):
     shutil.copytree(reference[0] / "data", tmp_path / "data")
     argv = [*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"]
-    path = tmp_path / "data" / "manual_train.pt"
+    path = tmp_path / "data" / "text_train.pt"
     file = torch.load(path)
     file["tokens"].view(torch.uint8)[100] ^= 1
     torch.save(file, path)
@@ -406,11 +406,11 @@ def test_a_strangers_tensors(tensors, tmp_path, reference, capsys):
     with pytest.raises(Damaged):
         load_tensors(path)
     (tmp_path / "data").mkdir()
-    torch.save({"tokens": torch.zeros(2300, dtype=torch.uint16), "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256}, tmp_path / "data" / "manual_train.pt")
-    shutil.copy(reference[0] / "data" / "manual_val.pt", tmp_path / "data")
+    torch.save({"tokens": torch.zeros(1700, dtype=torch.uint16), "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256}, tmp_path / "data" / "text_train.pt")
+    shutil.copy(reference[0] / "data" / "text_val.pt", tmp_path / "data")
     with pytest.raises(SystemExit) as stop:
         train.main([*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"])
-    assert stop.value.code == 2 and "manual_train.pt" in error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and "text_train.pt" in error_line(capsys.readouterr().err)
     assert not os.path.exists("/tmp/q0_was_run")
 
 

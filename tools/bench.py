@@ -207,19 +207,22 @@ def extra_memory(kind, chain, config, options):
     """
     if DEVICE.type == "cuda":
         free_memory()
-        torch.cuda.reset_peak_memory_stats()
-        runner, rows = kind(config, chain, options), random_rows(config, config.micro_batch * config.sequence_len)
-        runner.step(rows)
-        for p in runner.model.parameters():
-            p.grad = None
-        kept = torch.cuda.memory_allocated() + sum(p.numel() * p.element_size() for p in runner.model.parameters())      # and gradients
-        torch.cuda.reset_peak_memory_stats()
-        runner.step(rows)
-        return (torch.cuda.max_memory_allocated() - kept) / plan.GIB
+        return allocated(kind(config, chain, options), random_rows(config, config.micro_batch * config.sequence_len))
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(resident, kind, chain, config, options).result()
+
+
+def allocated(runner, rows):
+    """Of a step on CUDA: peak GiB beyond what stays and the gradients."""
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    runner.step(rows)
+    parameters = list(runner.model.parameters())
+    kept = torch.cuda.memory_allocated() - size(p.grad for p in parameters) + size(parameters)
+    torch.cuda.reset_peak_memory_stats()
+    runner.step(rows)
+    return (torch.cuda.max_memory_allocated() - kept) / plan.GIB
 
 
 def resident(kind, chain, config, options):
@@ -253,6 +256,8 @@ def bench_step(name, chain, config, options, peak, world):
     peak, model = peak * world.data_size, plan.meta_model(config)
     flops = plan.step_flops(model, True, chain) * config.batch_tokens
     seconds = {kind: [] for kind in compared}
+    say = print if world.rank == 0 else lambda *words, **options: None
+    say(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
     for side in [[kind] for kind in compared] if DEVICE.type == "cuda" else [list(compared)]:       # a GPU may not hold both: one after the other there
         runners = {kind: compared[kind](config, chain, options) for kind in side}
         for i in range(options.rounds + 1):                 # the first warms up
@@ -262,18 +267,19 @@ def bench_step(name, chain, config, options, peak, world):
                     seconds[kind].append(took)
         if "ours" in runners:
             parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
+        for kind in side:
+            took, memory = seconds[kind], ""
+            if DEVICE.type == "cuda":
+                memory = f", {allocated(runners[kind], rows[:config.micro_batch]):.2f} GiB beyond weights, gradients and state ({torch.cuda.max_memory_allocated() / plan.GIB:.1f} in all)"
+            elif world.size == 1:
+                memory = f", {extra_memory(compared[kind], chain, config, options):.2f} GiB beyond weights, gradients and state"
+            ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
+            say(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak{memory}{ratio}", flush=True)
         runners.clear()
         free_memory()
-    if world.rank > 0:
-        return
-    print(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
-    for kind, took in seconds.items():
-        ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
-        memory = f", {extra_memory(compared[kind], chain, config, options):.2f} GiB beyond weights, gradients and state" if world.size == 1 else ""
-        print(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak{memory}{ratio}")
-    print("  parts of ours, of one micro-batch where nothing else is said:")
+    say("  parts of ours, of one micro-batch where nothing else is said:")
     for part in parts[0]:
-        print(f"    {part}: {spread([p[part] for p in parts], 4)} s")
+        say(f"    {part}: {spread([p[part] for p in parts], 4)} s")
 
 
 def bench_score(config, options, peak):

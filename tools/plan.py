@@ -22,7 +22,7 @@ from world import cannot_share, micro_batches
 
 ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
-EAGER, COMPILED = 58.4, 45.0        # bytes saved for backward per token, layer application and unit of n_embd: estimates
+EAGER, COMPILED = 58.4, 42.0        # bytes saved for backward per token, layer application and unit of n_embd: estimated, and measured (results/performance.md)
 HEAD, HEAD_KL = 5, 5                # float32 logits of a chunk that live at once: of the labels' loss, and of the teacher's
 
 
@@ -148,7 +148,7 @@ def memory_of(config, model, ranks):
              "AdamW": size(t for g in groups["adamw"] for t in [*g["m"], *g["v"]]), "Muon, this rank's share": size(t for g in groups["muon"] for t in (g["m"], g["v"])) / ranks,
              "bf16 copies of the weights": 2 * weights, "mixed heads' weights": 2 * 3 * C * C * (config.n_layer + mtp) * config.iha, "teacher (bf16)": 2 * weights * chain,
              "average of the weights (fp32)": 4 * weights * bool(config.ema_decay),
-             "head: its gradients, a chunk": (1 + mtp) * size([model.lm_head.weight]) + min(2 ** 28, 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)}
+             "head: its gradients, a chunk": (1 + mtp) * size([model.lm_head.weight]) + min(2 ** 29, 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)}
     return fixed, {"activations": T * C * ((COMPILED if config.compile else EAGER) * kept + 2 * again)}
 
 
