@@ -1,7 +1,7 @@
 """
 What only a GPU can check: python -m tests.on_gpu [PART ...]
 The model, the losses, the optimizer and two ranks in bf16 on CUDA, eager and compiled, against float32 on the CPU; then the scripts,
-once whole, once stopped and gone on, with every teacher. A line for each; exits 1 where one is out. Takes two minutes or three.
+once whole, once stopped and gone on, with every teacher. A line for each; exits 1 where one is out. Takes five minutes.
 """
 import functools
 import re
@@ -111,6 +111,7 @@ def model_and_losses():
             worst = {n: relative(p.grad, gradients[n]) for n, p in model.named_parameters()}
             n = max(worst, key=worst.get)
             report(f"{kind}, {name}: gradients, median", sorted(worst.values())[len(worst) // 2], 3e-2)
+            # a mix's gradient is a small difference of large sums: 0.07 to 0.19 of it was rounding on an H200
             report(f"{kind}, {name}: gradient of {n}, the worst", worst[n], 0.3)
         rows = batch.numpy()
         ours, theirs = (torch.from_numpy(loader.score(m, rows, 2)) for m in (model, reference))
@@ -121,11 +122,11 @@ def model_and_losses():
 @check
 def the_step_does_not_wait():
     """Between a micro-batch's arrival and its gradients nothing asks the GPU for a value; weights after a step are those of the CPU."""
-    batch, sides = tokens(4), []
+    batch, sides = tokens(32), []               # 4,096 tokens a micro-batch: the embedding's backward pass has a way of its own for few
     for device in (CPU, GPU):
         model = built(device).train()
         optimizer = MuonAdamW(model.named_parameters(), 0.25)
-        batches = [(rows,) for rows in batch.to(device).split(2)]
+        batches = [(rows,) for rows in batch.to(device).split(16)]
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         if device == GPU:
             train.label_loss(model, *batches[0]).backward()
@@ -178,12 +179,15 @@ def ranks():
 def script(name, argv, **options):
     done = subprocess.run([sys.executable, name, *argv], cwd=ROOT, capture_output=True, text=True, **options)
     last = re.split(r"[\r\n]", done.stderr.strip() or "-")[-1]
-    assert done.returncode in (0, 75), f"{name} {argv}: exit code {done.returncode}: {done.stdout[-600:]} {done.stderr[-1200:]}"
+    assert done.returncode == 0, f"{name} {argv}: exit code {done.returncode}: {done.stdout[-600:]} {done.stderr[-1200:]}"
     return done, last
 
 
 def population(folder, name, argv):
-    """Trained by the three scripts, where it is the stopped one, asked to stop in the first cycle and started again. The last member's weights."""
+    """
+    Trained by the three scripts, where it is the stopped one, asked to stop in the first cycle and started again. The last
+    member's weights, and the loss of the mean of all.
+    """
     argv = [*argv, f"--run_dir={folder / name}"]
     say = lambda *words: print(f"{name}:", *words, flush=True)
     if name == "stopped":
@@ -196,9 +200,10 @@ def population(folder, name, argv):
         began = time.perf_counter()
         _, last = script(step.split()[0], [*argv, *step.split()[1:]])
         say(f"{step} {time.perf_counter() - began:.0f} s  {last[-90:]}")
-    say({f"{a['rule']} of {a['K']}": round(a["val_loss"], 4) for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"})
+    answers = {f"{a['rule']} of {a['K']}": round(a["val_loss"], 4) for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"}
+    say(answers)
     say(script("-m", ["tools.generate", *argv, "--tokens=40"])[0].stdout.strip())
-    return load_tensors(max((folder / name).glob("trajectory_*/cycle_*.pt")))[0]
+    return load_tensors(max((folder / name).glob("trajectory_*/cycle_*.pt")))[0], answers["uniform of 4"]
 
 
 @check
@@ -211,8 +216,9 @@ def scripts():
                  mixture=["--distill_teacher=mixture", "--packings=2", "--distill_temperature=1", "--compile=True"])
     with ThreadPoolExecutor() as pool:
         runs = {name: pool.submit(population, folder, name, [*base, *more]) for name, more in kinds.items()}
-    weights = {name: run.result() for name, run in runs.items()}
-    for other in ("again", "stopped", "compiled"):
+    weights, losses = ({name: run.result()[i] for name, run in runs.items()} for i in (0, 1))
+    for other, allowed in dict(again=0.02, stopped=0.02, compiled=0.1).items():
+        report(f"eager and {other}: loss of the mean of all members", abs(losses[other] - losses["eager"]), allowed)
         print(f"eager and {other}: the last member's weights differ by {max(relative(weights[other][n], w) for n, w in weights['eager'].items()):.2g} (no bits are promised on CUDA)")
 
 

@@ -45,7 +45,7 @@ def test_the_memory_is_the_estimate_of_the_record():
     head, average = fixed.pop("head: its gradients, a chunk"), fixed.pop("average of the weights (fp32)")
     assert average == 0
     assert {part: count / GIB for part, count in fixed.items()} == pytest.approx(wanted, abs=0.1)
-    assert per_sequence["activations"] / GIB == pytest.approx(16.2, abs=0.05) and head < 4 * GIB
+    assert per_sequence["activations"] / GIB == pytest.approx(16.2, abs=0.05) and head < 5 * GIB
     assert plan.memory_of(config, model, 4)[0]["Muon, this rank's share"] * 4 == fixed["Muon, this rank's share"]
     checkpointed = plan.memory_of(of("1p8b", "--compile=False", "--checkpoint=True")[0], model, 1)[1]["activations"]
     assert checkpointed / per_sequence["activations"] == pytest.approx(31 / 71, abs=0.03)

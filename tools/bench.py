@@ -87,7 +87,8 @@ class Ours:
         data, _ = timed(lambda: self.batches.take(len(rows)))
         hidden, x = timed(lambda: self.model.hidden(batch[:, :-1]))
         x = x.detach().requires_grad_()
-        head, _ = timed(lambda: self.model.head_loss(x, batch[:, 1:]))
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):        # as within forward()
+            head, _ = timed(lambda: self.model.head_loss(x, batch[:, 1:]))
         forward, loss = timed(lambda: self.loss_fn(self.model, batch))
         backward, _ = timed(loss.backward)
         sent = {"communication, alone, of the step": timed(self.communicate)[0]} if self.group else {}
@@ -215,11 +216,11 @@ def extra_memory(kind, chain, config, options):
 
 
 def allocated(runner, rows):
-    """Of a step on CUDA: peak GiB beyond what stays and the gradients."""
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    """Of a step on CUDA: peak GiB beyond what stays and the gradients, which are there all the time, as with several micro-batches."""
     runner.step(rows)
-    parameters = list(runner.model.parameters())
-    kept = torch.cuda.memory_allocated() - size(p.grad for p in parameters) + size(parameters)
+    for p in runner.model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    kept = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     runner.step(rows)
     return (torch.cuda.max_memory_allocated() - kept) / plan.GIB
@@ -266,7 +267,7 @@ def bench_step(name, chain, config, options, peak, world):
                 if i:
                     seconds[kind].append(took)
         if "ours" in runners:
-            parts = [runners["ours"].parts(rows) for _ in range(options.rounds)]
+            parts = [runners["ours"].parts(rows) for _ in range(options.rounds + 1)][1:]
         for kind in side:
             took, memory = seconds[kind], ""
             if DEVICE.type == "cuda":
