@@ -47,7 +47,10 @@ def stored_kl(student_logits, p, ids):
 
 
 def distilled_loss(student, batch, alpha, kl, *teaching):
-    """(1 - alpha) * training loss + alpha * kl(logits, *teaching: rows for each of the B * T tokens), of sequences (B, T + 1), in nats per token."""
+    """
+    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL of sequences (B, T + 1), in nats per token.
+    kl(logits (n, V), *teaching: n of each) gives the sum over n tokens; each of teaching here has B * T.
+    """
     def token_loss(logits, targets, *teaching):
         return (1 - alpha) * cross_entropy(logits, targets) + alpha * kl(logits, *teaching)
 
@@ -56,7 +59,7 @@ def distilled_loss(student, batch, alpha, kl, *teaching):
 
 
 def chain_loss(student, teacher, batch, alpha, temperature):
-    """The distilled loss from a model (paper, eq. 6)."""
+    """The distilled loss from one frozen model, whichever it is (paper, eq. 6)."""
     with torch.no_grad():
         states = teacher.hidden(batch[:, :-1]).flatten(0, 1)        # N, C: logits follow chunk by chunk, as the student's do
 
@@ -77,19 +80,19 @@ def frozen(config, device):
 
 
 def predecessor(run, t, cycle):
-    """The newest snapshot of this trajectory, before the noise."""
+    """The cycle whose member teaches: the last one."""
     return cycle - 1
 
 
 def best(run, t, cycle):
-    """The one of lowest loss on the fitness set so far."""
+    """The one of lowest loss on the fitness set."""
     return min(range(cycle), key=lambda c: run.read_member(t, c, check=False)[1]["fit_loss"])
 
 
 class OneMember:
     """loss_for_cycle where one member teaches. One teacher stays in memory, its weights replaced before every cycle."""
 
-    def __init__(self, config, choose=predecessor):
+    def __init__(self, config, choose):
         self.config, self.choose, self.teacher = config, choose, None
 
     def __call__(self, launch, trajectory):
@@ -223,7 +226,7 @@ class Mixture:
         return mix
 
 
-TEACHERS = {"predecessor": OneMember, "best": lambda config: OneMember(config, best), "mixture": Mixture}      # distill_teacher's choices in config.py
+TEACHERS = {"predecessor": lambda config: OneMember(config, predecessor), "best": lambda config: OneMember(config, best), "mixture": Mixture}      # distill_teacher's choices in config.py
 
 
 # ------------------------------------------------------------------------------------------------ one student

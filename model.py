@@ -42,9 +42,9 @@ def rotary(x, cos, sin):
 def mixed_precision(method):
     """bf16 autocast on CUDA, float32 elsewhere."""
     @functools.wraps(method)
-    def wrapped(self, idx, *args):
+    def wrapped(self, idx, *args, **kwargs):
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
-            return method(self, idx, *args)
+            return method(self, idx, *args, **kwargs)
     return wrapped
 
 
@@ -146,15 +146,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def weights(self, dtype):
-        """Its matrices in the type of computing, made once per forward pass however often the block is applied."""
+        """Its matrices in the compute dtype, made once per forward pass however often the block is applied."""
         return *self.attn.weights(dtype), *self.mlp.weights(dtype)
 
     def forward(self, x, weights, ve, rope, window, mix=None, skip=None):
-        """Before attention and MLP the stream x becomes r x + a x0, mix = (r, a, x0); before that s e joins it, skip = (s, e)."""
+        """In order: x + s e where skip = (s, e), e from the encoder; r x + a x0 where mix = (r, a, x0); x + attention; x + MLP."""
         if skip:
-            x = x + skip[0] * skip[1]
+            s, e = skip
+            x = x + s * e
         if mix:
-            x = mix[0] * x + mix[1] * mix[2]
+            r, a, x0 = mix
+            x = r * x + a * x0
         x = x + self.attn(norm(x), weights[:2], ve, rope, window)
         return x + self.mlp(norm(x), *weights[2:])
 
@@ -162,16 +164,17 @@ class Block(nn.Module):
 class HeadLoss(torch.autograd.Function):
     """
     The mean over N tokens of a loss of logits, from hidden states x (N, C) and the head's weight (padded V, C). Loss and
-    gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive. loss_of(logits (n, padded V),
-    *rows) is a chunk's sum, of its part of rows: what the loss wants to know of every token, the first dimension N.
+    gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive. loss_of(z (n, padded V), *rows)
+    is the sum over a chunk; rows: what it wants to know of every token, N of each, cut as x is. They get no gradients, and
+    backward runs once.
     """
 
     @staticmethod
     def forward(ctx, x, weight, loss_of, *rows):
-        N, w, train = len(x), weight.to(x.dtype), ctx.needs_input_grad[0]
+        N, w, train = len(x), weight.to(x.dtype), any(ctx.needs_input_grad[:2])
         total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         for chunk in chunks(x, len(w)):
-            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, padded V: rows of an even size are faster
+            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, padded V: the padding keeps rows aligned
             with torch.set_grad_enabled(train):
                 loss = loss_of(z, *(row[chunk] for row in rows)) / N
             total += loss.detach()
@@ -209,7 +212,7 @@ def cross_entropy(logits, targets):
 
 
 def capped_loss(token_loss, V, z, *rows):
-    """A token_loss of capped logits, without the padding of the vocabulary."""
+    """token_loss of raw, padded logits z (n, padded V), cut to V and capped."""
     return token_loss(cap(z[:, :V]), *rows)
 
 
@@ -242,7 +245,7 @@ class GPT(nn.Module):
         end = config.loop_end if block else L
         self.layers = [*range(end), *block, *range(end, L)]
         self.looping = True             # False: every layer once
-        self.capped_loss = capped_loss
+        self.capped_loss = capped_loss  # place() may put a compiled one here
         self.checkpointing = False      # repeated applications are computed again for backward instead of kept
         self.register_tables()
 
@@ -323,7 +326,10 @@ class GPT(nn.Module):
         return cap(F.linear(x, self.lm_head.weight.to(x.dtype))[..., :self.config.vocab_size])
 
     def head_loss(self, x, targets, token_loss=cross_entropy, *rows):
-        """The mean of token_loss(logits (n, V) float32, targets (n,), *rows: n of each), a sum, of hidden states (B, T, C) and rows (B * T, ...)."""
+        """
+        The mean over B * T tokens, from hidden states x (B, T, C). token_loss(logits (n, V) float32, targets (n,), *rows: n of
+        each) gives the sum over n tokens; each of rows here has B * T.
+        """
         loss_of = functools.partial(self.capped_loss, token_loss, self.config.vocab_size)
         return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, loss_of, targets.flatten(), *rows)
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import optim                                                                # noqa: E402
 from config import from_args                                                # noqa: E402
-from distill import OneMember                                               # noqa: E402
+from distill import OneMember, predecessor                                               # noqa: E402
 from model import GPT                                                       # noqa: E402
 from optim import MuonAdamW                                                 # noqa: E402
 from population import Run                                                  # noqa: E402
@@ -76,7 +76,7 @@ def main():
     after = timed("the batch's loss after it (no dropout, no MTP)", lambda: evaluate(model, batch))
     timed("write the member", lambda: run.save_member(0, 0, model.state_dict(), epochs=0, fit_loss=after))
     size = run.member_path(0, 0).stat().st_size
-    chain = OneMember(config)
+    chain = OneMember(config, predecessor)
     teach = timed("read it back as the teacher", lambda: chain(SimpleNamespace(run=run, world=SimpleNamespace(device=CPU)), SimpleNamespace(t=0, cycles_done=1)))
     same = evaluate(chain.teacher, batch)
     timed("noise before cycle 1", lambda: perturb(model, noise_scale(1, config.cycles), noise_seed(config.seed, 1)))

@@ -123,6 +123,9 @@ def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypa
     for mine, wanted in ((x.grad, X.grad), (weight.grad, W.grad)):
         assert torch.allclose(mine.double(), wanted, rtol=1e-4, atol=1e-6)
     assert not weight.grad[50:].any()
+    whole, weight.grad = weight.grad, None
+    module.HeadLoss.apply(x.detach(), weight, functools.partial(module.capped_loss, loss_of, 50), targets, factor).mul(3).backward()       # nothing but the head learns
+    assert torch.equal(weight.grad, whole)
     with torch.no_grad():
         assert mean().item() == pytest.approx(plain.item(), rel=1e-5)
 
