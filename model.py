@@ -199,9 +199,12 @@ def cap(z):
     return 15 * torch.tanh(z.float() / 15)
 
 
+CHUNK_BYTES = dict(cuda=2 ** 29, cpu=2 ** 25)        # of a chunk's float32 logits; CPU: what is larger goes back to the system each time, twice the time
+
+
 def chunks(x, V):
     """Slices of the N tokens of x (N, C), short enough that the V logits of one take little memory."""
-    n = max(1, (2 ** 29 if x.is_cuda else 2 ** 25) // (4 * V))          # CPU: what is larger than 32 MiB goes back to the system each time, twice the time
+    n = max(1, CHUNK_BYTES[x.device.type] // (4 * V))
     n = n // 128 * 128 or n
     return [slice(i, i + n) for i in range(0, len(x), n)]
 

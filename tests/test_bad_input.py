@@ -6,6 +6,7 @@ import pytest
 import distill
 import prior
 import train
+from config import CHOICES
 from data import prepare
 from tests.conftest import MICRO, ROOT, error_line
 from tests.test_scripts import tree
@@ -47,7 +48,7 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--keep=some"], ["keep", "all or last"]), (train, ["--resume_every=-1"], ["resume_every=-1"]), (train, ["--sequence_len=2"], ["sequence_len=2"]),
     (train, ["--epochs=0"], ["epochs='0'"]), (train, ["--epochs=8"], ["epochs=8", "cycles"]), (train, ["--epochs=many"], ["epochs='many'"]), (train, ["--run_dir="], ["run_dir"]),
     (train, ["--fitness_tokens=3000"], ["train_tokens=3000", "fitness_tokens"]), (train, ["--train_tokens=2000000000"], ["train_tokens", "3000"]), (train, ["--ema_decay=0.5", "--run_dir={place}/other"], ["ema_every"]),
-    (train, ["--distill_teacher=me"], ["distill_teacher", "predecessor, "]), (train, ["--distill_teacher=best", "--keep=last"], ["keep=", "distill_teacher=best", "keep=all"]),
+    (train, ["--distill_teacher=me"], ["distill_teacher", ", ".join(CHOICES["distill_teacher"][:-1]) + " or " + CHOICES["distill_teacher"][-1]]), (train, ["--distill_teacher=best", "--keep=last"], ["keep=", "distill_teacher=best", "keep=all"]),
     (train, ["--distill_teacher=mixture"], ["packings=0", "packings=4"]), (train, ["--distill_teacher=mixture", "--packings=2"], ["distill_temperature=1.2", "must be 1"]),
     (train, ["--packings=-1"], ["packings=-1"]), (train, ["--ema_share=1.5"], ["ema_share", "at most 1"]), (train, ["--momentum_warmup=-1"], ["momentum_warmup=-1"]),
     (distill, ["--student=yes"], ["--student=yes", "--student alone"]), (distill, ["--student", "--student_alpha=2"], ["student_alpha"]), (distill, ["--student", "--student_from=worst"], ["student_from", "best or scratch"]),

@@ -209,14 +209,14 @@ def test_one_compiled_block_serves_all_layers():
     for _ in range(2):
         assert torch.allclose(model(idx, targets)[0], wanted, rtol=1e-5)
     # with and without value embeddings and skip, short and long window, the MTP block's length: not one per application
-    assert counter.frame_count <= 9
+    assert counter.frame_count <= 6
     torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as place() does
     try:                                                        # scoring, with a smaller last batch, and a bf16 teacher
         plain = small(**loop)
         for rows in (idx, idx[:1]):
             with torch.no_grad():
                 assert torch.allclose(model.eval().log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
-        assert counter.frame_count <= 30
+        assert counter.frame_count <= 16
     finally:
         torch._dynamo.config.recompile_limit = kept
 
@@ -237,7 +237,7 @@ def test_a_compiled_loss_serves_every_micro_batch(monkeypatch):
             assert loss().item() == pytest.approx(wanted, rel=1e-5)
         counts = counter.frame_count
         loss().backward()
-        assert counter.frame_count == counts <= 5
+        assert counter.frame_count == counts <= 4
 
 
 def test_place_compiles_every_block_on_cuda_only(monkeypatch):

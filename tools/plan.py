@@ -14,7 +14,7 @@ import torch
 from config import from_args, refuse, take_actions
 from data import loader
 from distill import student_config
-from model import GPT
+from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW
 from population import mixture_bytes
 from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
@@ -148,7 +148,7 @@ def memory_of(config, model, ranks):
              "AdamW": size(t for g in groups["adamw"] for t in [*g["m"], *g["v"]]), "Muon, this rank's share": size(t for g in groups["muon"] for t in (g["m"], g["v"])) / ranks,
              "bf16 copies of the weights": 2 * weights, "mixed heads' weights": 2 * 3 * C * C * (config.n_layer + mtp) * config.iha, "teacher (bf16)": 2 * weights * chain,
              "average of the weights (fp32)": 4 * weights * bool(config.ema_decay),
-             "head: its gradients, a chunk": (1 + mtp) * size([model.lm_head.weight]) + min(2 ** 29, 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)}
+             "head: its gradients, a chunk": (1 + mtp) * size([model.lm_head.weight]) + min(CHUNK_BYTES["cuda"], 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)}
     return fixed, {"activations": T * C * ((COMPILED if config.compile else EAGER) * kept + 2 * again)}
 
 
