@@ -176,8 +176,8 @@ def reported(text, seed, alpha):
 
 ORDER = [["paper", "mixture_member", "best_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["noises"], ["record11"],
          ["student8_of_mixture_member", "student8_of_mixture12"], ["paper_2x16"], ["chain_member"], ["student16_of_best_member"], ["student16_of_single16"], ["single64"], ["independent"],
-         ["best24"], ["student32_of_mixture_member"], ["paper20"], ["student16_of_mixture8"], ["student16_of_mixture_member_scratch"], ["mixture_2packings"],
-         ["student8_of_paper"], ["student4_of_mixture_member"], ["mixture_2x16"], ["mixture", "chain", "best"]]
+         ["best24"], ["paper20"], ["student16_of_mixture_member_scratch"], ["student32_of_mixture_member"], ["student4_of_mixture_member"], ["mixture_2packings"],
+         ["student8_of_paper"], ["student16_of_mixture8"], ["mixture_2x16"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
