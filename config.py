@@ -19,7 +19,7 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
-SILENCE = 5             # seconds that a rank waits which leaves it to another to say why it refuses
+SILENCE = 5             # seconds a silent rank waits before it exits, so that the rank that says why ends first
 prints = False          # whether a rank other than 0 may print its errors: the first of each group of ranks may
 
 
@@ -29,7 +29,7 @@ def first_rank():
 
 
 def speak(yes=True):
-    """Have this rank say why it refuses, beside rank 0."""
+    """Let this rank, too, print its errors, not only rank 0."""
     global prints
     prints = yes
 
@@ -127,8 +127,6 @@ def rules(c):
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     for key, values in CHOICES.items():
         yield getattr(c, key) in values, key, f"must be {', '.join(values[:-1])} or {values[-1]}"
-    for key in ("run_dir", "data_dir"):
-        yield max(map(len, os.fsencode(getattr(c, key)).split(b"/"))) < 240, key, "has a name that is too long for a file"
     yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
     yield c.distill_teacher != "mixture" or c.packings, "packings", "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; try packings=4 (and distill_temperature=1)"
     yield c.distill_teacher != "mixture" or c.distill_temperature == 1, "distill_temperature", "must be 1 with distill_teacher=mixture, of which probabilities are stored"
@@ -240,7 +238,7 @@ def from_args(argv, usage):
     The checked Config of a command line `CONFIG [--name=value ...]` (argv None: the process's own); --epochs=E stands
     for the values of recipe(E). usage is the script's docstring, printed by --help. Exits with code 2 on bad input.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    options, argv = take_actions(argv, epochs="")
     if {"-h", "--help"} & set(argv):
         print(usage.strip())
         raise SystemExit(0)
@@ -251,14 +249,13 @@ def from_args(argv, usage):
     for arg in argv:
         if arg.startswith("--"):
             name, equals, value = arg[2:].partition("=")
-            if name != "epochs":
-                known(name)
+            known(name)
             if not equals:
                 refuse(f"{arg} has no value: write --{name}=VALUE")
-            given[name] = value if name == "epochs" else typed(name, value)
-    budget = given.pop("epochs", None)
+            given[name] = typed(name, value)
     values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()} | given
-    if budget is not None:
+    budget = options.epochs
+    if budget:
         if not budget.isdecimal() or not 0 < int(budget) <= 100_000:
             refuse(f"epochs={budget!r}: no recipe fits it; wants a whole number from 1 to 100,000, over all trajectories together")
         if values.get("schedule", "cycle") != "cycle":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from config import first_rank, from_args, refuse, speak, take_actions
 from data import loader
-from files import seal, sweep
+from files import sha256_of, sweep
 from model import GPT, chunks, cross_entropy
 from population import STORED, STUDENT, Run, read_prior, whole_mixture
 from train import run_cycles
@@ -37,7 +37,7 @@ def distillation_kl(student_logits, teacher_logits, temperature):
 def stored_kl(student_logits, p, ids):
     """
     KL(teacher || student) of (n, V) logits in nats, summed over positions, where p (n, k) are the teacher's largest
-    probabilities, of the tokens ids (n, k), and the other tokens count as one: but for rounding never above the KL over all tokens.
+    probabilities, of the tokens ids (n, k), and all other tokens are merged into one: up to rounding a lower bound of the KL over all.
     """
     student = F.log_softmax(student_logits, dim=-1)
     others = student.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
@@ -49,7 +49,7 @@ def stored_kl(student_logits, p, ids):
 def distilled_loss(student, batch, alpha, kl, *teaching):
     """
     (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL of sequences (B, T + 1), in nats per token.
-    kl(logits (n, V), *teaching: n of each) gives the sum over n tokens; each of teaching here has B * T.
+    kl(logits (n, V), *rows) is the sum over n tokens; rows are their part of `teaching`, tensors of B * T rows.
     """
     def token_loss(logits, targets, *teaching):
         return (1 - alpha) * cross_entropy(logits, targets) + alpha * kl(logits, *teaching)
@@ -127,7 +127,7 @@ def mix_in(model, sequences, mixture, share, batch_size):
     """
     (1 - share) * a stored mixture + share * the model, on sequences (n, T + 1), as it is stored: "p", the STORED largest
     probabilities of every position, (n, T, k) float16, and "ids", their tokens, int16 (read without sign). What the
-    mixture did not store counts as spread like the model's own. mixture None: the model alone.
+    mixture did not store is spread over the other tokens as the model spreads it. mixture None: the model alone.
     """
     k, parts = min(STORED, model.config.vocab_size - 1), {"p": [], "ids": []}
     for i, rows in enumerate(torch.from_numpy(sequences.astype("int64")).split(batch_size)):
@@ -166,7 +166,7 @@ class Mixture:
         return [(launch.run, trajectory.t, c) for c in range(trajectory.cycles_done)]
 
     def share(self, n, old, new):
-        """Of the n-th member, from 1; old, new: log p of the fitness set."""
+        """The weight with which the n-th member (from 1) joins; old, new: log p of the fitness set."""
         return newest_share(old, new)
 
     def __call__(self, launch, trajectory):
@@ -191,22 +191,22 @@ class Mixture:
         """Make what is not there of the mixture of these members, the ranks of a group side by side, or until asked to stop."""
         run, world, stop, t = launch.run, launch.world, launch.stop, trajectory.t
         sha = [source.read_member(*which, check=False)[1]["sha256"] for source, *which in members]
-        of = lambda n, place: seal([sha[:n], place, PART, STORED])
-        there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *place, of(n, place)) for place in parts)), default=0)
+        made_from = lambda n, place: sha256_of([sha[:n], place, PART, STORED])
+        there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *place, made_from(n, place)) for place in parts)), default=0)
         world.barrier()                                         # all have looked before one writes
         for n in range(there + 1, len(members) + 1):
             launch.bar.set_postfix_str(f"trajectory {t}: storing the mixture, member {n} of {len(members)}")
-            mix = self.mixer(launch, trajectory, members[n - 1], n)
+            mix = self.open_member(launch, trajectory, members[n - 1], n)
             for first in range(0, len(parts), world.data_size):            # a part for each rank, then ask whether to stop
                 if first + world.data_rank < len(parts):
                     place = parts[first + world.data_rank]
-                    if not run.has_mixture(t, n, *place, of(n, place)):
-                        run.save_mixture(t, n, *place, mix(*place), of(n, place))
-                stop.agreed = world.any(stop.asked)
+                    if not run.has_mixture(t, n, *place, made_from(n, place)):
+                        run.save_mixture(t, n, *place, mix(*place), made_from(n, place))
+                stop.agreed = world.any_asked(stop.asked)
                 if stop.agreed:
                     return
 
-    def mixer(self, launch, trajectory, member, n):
+    def open_member(self, launch, trajectory, member, n):
         """The function that mixes the n-th member into (packing, part) of the mixture of those before."""
         run, batches, (source, *which) = launch.run, trajectory.batches, member
         self.model = self.model or frozen(self.config, launch.world.device)

@@ -48,14 +48,14 @@ def sweep(folder, pattern):
                 path.unlink()
 
 
-def seal(value):
+def sha256_of(value):
     """A plain value's SHA-256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path, value):
     value = {"format": FORMAT, **value}
-    write_whole(path, lambda f: f.write((json.dumps({**value, "sha256": seal(value)}, indent=1) + "\n").encode()))
+    write_whole(path, lambda f: f.write((json.dumps({**value, "sha256": sha256_of(value)}, indent=1) + "\n").encode()))
 
 
 def read_json(path):
@@ -70,13 +70,13 @@ def read_json(path):
         refuse(f"{path} was written by a newer version of this code (format {version}, this reads {FORMAT}): update it")
     if kept is None:
         refuse(f"{path} has no SHA-256, so an older version of this code wrote it, or another program: name another --run_dir, or move it away")
-    if kept != seal(value):
+    if kept != sha256_of(value):
         refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
     return value
 
 
 def differences(theirs, mine, leave=""):
-    """The keys, but one that is to be left out, in which two identities differ, with both values; empty where they agree. theirs: from a file, whatever it is."""
+    """The keys, except `leave`, in which two identities differ, with both values, as text; empty where they agree. theirs: whatever a file held."""
     if not isinstance(theirs, dict):
         return "it has no identity"
     return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs} - {leave}) if mine.get(k) != theirs.get(k))

@@ -165,8 +165,8 @@ class HeadLoss(torch.autograd.Function):
     """
     The mean over N tokens of a loss of logits, from hidden states x (N, C) and the head's weight (padded V, C). Loss and
     gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive. loss_of(z (n, padded V), *rows)
-    is the sum over a chunk; rows: what it wants to know of every token, N of each, cut as x is. They get no gradients, and
-    backward runs once.
+    is the sum over a chunk; rows: tensors of N rows (targets, a teacher's states), cut into the same chunks as x. They get no
+    gradients, and backward runs once.
     """
 
     @staticmethod
@@ -199,7 +199,7 @@ def cap(z):
     return 15 * torch.tanh(z.float() / 15)
 
 
-CHUNK_BYTES = dict(cuda=2 ** 29, cpu=2 ** 25)        # of a chunk's float32 logits; CPU: what is larger goes back to the system each time, twice the time
+CHUNK_BYTES = dict(cuda=2 ** 29, cpu=2 ** 25)        # of a chunk's float32 logits; glibc gives larger blocks back to the system after each use, which doubles the time
 
 
 def chunks(x, V):
@@ -250,14 +250,9 @@ class GPT(nn.Module):
         self.looping = True             # False: every layer once
         self.capped_loss = capped_loss  # place() may put a compiled one here
         self.checkpointing = False      # repeated applications are computed again for backward instead of kept
-        self.register_tables()
-
-    def register_tables(self):
-        """Rotary angles."""
-        T, D = self.config.sequence_len, self.config.n_embd // self.config.n_head
-        position = torch.arange(T)
+        D = C // config.n_head
         frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-        angle = torch.outer(position.float(), frequency)[:, None, None, :]              # T, 1, 1, D/2
+        angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)[:, None, None, :]     # rotary: T, 1, 1, D/2
         self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
 

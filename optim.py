@@ -77,7 +77,7 @@ def make_groups(named_parameters, lr_scale):
 
 class MuonAdamW:
     """
-    step() applies each group's rates times the current multipliers (set_rates). The state is saved by parameter name:
+    step() applies each group's rates times its two multipliers. The state is saved by parameter name:
     moments only, rates always come from the configuration. process_group: the ranks that share the work, None: one.
     momentum_warmup: steps over which Muon's momentum rises to its value.
     """
@@ -88,7 +88,7 @@ class MuonAdamW:
         if process_group is not None:
             self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.groups = make_groups(named_parameters, lr_scale)
-        self.steps, self.lr_multiplier, self.wd_multiplier, self.sending = 0, 1.0, 1.0, []
+        self.steps, self.sending = 0, []
         owned = [id(p) for g in self.groups for p in g["params"]]
         assert sorted(owned) == sorted(map(id, named_parameters.values())), "each parameter in exactly one group"
         for g in self.groups:
@@ -109,19 +109,16 @@ class MuonAdamW:
         for tensor in [t for g in self.groups for key in ("m", "v", "steps") for t in g.get(key, [])]:
             tensor.zero_()
 
-    def set_rates(self, lr_multiplier, wd_multiplier):
-        self.lr_multiplier, self.wd_multiplier = lr_multiplier, wd_multiplier
-
     def zero_grad(self):
         """In place: gradients stay what DDP reduces."""
         for p in (p for g in self.groups for p in g["params"] if p.grad is not None):
             p.grad.zero_()
 
     @torch.no_grad()
-    def step(self):
+    def step(self, lr_multiplier, wd_multiplier):
         self.steps += 1
         for g in self.groups:
-            lr, decay = g["lr"] * self.lr_multiplier, g["weight_decay"] * self.wd_multiplier
+            lr, decay = g["lr"] * lr_multiplier, g["weight_decay"] * wd_multiplier
             (self.adamw if g["kind"] == "adamw" else self.muon)(g, lr, decay)
         while self.sending:
             self.sending.pop().wait()
@@ -151,7 +148,7 @@ class MuonAdamW:
         return {n: (m, v) for g in self.groups for n, m, v in zip(share(g), g["m"], g["v"])}
 
     def state_dict(self):
-        """The whole state, whoever keeps it, for rank 0 (the moments of others on the CPU). All ranks call it together."""
+        """The state of all ranks, gathered on rank 0 (other ranks' moments on its CPU); elsewhere without moments. All ranks must call it."""
         own, moments = self.moments(), {}
         for g in self.groups:
             for i, (name, p) in enumerate(zip(g["names"], g["params"])):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from config import FIELDS, first_rank, from_args, refuse
-from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, seal, sweep, write_json, write_whole
+from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sha256_of, sweep, write_json, write_whole
 from world import processes
 
 
@@ -42,6 +42,11 @@ def setup(config, world):
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
+def first_here():
+    """Whether this is the first rank on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 DEFAULTS = {f.name: f.default for f in FIELDS.values() if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
 STORED = 64              # a stored mixture's probabilities of a token
@@ -55,9 +60,9 @@ def mixture_bytes(config):
 
 class Run:
     """
-    The run directory of a config; exits with code 2 where one of another config or other data stands there (of any data
-    where data_fingerprint is None; mend: what to do about it), or none can be made; more: of its identity. Nothing is
-    written before claim(), whose lock is held until the end of a `with`. t and c are trajectory and cycle.
+    The run directory of a config. Exits with code 2 where it belongs to another config or other data (data_fingerprint
+    None: any will do), or cannot be written. `mend` ends that message, `more` joins the identity that is compared. Nothing
+    is written before claim(), whose lock is held until the end of a `with`. t and c are trajectory and cycle.
     """
 
     def __init__(self, config, data_fingerprint, mend="name another --run_dir, or move it away", **more):
@@ -76,7 +81,7 @@ class Run:
             refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
 
     def differs(self, identity, leave=""):
-        """In what an identity from a file is another; one of older code lacks settings, which then had the value that is now the default."""
+        """How an identity from a file differs from ours, as text. Settings that older code did not have count as today's defaults."""
         return differences({**DEFAULTS, **identity} if isinstance(identity, dict) else identity, self.identity, leave)
 
     def lock(self, folder, doing):
@@ -102,17 +107,14 @@ class Run:
 
     def claim(self, begun=None):
         """
-        For training, which goes on from these states (trajectory -> about): lock the directory, write config.json where there
-        is none, sweep what was left half written, and cut metrics.jsonl back. One rank per machine; rank 0 does most of it.
+        For training, which goes on from these states (trajectory -> about): lock the directory, cut metrics.jsonl back, and
+        write config.json where there is none. One rank per machine, which may have a disk of its own.
         """
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if not first_here():
             return
-        if first_rank():
-            if not self.locks:
-                self.lock(self.path, "training")
-            sweep(self.path, ".config.json.*")
-            self.cut_metrics(begun or {})
-        sweep(self.path, "trajectory_*/.*")
+        if first_rank() and not self.locks:
+            self.lock(self.path, "training")
+        self.cut_metrics(begun or {})
         code = code_version()
         if self.config_path.exists():
             theirs = read_json(self.config_path).get("code")
@@ -137,6 +139,8 @@ class Run:
         if world.rank == 0 and self.path.exists():
             self.lock(self.path, "training")        # before any state is read, or another run could go past it
         world.barrier(everyone=True)
+        for killed in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*") if first_here() else ():
+            sweep(self.path, killed)                # now: another machine may soon write beside us
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
         behind = sorted(sum(world.gather(behind), []))
@@ -254,16 +258,16 @@ class Run:
     def mixture_path(self, t, n, packing, part):
         return self.path / f"trajectory_{t:02d}" / f"mixture_{n:03d}_{packing}_{part:02d}.pt"
 
-    def has_mixture(self, t, n, packing, part, of):
+    def has_mixture(self, t, n, packing, part, made_from):
         """Whether it is there, and this one."""
         try:
-            return load_tensors(self.mixture_path(t, n, packing, part), check=False)[1].get("of") == of
+            return load_tensors(self.mixture_path(t, n, packing, part), check=False)[1].get("made_from") == made_from
         except Damaged:
             return False
 
-    def save_mixture(self, t, n, packing, part, tensors, of):
-        """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set; of: what says that it is this one."""
-        save_tensors(self.mixture_path(t, n, packing, part), tensors, of=of)
+    def save_mixture(self, t, n, packing, part, tensors, made_from):
+        """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set; made_from: what says that it is this one."""
+        save_tensors(self.mixture_path(t, n, packing, part), tensors, made_from=made_from)
         with contextlib.suppress(FileNotFoundError):
             self.mixture_path(t, n - 2, packing, part).unlink()
 
@@ -311,15 +315,13 @@ class Run:
     def read_scores(self, split, t, c, tokens):
         """(tokens,) float32, mapped from disk."""
         path = self.score_paths(t, c)[split]
-        mend = f"delete {path.parent.parent} and run prior.py again"
         try:
             scores = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as e:
-            scores = np.array([np.nan]) if path.exists() else refuse(f"{path} is gone: {mend} ({e})")
-        if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != (tokens,) or hashlib.sha256(scores).hexdigest() != self.scores_of(t, c).get(split):
-            refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
-        if not np.isfinite(scores).all() or scores.max() > 1e-3:
-            refuse(f"{path} is no list of log-probabilities: {mend}")
+            whole = scores.dtype == np.float32 and scores.shape == (tokens,) and hashlib.sha256(scores).hexdigest() == self.scores_of(t, c).get(split)
+        except (OSError, ValueError, EOFError, AttributeError):
+            whole = False
+        if not whole:
+            refuse(f"{path} is gone or damaged, its SHA-256 is another: delete {path.parent.parent} and run prior.py again")
         return scores
 
     def read_score_files(self, t, c):
@@ -343,7 +345,6 @@ class Run:
     def cut_metrics(self, begun):
         """Take out what will be logged again after these states (trajectory -> about), and torn lines."""
         path = self.path / "metrics.jsonl"
-        sweep(self.path, ".metrics.jsonl.*")
         if not path.exists():
             return
         def stays(line):
@@ -375,9 +376,6 @@ class SlowrunFolder(Run):
         if next(self.path.glob("trajectory_*"), None):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
 
-    def members(self):
-        return [(t, c) for t, c in super().members() if self.member_path(t, c).exists()]
-
     def member_path(self, t, c):
         return self.folder / f"model_{t * self.config.cycles + c}.pt"
 
@@ -394,8 +392,6 @@ class SlowrunFolder(Run):
         if not isinstance(weights, dict) or not all(isinstance(n, str) and dense(w) and w.is_floating_point() for n, w in weights.items()):
             refuse(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: {self.mend(t)}")
         own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
-        if len(own) < len(weights):
-            refuse(f"{path} holds a weight twice, with and without a prefix: {self.mend(t)}")
         with zipfile.ZipFile(path) as records:          # their checksums stand for the contents, without reading them
             sha256 = hashlib.sha256(repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
             if check and records.testzip():
@@ -426,7 +422,7 @@ def whole_mixture(prior):
     """[(its entry in members, weight)] of the learned prior over all members, of the contents of prior.json; and its fingerprint."""
     answer = max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     pairs = [(prior["members"][i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
-    return pairs, seal([(m["weights_sha256"], w) for m, w in pairs])[:12]
+    return pairs, sha256_of([(m["weights_sha256"], w) for m, w in pairs])[:12]
 
 
 def open_run(config, data_fingerprint, members):

@@ -90,19 +90,17 @@ def perturb(model, scale, seed):
 
 def label_loss(model, batch, numbers=None):
     """
-    Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token. Their numbers in
-    the trajectory's order serve a stored teacher only.
+    Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token. `numbers` is for
+    a stored mixture alone (distill.py), which looks sequences up by number.
     """
     loss, mtp = model(batch[:, :-1], batch[:, 1:])
     return loss + mtp
 
 
 def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
-    """Clip the gradients to norm 1 and take a step, none if the norm is not finite (all ranks see the same). The norm before."""
+    """Clip the gradients to norm 1 and take a step. Returns the norm before; where it is not finite the loop ends (refuse_nan)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    if norm.isfinite():
-        optimizer.set_rates(lr_multiplier, wd_multiplier)
-        optimizer.step()
+    optimizer.step(lr_multiplier, wd_multiplier)
     return norm
 
 
@@ -134,7 +132,10 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 # ------------------------------------------------------------------------------------------- the loop
 
 class Trajectory:
-    """One model on its way, and all that is needed to go on bit for bit, from any step: what tensors() and about() give, `state` brings back."""
+    """
+    One model in training. tensors() and about() are all that a resumed run needs to go on bit for bit, from any step;
+    `state` is such a pair, or None.
+    """
 
     def __init__(self, config, t, data, world, state):
         self.t, self.seed = t, config.seed + t
@@ -248,7 +249,7 @@ def refuse_nan(trajectory, rows, loss, norm):
     if not math.isfinite(loss + norm):
         newest = trajectory.batches.position - 1
         refuse(f"trajectory {trajectory.t}, cycle {trajectory.cycles_done}, step {trajectory.cycle_step}: loss {loss}, gradient norm {norm} on sequences "
-               f"{newest - len(rows) + 1} .. {newest} of its order; the step was not taken, what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
+               f"{newest - len(rows) + 1} .. {newest} of its order; what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
 
 
 def report(launch, trajectory, loss, norm, tokens_per_s):
@@ -303,15 +304,16 @@ def train_trajectory(launch, trajectory, end, loss_for_cycle):
         if trajectory.average:                      # the next cycle, too, starts from it
             model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share) for name, w in model.state_dict().items()})
         trajectory.cycles_done, trajectory.cycle_step, trajectory.average = cycle + 1, 0, None
+        model.looping = True                        # as whoever uses the member runs it
         keep_member(launch, trajectory)
 
 
-def run_cycles(config, first, end, loss_for_cycle, again, **identity):
+def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
     """
     Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(launch, trajectory) gives the
     loss function of the cycle that starts, (model, tokens (B, T + 1), their numbers (B,)) -> nats per token, or sets
-    launch.stop.agreed. again: the command that goes on; identity: what the run directory belongs to beside config and
-    data. Asked to stop, it exits with code 75 once the step at hand is saved.
+    launch.stop.agreed. identity: further values that the run directory must agree with. Asked to stop, it saves after the
+    step at hand, prints resume_command and exits with code 75.
     """
     data = loader.load(config)
     run = Run(config, data.fingerprint, **identity)
@@ -337,7 +339,7 @@ def run_cycles(config, first, end, loss_for_cycle, again, **identity):
             if stop.agreed:
                 launch.bar.close()
                 if world.lead:
-                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {again}", flush=True)
+                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {resume_command}", flush=True)
                 raise SystemExit(STOPPED)
         launch.bar.close()
         world.barrier(everyone=True)

@@ -100,7 +100,7 @@ class World:
         loss, norm, stop = values.tolist()
         return loss / self.data_size, norm / self.data_size, stop > 0
 
-    def any(self, stop):
+    def any_asked(self, stop):
         """Whether any of a group's ranks was asked to stop."""
         return self.agree(torch.zeros((), device=self.device), torch.zeros((), device=self.device), stop)[2]
 

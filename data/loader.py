@@ -13,8 +13,7 @@ import torch
 
 from config import refuse
 from data.tokenizer import get_tokenizer
-from files import Damaged, dense
-from files import load as load_file
+from files import Damaged, dense, load as load_file
 
 
 def file_name(config, ending):
@@ -132,10 +131,10 @@ def text_source(config):
 
 class Batches:
     """
-    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch permutes
-    the documents (the last epoch's order, again), concatenates them and cuts sequences: its packing. These it permutes, and
-    cuts their number to a multiple. With packings > 0 only so many differ: the first ones come again, their sequences in
-    another order. `position`, the sequences taken so far, is the whole state, and may be set.
+    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch reorders the
+    documents (from the last epoch's order), concatenates them and cuts sequences: a packing. It then permutes the sequences
+    and drops the last ones, down to a multiple. With packings = P > 0 epoch P + 1 uses packing 1 again, its sequences in a
+    new order. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
     def __init__(self, tokens, doc_starts, sequence_len, multiple, seed, packings=0):
@@ -150,11 +149,11 @@ class Batches:
         return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)).numpy()
 
     def packing_of(self, epoch):
-        """Both from 1."""
+        """The packing that an epoch uses; both count from 1."""
         return (epoch - 1) % self.packings + 1 if self.packings else epoch
 
     def order_of(self, packing):
-        """Of the documents in it."""
+        """The order of the documents in a packing."""
         if packing < self.packing:
             self.packing, self.order = 0, np.arange(len(self.order))
         while self.packing < packing:
@@ -180,8 +179,8 @@ class Batches:
 
     def take(self, n):
         """
-        The next n sequences, (n, T + 1) int64, and their numbers (n,) int64: a number is one sequence of one packing, counted
-        from the first packing's first on. They may straddle two epochs.
+        The next n sequences, (n, T + 1) int64, and their numbers (n,) int64: sequence i of packing p (from 1) has the number
+        (p - 1) * per_packing + i. They may straddle two epochs.
         """
         parts = []
         while n > 0:

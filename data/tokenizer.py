@@ -24,10 +24,7 @@ def install_ranks(path):
         refuse(f"gpt2_ranks={path}: cannot read it: {e.strerror}; name a copy of r50k_base.tiktoken")
     if hashlib.sha256(ranks).hexdigest() != RANKS_SHA256:
         refuse(f"gpt2_ranks={path} is not r50k_base.tiktoken: wants the file with SHA-256 {RANKS_SHA256}")
-    try:
-        write_whole(Path(folder) / RANKS_NAME, lambda f: f.write(ranks))
-    except OSError as e:
-        refuse(f"gpt2_ranks={path}: cannot copy it to {folder}: {e.strerror}; set TIKTOKEN_CACHE_DIR to a folder of yours")
+    write_whole(Path(folder) / RANKS_NAME, lambda f: f.write(ranks))
 
 
 def get_tokenizer(name):

@@ -1,4 +1,5 @@
 """A population small enough to train in a second, for tests that run the scripts."""
+import gc
 import os
 import re
 
@@ -17,6 +18,12 @@ def error_line(err):
     [line] = [part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")]
     assert "Traceback" not in err
     return line
+
+
+@pytest.fixture(autouse=True, scope="session")
+def modules_are_no_garbage():
+    """train.py collects before every trajectory: a third of a second where all that the tests import is looked through."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ import time
 import traceback
 
 import torch
+import torch._dynamo         # DDP imports it, for seconds: here once, not in every forked rank
 
 import distill
 import prior

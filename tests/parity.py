@@ -151,7 +151,7 @@ def muon(facts):
         lr, decay = stepper.groups[0]["lr"], stepper.groups[0]["weight_decay"]
         for factor in (1, 0.3, 3, 0.1, 1, 10, 0.3, 1)[:f["steps"]]:
             p.grad = torch.tensor(r.standard_normal((rows, cols)) * scale * factor, dtype=torch.float32)
-            stepper.step()
+            stepper.step(1, 1)
         change = (p.detach() - start).double()
         norms = {"row_norms": change.norm(dim=1).tolist(), "column_norms": change.norm(dim=0).tolist()}
         matrices.append(dict(shape=[rows, cols], **norms, **{f"{k}.entries": v for k, v in norms.items()}))

@@ -308,7 +308,7 @@ def test_warmdown_and_the_momentum():
     optimizer, moments = MuonAdamW([("w", p)], 1.0, momentum_warmup=4), []
     for g in (1.0, 1.0, 1.0, 1.0, 1.0):
         p.grad = torch.full((3, 3), g)
-        optimizer.step()
+        optimizer.step(1, 1)
         moments.append(optimizer.groups[0]["m"][0, 0, 0].item())
     expected, m = [], 0.0
     for momentum in (0.85, 0.875, 0.9, 0.925, 0.95):

@@ -27,8 +27,7 @@ def test_adamw_is_torchs():
     for step, (lr, wd) in enumerate([(1, 0.7), (0.5, 0.8), (0.1, 1.0)]):
         set_gradients(ours.parameters(), step)
         set_gradients(theirs.parameters(), step)
-        optimizer.set_rates(lr, wd)
-        optimizer.step()
+        optimizer.step(lr, wd)
         for g in reference.param_groups:
             g["lr"], g["weight_decay"] = g["initial_lr"] * lr, g["decay"] * wd
         reference.step()
@@ -56,7 +55,6 @@ def test_muon_against_its_formulas_in_float64(rows, cols):
     optimizer = MuonAdamW(matrices, 0.5)
     for step, (lr_mult, wd_mult) in enumerate([(1, 0.7), (0.5, 0.9), (0.2, 1.0)]):
         set_gradients([p for _, p in matrices], step)
-        optimizer.set_rates(lr_mult, wd_mult)
         lr, wd = 0.04 * 0.5 * max(1, rows / cols) ** 0.5 * lr_mult, 1.3 * wd_mult
         for i, (_, p) in enumerate(matrices):
             g = p.grad.double()
@@ -71,7 +69,7 @@ def test_muon_against_its_formulas_in_float64(rows, cols):
             Y = X / (V[i][:, None] if rows >= cols else V[i][None, :]).sqrt()
             Y = Y * X.norm() / Y.norm()
             W[i] = W[i] - lr * Y - lr * wd * W[i] * (Y * W[i] >= 0)
-        optimizer.step()
+        optimizer.step(lr_mult, wd_mult)
     for w, (_, p) in zip(W, matrices):
         assert (p.double() - w).norm() / w.norm() < 1e-3
 
@@ -80,12 +78,12 @@ def test_state_by_name_continues_bit_for_bit():
     a, b = tiny_model(), tiny_model()
     one, two = MuonAdamW(a.named_parameters(), 0.25), MuonAdamW(b.named_parameters(), 0.25)
     set_gradients(a.parameters(), 0)
-    one.step()
+    one.step(1, 1)
     b.load_state_dict(a.state_dict())
     two.load_state_dict(one.state_dict())
     for model, optimizer in ((a, one), (b, two)):
         set_gradients(model.parameters(), 1)
-        optimizer.step()
+        optimizer.step(1, 1)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert set(one.state_dict()["moments"]) == {n for n, _ in a.named_parameters()}
 
@@ -111,7 +109,7 @@ def three_steps(group):
             optimizer = MuonAdamW(model.named_parameters(), 0.25, group)
             optimizer.load_state_dict(saved[0])
         set_gradients(model.parameters(), step)
-        optimizer.step()
+        optimizer.step(1, 1)
     return model.state_dict(), optimizer.state_dict(), sum(len(g["m"]) for g in optimizer.groups if g["kind"] == "muon")
 
 
@@ -123,7 +121,7 @@ def one_of_two(rank, folder):
 
 
 def test_two_ranks_share_the_matrices_and_step_as_one(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method="fork")
     weights, state, matrices = three_steps(None)
     shares = []
     for rank in (0, 1):

@@ -3,8 +3,6 @@ import contextlib
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from model import GPT
 from optim import MuonAdamW
 from files import load_tensors, write_whole
 from population import Run
+from tests import kill
 from tests.conftest import ROOT, error_line
 from world import World, cannot_share, join_world, one_line_errors, processes
 
@@ -257,11 +256,14 @@ def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
         [hook.remove() for hook in hooks]
         return result
     monkeypatch.setattr(train, "train_step", record)
+    scored, score = [], loader.score
+    monkeypatch.setattr(loader, "score", lambda model, *args: scored.append(model.looping) or score(model, *args))
     train.main(ready(trajectories=1, cycles=2, distill_from=2, restart="none", epochs_per_cycle=0.5, n_layer=4, loop_start=2, loop_end=4, loop_extra=1, loop_from=0.75))
     first, applied = applied[:len(applied) // 2], applied[len(applied) // 2:]
     assert first == [[0, 1, 2, 3]] * len(first)                 # three quarters of the one decay: half of its second cycle
     half = math.ceil(len(applied) / 2)
     assert len(applied) > 3 and applied == [[0, 1, 2, 3]] * half + [[0, 1, 2, 3, 2, 3]] * (len(applied) - half)
+    assert scored == [True, True]                               # as whoever uses the members runs them
 
 
 def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monkeypatch, capsys):
@@ -389,18 +391,16 @@ def test_who_shares_what(micro):
     assert cannot_share(record, 8) is None and cannot_share(record, 40) is None and cannot_share(record, 5 * 64) is not None
 
 
-def launch_train(argv, processes):
-    """train.py as a command of its own, under torchrun where there are several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    done = subprocess.run([*command, str(ROOT / "train.py"), *argv], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+def launch_train(argv, processes, log):
+    """train.py in so many ranks."""
+    assert kill.finish(kill.start(argv, log, processes, scripts=(train,))) == [0] * processes, log.read_text()[-2000:]
 
 
 def test_two_processes_take_the_step_of_one(ready, tmp_path):
     """One step of one trajectory on 1 and on 2 ranks, dropout 0: the same tokens, so the same loss and gradient, and the same step."""
     steps, states = [], []
     for name, processes in (("one", 1), ("two", 2)):
-        launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1, run_dir=tmp_path / name), processes)
+        launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1, run_dir=tmp_path / name), processes, tmp_path / "log")
         steps.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
         states.append(load_tensors(tmp_path / name / "trajectory_00" / "resume_00000001.pt"))
     assert [about["step"] for _, about in states] == [1, 1] and [about["position"] for _, about in states] == [4, 4]
@@ -417,7 +417,7 @@ def test_two_processes_train_two_trajectories_as_one_does(ready, tmp_path):
     """Each of 2 ranks has a trajectory of its own: members equal, bit for bit, to those of one process."""
     common = dict(epochs_per_cycle=0.1, cycles=2, distill_from=2)
     for name, count in (("one", 1), ("two", 2)):
-        launch_train(ready(**common, run_dir=tmp_path / name), count)
+        launch_train(ready(**common, run_dir=tmp_path / name), count, tmp_path / "log")
     one = members(tmp_path / "one")
     assert len(one) == 4 and one == members(tmp_path / "two")
 
