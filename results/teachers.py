@@ -6,6 +6,7 @@ independent models and of single models, at equal epochs. Writes results/teacher
 """
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -47,7 +48,7 @@ RECORD11 = [*FRESH, "--cycles=5", "--first_cycle_epochs=8", "--epochs_per_cycle=
 ALONE = [*FRESH, "--cycles=4", "--epochs_per_cycle=16", "--distill_from=4"]            # as many epochs and answering members
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)            # each its own key of what is cached
 class Job:
     """A population (config, flags), and a student of it (its flags, or None) in a copy of its directory."""
     name: str
@@ -170,14 +171,14 @@ def reported(text, seed, alpha):
             job("paper20", TINY, [*ONE, "--cycles=20"]), job("paper24", TINY, [*ONE, "--cycles=24"]), job("record11", TINY, RECORD11), job("independent", TINY, ALONE),
             *(job(f"single{e}", SINGLE, [f"--epochs_per_cycle={e}"]) for e in (8, 32, 64)), student(single, 16, search="student"),
             student(eight, 16, search="student"), student(twelve, 8), *(student(mixed, e) for e in (4, 8, 16, 32)), student(mixed, 16, "--student_from=scratch"),
-            student(paper, 8), student(paper, 16), student(best, 16), job("paper_2x16", TINY, []), job("mixture_2x16", TINY, taught("mixture member", "--trajectories=2"))]
+            student(paper, 8), student(paper, 16), student(best, 16), job("paper_2x16", TINY, []), job("best_2x16", TINY, taught("best member", "--trajectories=2"))]
     return {j.name: j for j in jobs}
 
 
 ORDER = [["paper", "mixture_member", "best_member", "paper24", "student16_of_mixture_member", "student16_of_paper"], ["none", "single8", "single16", "single32"], ["noises"], ["record11"],
          ["student8_of_mixture_member", "student8_of_mixture12"], ["paper_2x16"], ["chain_member"], ["student16_of_best_member"], ["student16_of_single16"], ["single64"], ["independent"],
-         ["best24"], ["paper20"], ["student16_of_mixture_member_scratch"], ["student32_of_mixture_member"], ["student4_of_mixture_member"], ["mixture_2packings"],
-         ["student8_of_paper"], ["student16_of_mixture8"], ["mixture_2x16"], ["mixture", "chain", "best"]]
+         ["best24"], ["paper20"], ["best_2x16"], ["student16_of_mixture_member_scratch"], ["student32_of_mixture_member"], ["student4_of_mixture_member"],
+         ["student8_of_paper"], ["student16_of_mixture8"], ["mixture_2packings"], ["mixture", "chain", "best"]]
 
 
 def all_jobs(texts, root):
@@ -198,9 +199,10 @@ def opened(job, root):
     return config, data, Run(config, data.fingerprint)
 
 
-def cost(job, root, prior):
+@functools.cache
+def cost(job, root):
     """(training epochs, training FLOPs) in all, the student's and its teachers' passes included."""
-    config, data, _ = opened(job, root)
+    (config, data, _), prior = opened(job, root), read_json(job.folder(root) / "prior.json")
     model, sequences = plan.meta_model(config), data.sequences_per_epoch
     flops, epochs = plan.flops_of(config, model, sequences), config.trajectories * config.epochs_until(config.cycles)
     total = flops["train.py"] + flops["distill.py"]
@@ -233,6 +235,7 @@ def running(log_p):
     return rows
 
 
+@functools.cache
 def with_student(job, root):
     """Validation loss of the learned prior over all members and the student."""
     log_p = scores(job, root)
@@ -256,7 +259,7 @@ def answers(job, prior, root):
 LABELS = {"paper": "predecessor, alpha 0.45, T 1.2 (the paper's)", "none": "no teacher", "chain": "predecessor, T 1", "best": "best so far", "mixture": "mixture so far",
           "chain_member": "predecessor, T 1, alpha for the best member", "best_member": "best so far, alpha for the best member", "mixture_member": "mixture so far, alpha for the best member",
           "mixture_2packings": "mixture so far on 2 packings, alpha for the best member", "mixture8": "mixture so far, alpha for the best member, 8 cycles", "mixture12": "mixture so far, alpha for the best member, 12 cycles", "record11": "record 11: 5 fresh models, each against the last", "independent": "record 11's recipe without a teacher: 4 independent models",
-          "paper20": "the paper's, 20 cycles", "paper24": "the paper's, 24 cycles", "best24": "best so far, alpha for the best member, 24 cycles", "paper_2x16": "the paper's, 2 x 16", "mixture_2x16": "the trajectory's mixture so far, alpha for the best member, 2 x 16"}
+          "paper20": "the paper's, 20 cycles", "paper24": "the paper's, 24 cycles", "best24": "best so far, alpha for the best member, 24 cycles", "paper_2x16": "the paper's, 2 x 16", "best_2x16": "the trajectory's best so far, alpha for the best member, 2 x 16"}
 
 
 def label(job):
@@ -277,7 +280,7 @@ def table(text, root, alpha):
     priors = {name: [read_json(j.folder(root) / "prior.json") for j in some] for name, some in done.items() if some}
     rows = []
     for name in priors:
-        epochs, flops = np.mean([cost(j, root, p) for j, p in zip(done[name], priors[name])], axis=0)
+        epochs, flops = np.mean([cost(j, root) for j in done[name]], axis=0)
         for of_seeds in zip(*(answers(j, p, root) for j, p in zip(done[name], priors[name]))):
             (what, price, _), losses = of_seeds[0], [x for *_, x in of_seeds]
             rows.append((epochs, f"| {label(done[name][0])}{': ' if what else ''}{what} | {epochs:g} | {flops / 1e12:.2f} | {price} | {mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |"))
@@ -340,6 +343,9 @@ CLAIMS = [("mixture_member", "learned prior", "paper", "learned prior"), ("mixtu
           ("best_member", "learned prior", "paper", "learned prior"), ("best_member", "best member", "paper", "best member"), ("best_member", "learned prior", "chain_member", "learned prior"),
           ("chain_member", "learned prior", "paper", "learned prior"), ("best24", "learned prior", "paper24", "learned prior"), ("student16_of_best_member", "", "paper24", "learned prior"),
           ("student16_of_best_member", "it and the members, learned prior", "paper24", "learned prior"), ("student16_of_best_member", "", "paper_2x16", "learned prior"), ("student16_of_single16", "", "paper", "learned prior"), ("student8_of_mixture_member", "", "paper20", "learned prior"),
+          ("student8_of_paper", "", "paper20", "learned prior"), ("student8_of_mixture_member", "it and the members, learned prior", "paper20", "learned prior"),
+          ("student16_of_mixture8", "", "paper", "learned prior"), ("student16_of_mixture_member_scratch", "", "student16_of_mixture_member", ""),
+          ("best_2x16", "learned prior", "paper_2x16", "learned prior"), ("best_2x16", "best member", "paper_2x16", "best member"),
           ("student32_of_mixture_member", "", "paper_2x16", "learned prior"), ("student32_of_mixture_member", "it and the members, learned prior", "paper_2x16", "learned prior"),
           ("record11", "uniform, the 4 of lowest fitness loss", "independent", "uniform, all"), ("record11", "learned prior", "paper_2x16", "learned prior")]
 
@@ -352,7 +358,7 @@ def differences_of(done, root):
         if not pairs:
             continue
         value = lambda job, what: next(x for w, _, x in answers(job, read_json(job.folder(root) / "prior.json"), root) if w == what)
-        spent = ["{:g}, {:.2f}".format(*np.mean([(e, f / 1e12) for e, f in (cost(j, root, read_json(j.folder(root) / "prior.json")) for j in jobs)], axis=0)) for jobs in zip(*pairs)]
+        spent = ["{:g}, {:.2f}".format(*np.mean([(e, f / 1e12) for e, f in (cost(j, root) for j in jobs)], axis=0)) for jobs in zip(*pairs)]
         found = [value(a, what) - value(b, its) for a, b in pairs]
         lines.append(f"| {label(pairs[0][0])}{': ' * bool(what)}{what} | {spent[0]} | {label(pairs[0][1])}: {its} | {spent[1]} | {mean_error(found)} | {', '.join(f'{x:+.4f}' for x in found)} |")
     return lines
