@@ -360,7 +360,7 @@ def differences_of(done, root):
         value = lambda job, what: next(x for w, _, x in answers(job, read_json(job.folder(root) / "prior.json"), root) if w == what)
         spent = ["{:g}, {:.2f}".format(*np.mean([(e, f / 1e12) for e, f in (cost(j, root) for j in jobs)], axis=0)) for jobs in zip(*pairs)]
         found = [value(a, what) - value(b, its) for a, b in pairs]
-        lines.append(f"| {label(pairs[0][0])}{': ' * bool(what)}{what} | {spent[0]} | {label(pairs[0][1])}: {its} | {spent[1]} | {mean_error(found)} | {', '.join(f'{x:+.4f}' for x in found)} |")
+        lines.append(f"| {label(pairs[0][0])}{': ' * bool(what)}{what} | {spent[0]} | {label(pairs[0][1])}{': ' * bool(its)}{its} | {spent[1]} | {mean_error(found)} | {', '.join(f'{x:+.4f}' for x in found)} |")
     return lines
 
 
