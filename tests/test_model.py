@@ -194,6 +194,17 @@ def test_initial_values():
     assert [set(p[n].tolist()) for n in ("resid_lambdas", "skip_weights")] == [{1.0}, {1.0}] and torch.allclose(p["x0_lambdas"], torch.tensor(0.1))
 
 
+def test_layers_without_loops_are_one_graph():
+    """So tools.bench can compile them whole, beside train.py's block by block; compiled blocks become part of it."""
+    from torch._dynamo.testing import CompileCounter
+    model, idx, whole, blocks = small().train(), tokens(2, 16), CompileCounter(), CompileCounter()
+    wanted = model.hidden(idx)
+    for block in model.transformer.h:
+        block.compile(backend=blocks)
+    model.hidden = torch.compile(model.hidden, backend=whole, fullgraph=True)
+    assert torch.equal(model.hidden(idx), wanted) and (whole.frame_count, blocks.frame_count) == (1, 0)
+
+
 def test_one_compiled_block_serves_all_layers():
     """Blocks compiled in place agree with eager ones, and looping does not compile them again (backend without a compiler)."""
     from torch._dynamo.testing import CompileCounter

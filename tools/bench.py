@@ -63,9 +63,11 @@ def spread(values, digits=3):
 class Ours:
     """A model as train.py makes it, and one optimizer step of train.py or distill.py on random tokens, shared by the ranks of a group."""
 
-    def __init__(self, config, chain, options, group=None):
+    def __init__(self, config, chain, options, group=None, one_graph=False):
         torch.manual_seed(config.seed)
         self.config, self.model, self.group = config, GPT(config).init_weights().place(DEVICE, config.compile), group
+        if one_graph:
+            self.model.hidden = torch.compile(self.model.hidden, dynamic=False)
         self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
         self.ddp_model = train.distributed(self.model, group, config.micro_batch)
@@ -240,9 +242,11 @@ def resident(kind, chain, config, options):
     return (peak - before - made) / plan.GIB
 
 
-def kinds(options):
+def kinds(config, options):
     """name -> constructor of what is compared."""
     rows = {"ours": Ours}
+    if DEVICE.type == "cuda" and config.compile and not config.loop_extra:          # not what train.py runs: whether it should
+        rows["ours, all layers one graph"] = functools.partial(Ours, one_graph=True)
     if options.slowrun:
         rows["theirs as it is"] = functools.partial(Theirs, honest=False)
         rows["theirs, our attention" + ", fp32" * (DEVICE.type == "cpu")] = functools.partial(Theirs, honest=True)
@@ -251,7 +255,7 @@ def kinds(options):
 
 def bench_step(name, chain, config, options, peak, world):
     """One table: seconds of a step, tokens/s, share of the peak of all ranks, ratios to ours, memory."""
-    rows, compared = random_rows(config, ranks=world.data_size), kinds(options)
+    rows, compared = random_rows(config, ranks=world.data_size), kinds(config, options)
     if world.size > 1:
         compared = {"ours": functools.partial(Ours, group=world.data_group)}
     peak, model = peak * world.data_size, plan.meta_model(config)
@@ -293,7 +297,7 @@ def bench_score(config, options, peak):
 def bench_memory(config, options):
     """The largest micro-batch, by doubling, that takes a step; ours and theirs, without and with a teacher."""
     for chain in (False, True):
-        for name, make in kinds(options).items():
+        for name, make in kinds(config, options).items():
             fits, size = 0, 1
             while size <= 64:
                 try:
