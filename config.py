@@ -35,9 +35,12 @@ def speak(yes=True):
 
 
 def refuse(message, common=False, code=2) -> NoReturn:
-    """One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way). common: every rank comes here, and rank 0 speaks for all."""
+    """
+    One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way).
+    common: every rank comes here, and rank 0 speaks for all.
+    """
     if first_rank() or prints and not common:
-        tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)         # on a line of its own, whatever bars there are
+        tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)     # on its own line, whatever bars there are
     else:
         time.sleep(SILENCE)         # torchrun ends all ranks as soon as one has ended: the one that speaks comes first
     raise SystemExit(code)
@@ -59,7 +62,7 @@ class Config(GPTConfig):
     val_tokens: int
     fitness_tokens: int                     # held out from training, for the prior: whole documents until at least so many
     epoch_multiple: int = 16                # an epoch is cut to a multiple of so many sequences
-    packings: int = 0                       # documents are packed into sequences in so many orders, again and again; 0: every epoch in a new one
+    packings: int = 0                       # documents are packed in so many orders, over and over; 0: every epoch in a new one
     # population: trajectories x cycles members, one at the end of every cycle
     run_dir: str = free()
     trajectories: int = free()              # free: a finished population may be given more of them
@@ -67,9 +70,9 @@ class Config(GPTConfig):
     epochs_per_cycle: float = 2.0
     seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
     first_cycle_epochs: float | None = None     # where the first cycle has another length
-    restart: str = "noise"                  # how a cycle starts: noise (and the rates anew); fresh weights; none: the cycles share one decay
+    restart: str = "noise"                  # how a cycle starts: noise, rates anew; fresh weights; none: cycles share one decay
     # a decay: a cycle, or with restart=none all of them
-    schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0; warmdown: rate constant, then to 0
+    schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0; warmdown: flat, then to 0
     loop_from: float = 0.0                  # the part of it after which the looped layers run
     ema_decay: float = 0.0                  # a member is an EMA of the weights at its cycle's end; 0: the last weights
     ema_every: int = 10                     # steps between two updates of that EMA
@@ -81,7 +84,7 @@ class Config(GPTConfig):
     micro_batch: int = free()               # sequences per rank and backward pass
     # chain distillation
     distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
-    distill_teacher: str = "predecessor"    # the trajectory's last member; best: its best so far on the fitness set; mixture: of all its members so far
+    distill_teacher: str = "predecessor"    # the trajectory's last member; best: its fittest so far; mixture: of all so far
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
     # one student of the finished population (distill.py --student): one cosine, without dropout
@@ -89,7 +92,8 @@ class Config(GPTConfig):
     student_alpha: float = free(default=0.85)       # weight of the teacher's term, at temperature 1
     student_from: str = free(default="best")        # its first weights: best (member), or scratch
     # running
-    keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two (all keep their scores; a student wants the weights)
+    keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two
+                                            # (all keep their scores; a student wants the weights)
     resume_every: int = free(default=0)     # steps between two states to go on from inside a cycle; 0: only at its end
     compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
     checkpoint: bool = free(default=False)  # repeats of looped layers are computed again for backward, not kept
@@ -112,9 +116,10 @@ class Config(GPTConfig):
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
-MAY_BE_ZERO = {"packings", "momentum_warmup", "student_alpha", "dropout", "mtp_weight", "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha", "resume_every"}
-CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"), "restart": ("noise", "fresh", "none"), "keep": ("all", "last"),
-           "distill_teacher": ("predecessor", "best", "mixture"), "student_from": ("best", "scratch")}
+MAY_BE_ZERO = {"packings", "momentum_warmup", "student_alpha", "dropout", "mtp_weight",
+               "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha", "resume_every"}
+CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"), "restart": ("noise", "fresh", "none"),
+           "keep": ("all", "last"), "distill_teacher": ("predecessor", "best", "mixture"), "student_from": ("best", "scratch")}
 OPTIONAL = {int | None: int, float | None: float}
 
 
@@ -127,14 +132,21 @@ def rules(c):
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     for key, values in CHOICES.items():
         yield getattr(c, key) in values, key, f"must be {', '.join(values[:-1])} or {values[-1]}"
-    yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
-    yield c.distill_teacher != "mixture" or c.packings, "packings", "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; try packings=4 (and distill_temperature=1)"
-    yield c.distill_teacher != "mixture" or c.distill_temperature == 1, "distill_temperature", "must be 1 with distill_teacher=mixture, of which probabilities are stored"
-    yield not c.ema_decay or c.restart != "none" or c.cycles == 1, "ema_decay", "would disturb the one decay of restart=none: set one of them only"
+    yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", \
+        f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
+    yield c.distill_teacher != "mixture" or c.packings, "packings", \
+        "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; " \
+        "try packings=4 (and distill_temperature=1)"
+    yield c.distill_teacher != "mixture" or c.distill_temperature == 1, "distill_temperature", \
+        "must be 1 with distill_teacher=mixture, of which probabilities are stored"
+    yield not c.ema_decay or c.restart != "none" or c.cycles == 1, "ema_decay", \
+        "would disturb the one decay of restart=none: set one of them only"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
     yield c.n_layer % 2 == 0, "n_layer", f"must be even (half encoder, half decoder); try {c.n_layer + 1}"
-    yield c.n_embd % c.n_head == 0, "n_embd", f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
-    yield c.n_embd // c.n_head % 2 == 0, "n_head", f"must leave heads of even width for the rotary embedding, n_embd={c.n_embd} does not"
+    yield c.n_embd % c.n_head == 0, "n_embd", \
+        f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
+    yield c.n_embd // c.n_head % 2 == 0, "n_head", \
+        f"must leave heads of even width for the rotary embedding, n_embd={c.n_embd} does not"
     yield c.n_embd >= 32, "n_embd", "must be at least 32, the inputs of the value gate"
     yield c.sequence_len >= 4, "sequence_len", "must be at least 4"
     for key in ("dropout", "loop_from", "ema_decay"):
@@ -148,7 +160,8 @@ def rules(c):
         yield not rest, key, f"must be a multiple of sequence_len={c.sequence_len}; try {(sequences + 1) * c.sequence_len}"
     yield c.fitness_tokens > c.sequence_len, "fitness_tokens", f"must hold a sequence: more than sequence_len={c.sequence_len}"
     yield c.val_tokens > c.sequence_len, "val_tokens", f"must hold a sequence: more than sequence_len={c.sequence_len}"
-    yield c.train_tokens > c.fitness_tokens, "train_tokens", f"must be more than fitness_tokens={c.fitness_tokens}, which come from it"
+    yield c.train_tokens > c.fitness_tokens, "train_tokens", \
+        f"must be more than fitness_tokens={c.fitness_tokens}, which come from it"
 
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
@@ -228,9 +241,11 @@ def recipe(epochs):
     if epochs < 8:
         before = epochs - 1 if epochs > 1 else 0.85
         gap = (epochs - before) / 4
-        return dict(trajectories=1, cycles=4, epochs_per_cycle=gap, first_cycle_epochs=before + gap, restart="none", distill_from=4, batch_tokens_ends=None)
+        return dict(trajectories=1, cycles=4, epochs_per_cycle=gap, first_cycle_epochs=before + gap, restart="none",
+                    distill_from=4, batch_tokens_ends=None)
     trajectories = next((n for n, most in ((1, 128), (2, 256), (3, 512), (4, 1024)) if epochs <= most), 5)
-    return dict(trajectories=trajectories, cycles=epochs // (2 * trajectories), epochs_per_cycle=2.0, first_cycle_epochs=None, restart="noise")
+    return dict(trajectories=trajectories, cycles=epochs // (2 * trajectories), epochs_per_cycle=2.0,
+                first_cycle_epochs=None, restart="noise")
 
 
 def from_args(argv, usage):
@@ -244,7 +259,8 @@ def from_args(argv, usage):
         raise SystemExit(0)
     paths = [a for a in argv if not a.startswith("--")]
     if len(paths) != 1:
-        refuse(f"want one config file, such as configs/tiny.py, got {' '.join(paths) or 'none'}; overrides are written --name=value")
+        refuse(f"want one config file, such as configs/tiny.py, got {' '.join(paths) or 'none'}; "
+               "overrides are written --name=value")
     given = {}
     for arg in argv:
         if arg.startswith("--"):
@@ -257,9 +273,11 @@ def from_args(argv, usage):
     budget = options.epochs
     if budget:
         if not budget.isdecimal() or not 0 < int(budget) <= 100_000:
-            refuse(f"epochs={budget!r}: no recipe fits it; wants a whole number from 1 to 100,000, over all trajectories together")
+            refuse(f"epochs={budget!r}: no recipe fits it; "
+                   "wants a whole number from 1 to 100,000, over all trajectories together")
         if values.get("schedule", "cycle") != "cycle":
-            refuse(f"epochs={budget}: the recipe is one of schedule=cycle, this config has schedule={values['schedule']}; set its epochs_per_cycle")
+            refuse(f"epochs={budget}: the recipe is one of schedule=cycle, "
+                   f"this config has schedule={values['schedule']}; set its epochs_per_cycle")
         chosen = recipe(int(budget))
         if chosen.keys() & given.keys():
             refuse(f"epochs={budget} already chooses {', '.join(sorted(chosen.keys() & given.keys()))}: give one or the other")

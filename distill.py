@@ -37,7 +37,8 @@ def distillation_kl(student_logits, teacher_logits, temperature):
 def stored_kl(student_logits, p, ids):
     """
     KL(teacher || student) of (n, V) logits in nats, summed over positions, where p (n, k) are the teacher's largest
-    probabilities, of the tokens ids (n, k), and all other tokens are merged into one: up to rounding a lower bound of the KL over all.
+    probabilities, of the tokens ids (n, k), and all other tokens are merged into one: up to rounding a lower bound of the
+    KL over all.
     """
     student = F.log_softmax(student_logits, dim=-1)
     others = student.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
@@ -171,7 +172,8 @@ class Mixture:
 
     def __call__(self, launch, trajectory):
         members, packings, t = self.members(launch, trajectory), trajectory.batches, trajectory.t
-        parts = [(packing, part) for packing in range(1, self.config.packings + 1) for part in range(math.ceil(packings.per_packing / PART))]
+        parts = [(packing, part) for packing in range(1, self.config.packings + 1)
+                 for part in range(math.ceil(packings.per_packing / PART))]
         self.store(launch, trajectory, members, parts)
         if launch.stop.agreed:
             return None
@@ -179,12 +181,14 @@ class Mixture:
 
         def rows(name, numbers):
             """Of the sequences of these numbers: (B * T, k)."""
-            places = [divmod(number, packings.per_packing) for number in numbers.tolist()]          # on the CPU: the GPU does not wait
+            # on the CPU: the GPU does not wait
+            places = [divmod(number, packings.per_packing) for number in numbers.tolist()]
             found = torch.stack([stored[packing + 1, i // PART][name][i % PART] for packing, i in places])
             return launch.world.to_device(found).flatten(0, 1)
 
         def loss(student, batch, numbers):
-            return distilled_loss(student, batch, self.config.distill_alpha, stored_kl, *unpack(rows("p", numbers), rows("ids", numbers)))
+            return distilled_loss(student, batch, self.config.distill_alpha, stored_kl,
+                                  *unpack(rows("p", numbers), rows("ids", numbers)))
         return loss
 
     def store(self, launch, trajectory, members, parts):
@@ -192,7 +196,8 @@ class Mixture:
         run, world, stop, t = launch.run, launch.world, launch.stop, trajectory.t
         sha = [source.read_member(*which, check=False)[1]["sha256"] for source, *which in members]
         made_from = lambda n, place: sha256_of([sha[:n], place, PART, STORED])
-        there = max((n for n in range(1, len(members) + 1) if all(run.has_mixture(t, n, *place, made_from(n, place)) for place in parts)), default=0)
+        there = max((n for n in range(1, len(members) + 1)
+                     if all(run.has_mixture(t, n, *place, made_from(n, place)) for place in parts)), default=0)
         world.barrier()                                         # all have looked before one writes
         for n in range(there + 1, len(members) + 1):
             launch.bar.set_postfix_str(f"trajectory {t}: storing the mixture, member {n} of {len(members)}")
@@ -226,7 +231,8 @@ class Mixture:
         return mix
 
 
-TEACHERS = {"predecessor": lambda config: OneMember(config, predecessor), "best": lambda config: OneMember(config, best), "mixture": Mixture}      # distill_teacher's choices in config.py
+TEACHERS = {"predecessor": lambda config: OneMember(config, predecessor),      # distill_teacher's choices in config.py
+            "best": lambda config: OneMember(config, best), "mixture": Mixture}
 
 
 # ------------------------------------------------------------------------------------------------ one student
@@ -237,7 +243,8 @@ PACKINGS = 4                # on which the mixture teaches a student, where the 
 def student_config(config):
     """The student's own: one model, one cosine, in run_dir/student."""
     return dataclasses.replace(
-        config, run_dir=str(Path(config.run_dir) / "student"), trajectories=1, cycles=1, epochs_per_cycle=config.student_epochs, first_cycle_epochs=None,
+        config, run_dir=str(Path(config.run_dir) / "student"), trajectories=1, cycles=1,
+        epochs_per_cycle=config.student_epochs, first_cycle_epochs=None,
         schedule="cosine", restart="noise", ema_decay=0.0, dropout=0.0, keep="all",
         packings=min(config.packings or PACKINGS, math.ceil(config.student_epochs)),
         distill_from=0, distill_teacher="mixture", distill_alpha=config.student_alpha, distill_temperature=1.0)
@@ -248,8 +255,10 @@ class Student(Mixture):
 
     def __init__(self, config, taught_by, prior):
         super().__init__(student_config(config))
-        self.source, (self.teachers, mixture) = taught_by, whole_mixture(prior)         # teachers: (entry in prior["members"], weight)
-        self.identity = dict(taught_by=mixture, student_from=config.student_from, student_epochs=config.student_epochs, student_alpha=config.student_alpha)
+        # teachers: (entry in prior["members"], weight)
+        self.source, (self.teachers, mixture) = taught_by, whole_mixture(prior)
+        self.identity = dict(taught_by=mixture, student_from=config.student_from, student_epochs=config.student_epochs,
+                             student_alpha=config.student_alpha)
         self.best = prior["members"][next(a for a in prior["answers"] if a["rule"] == "best")["members"][0]]
         for m in [self.best, *(m for m, _ in self.teachers)]:
             if taught_by.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
@@ -288,7 +297,8 @@ def teach_student(config, argv):
             weights, about = own.read_member(0, 0)
             with StopSignals():
                 sweep(run.path, ".student.pt.*")
-                run.save_member(*STUDENT, weights, epochs=prior["growing"][-1]["epochs"] + config.student_epochs, fit_loss=about["fit_loss"], **student.identity)
+                run.save_member(*STUDENT, weights, epochs=prior["growing"][-1]["epochs"] + config.student_epochs,
+                                fit_loss=about["fit_loss"], **student.identity)
                 own.drop_mixtures(0)
     say_next("prior.py", argv)
 
@@ -300,7 +310,8 @@ def main(argv=None):
         return teach_student(config, argv)
     if config.distill_from < config.cycles:
         with one_line_errors(config):
-            run_cycles(config, config.distill_from, config.cycles, TEACHERS[config.distill_teacher](config), next_command("distill.py", argv))
+            run_cycles(config, config.distill_from, config.cycles, TEACHERS[config.distill_teacher](config),
+                       next_command("distill.py", argv))
     elif first_rank():
         print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}")
     say_next("prior.py", argv)

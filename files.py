@@ -69,17 +69,22 @@ def read_json(path):
     if version > FORMAT:
         refuse(f"{path} was written by a newer version of this code (format {version}, this reads {FORMAT}): update it")
     if kept is None:
-        refuse(f"{path} has no SHA-256, so an older version of this code wrote it, or another program: name another --run_dir, or move it away")
+        refuse(f"{path} has no SHA-256, so an older version of this code wrote it, or another program: "
+               "name another --run_dir, or move it away")
     if kept != sha256_of(value):
         refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
     return value
 
 
 def differences(theirs, mine, leave=""):
-    """The keys, except `leave`, in which two identities differ, with both values, as text; empty where they agree. theirs: whatever a file held."""
+    """
+    The keys, except `leave`, in which two identities differ, with both values, as text; empty where they agree.
+    theirs: whatever a file held.
+    """
     if not isinstance(theirs, dict):
         return "it has no identity"
-    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here" for k in sorted({*mine, *theirs} - {leave}) if mine.get(k) != theirs.get(k))
+    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here"
+                     for k in sorted({*mine, *theirs} - {leave}) if mine.get(k) != theirs.get(k))
 
 
 def digest(tensors):
@@ -105,7 +110,12 @@ def load(path):
 
 def dense(w):
     """Whether a tensor from a file is what it seems: its elements lie there one after another."""
-    return isinstance(w, torch.Tensor) and w.layout == torch.strided and not w.is_meta and not w.is_conj() and not w.is_neg() and w.is_contiguous()
+    return (isinstance(w, torch.Tensor)
+            and w.layout == torch.strided
+            and not w.is_meta
+            and not w.is_conj()
+            and not w.is_neg()
+            and w.is_contiguous())
 
 
 def save_tensors(path, tensors, **about):
@@ -116,14 +126,18 @@ def save_tensors(path, tensors, **about):
 
 
 def load_tensors(path, check=True):
-    """(tensors, mapped from disk; about) of save_tensors. check: all contents are read and compared with their SHA-256. Raises Damaged."""
+    """
+    (tensors, mapped from disk; about) of save_tensors. check: all contents are read and compared with their SHA-256.
+    Raises Damaged.
+    """
     file = load(path)
     try:
         tensors, text = file["tensors"], file["about"]
         about = json.loads(text)
         if about["format"] > FORMAT:
             raise Damaged(f"was written by a newer version of this code (format {about['format']}, this reads {FORMAT})")
-        whole = file["about_sha256"] == hashlib.sha256(text.encode()).hexdigest() and all(isinstance(n, str) and dense(w) for n, w in tensors.items())
+        whole = (file["about_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+                 and all(isinstance(n, str) and dense(w) for n, w in tensors.items()))
         whole = whole and isinstance(about["sha256"], str) and (not check or digest(tensors) == about["sha256"])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError):
         raise Damaged("is not a file of this code") from None

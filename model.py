@@ -57,7 +57,8 @@ def attend(q, k, v, window):
     if q.is_cuda:
         from torch.nn.attention.varlen import varlen_attn           # here: a second of import that the CPU need not wait for
         ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-        y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, T, T, window_size=(-1 if window is None else window, 0))
+        y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, T, T,
+                        window_size=(-1 if window is None else window, 0))
         return y.view(B, T, H, D)
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                # B, H, T, D
     mask = None
@@ -103,7 +104,10 @@ class Attention(nn.Module):
         self.attn_gate = nn.Linear(12, H, bias=False)
 
     def weights(self, dtype):
-        """What every application needs: q, k and v as one (3C, C), every head's weights a mix of all heads', and c_proj's (C, C)."""
+        """
+        What every application needs: q, k and v as one (3C, C), every head's weights a mix of all heads',
+        and c_proj's (C, C).
+        """
         W = torch.stack([linear.weight.to(dtype) for linear in (self.c_q, self.c_k, self.c_v)]).view(3, self.n_head, -1)
         if self.iha:
             W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W                 # 3, H, H @ 3, H, D * C
@@ -150,7 +154,10 @@ class Block(nn.Module):
         return *self.attn.weights(dtype), *self.mlp.weights(dtype)
 
     def forward(self, x, weights, ve, rope, window, mix=None, skip=None):
-        """In order: x + s e where skip = (s, e), e from the encoder; r x + a x0 where mix = (r, a, x0); x + attention; x + MLP."""
+        """
+        In order: x + s e where skip = (s, e), e from the encoder; r x + a x0 where mix = (r, a, x0);
+        x + attention; x + MLP.
+        """
         if skip:
             s, e = skip
             x = x + s * e
@@ -199,7 +206,8 @@ def cap(z):
     return 15 * torch.tanh(z.float() / 15)
 
 
-CHUNK_BYTES = dict(cuda=2 ** 29, cpu=2 ** 25)        # of a chunk's float32 logits; glibc gives larger blocks back to the system after each use, which doubles the time
+# of a chunk's float32 logits; glibc gives larger blocks back to the system after each use, which doubles the time
+CHUNK_BYTES = dict(cuda=2 ** 29, cpu=2 ** 25)
 
 
 def chunks(x, V):
@@ -304,12 +312,14 @@ class GPT(nn.Module):
         weights, ve, encoder = {}, {}, {}
         for i in self.layers if self.looping else range(c.n_layer):
             again = i in weights
-            if not again:       # once, however often the layer is applied; made here, because gradients of what is made first come last
+            # once, however often the layer is applied; made here, because gradients of what is made first come last
+            if not again:
                 weights[i] = self.transformer.h[i].weights(x.dtype)
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
             mix = self.resid_lambdas[i], self.x0_lambdas[i], x0
-            skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else None         # U-Net: decoder i pairs with L-1-i
+            # U-Net: decoder i pairs with L-1-i
+            skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else None
             inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, mix, skip
             if self.checkpointing and again and torch.is_grad_enabled():
                 x = checkpoint(self.transformer.h[i], *inputs, use_reentrant=False)
@@ -355,5 +365,6 @@ class GPT(nn.Module):
     def log_p(self, idx, targets):
         """Natural log of the probability given to each target, (B, T) float32."""
         x, flat = self.hidden(idx).flatten(0, 1), targets.flatten()
-        rows = [-F.cross_entropy(self.logits(x[chunk]), flat[chunk], reduction="none") for chunk in chunks(x, self.config.vocab_size)]
+        rows = [-F.cross_entropy(self.logits(x[chunk]), flat[chunk], reduction="none")
+                for chunk in chunks(x, self.config.vocab_size)]
         return torch.cat(rows).view_as(targets)

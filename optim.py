@@ -124,7 +124,8 @@ class MuonAdamW:
             self.sending.pop().wait()
 
     def adamw(self, g, lr, decay):
-        adamw(g["params"], [p.grad for p in g["params"]], g["m"], g["v"], [], g["steps"], fused=True, amsgrad=False, maximize=False,
+        adamw(g["params"], [p.grad for p in g["params"]], g["m"], g["v"], [], g["steps"],
+              fused=True, amsgrad=False, maximize=False,
               beta1=g["betas"][0], beta2=g["betas"][1], lr=lr, weight_decay=decay, eps=g["eps"])
 
     def muon(self, g, lr, decay):
@@ -140,7 +141,8 @@ class MuonAdamW:
             weights -= lr * updates + lr * decay * weights * (updates * weights >= 0)
             torch._foreach_copy_(mine[part], weights.unbind())
         if self.size > 1:           # while the next group steps
-            self.sending += [dist.broadcast(p, group=self.process_group, group_src=i % self.size, async_op=True) for i, p in enumerate(g["params"])]
+            self.sending += [dist.broadcast(p, group=self.process_group, group_src=i % self.size, async_op=True)
+                             for i, p in enumerate(g["params"])]
 
     def moments(self):
         """Name -> (m, v), views of what this rank keeps."""
@@ -148,7 +150,10 @@ class MuonAdamW:
         return {n: (m, v) for g in self.groups for n, m, v in zip(share(g), g["m"], g["v"])}
 
     def state_dict(self):
-        """The state of all ranks, gathered on rank 0 (other ranks' moments on its CPU); elsewhere without moments. All ranks must call it."""
+        """
+        The state of all ranks, gathered on rank 0 (other ranks' moments on its CPU); elsewhere without moments.
+        All ranks must call it.
+        """
         own, moments = self.moments(), {}
         for g in self.groups:
             for i, (name, p) in enumerate(zip(g["names"], g["params"])):

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from config import FIELDS, first_rank, from_args, refuse
-from files import Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sha256_of, sweep, write_json, write_whole
+from files import (Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sha256_of, sweep,
+                   write_json, write_whole)
 from world import processes
 
 
@@ -37,7 +38,8 @@ def code_version():
 
 def setup(config, world):
     """What the bits of a run depend on, beside its identity."""
-    machine = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    machine = (torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else
+               f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
     return dict(machine=machine, device=world.device.type, torch=torch.__version__.split("+")[0], ranks=world.data_size,
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
@@ -71,7 +73,8 @@ class Run:
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint, **more}))
         self.config_path = self.path / "config.json"
         if self.config_path.exists():
-            differ = self.differs(read_json(self.config_path).get("identity"), leave="data_fingerprint" if data_fingerprint is None else "")
+            differ = self.differs(read_json(self.config_path).get("identity"),
+                                  leave="data_fingerprint" if data_fingerprint is None else "")
             if differ:
                 refuse(f"run_dir={self.path} belongs to another config: {differ}; {mend}")
         self.there = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
@@ -81,7 +84,10 @@ class Run:
             refuse(f"run_dir={self.path}: cannot write there: {e.strerror}; name another --run_dir")
 
     def differs(self, identity, leave=""):
-        """How an identity from a file differs from ours, as text. Settings that older code did not have count as today's defaults."""
+        """
+        How an identity from a file differs from ours, as text.
+        Settings that older code did not have count as today's defaults.
+        """
         return differences({**DEFAULTS, **identity} if isinstance(identity, dict) else identity, self.identity, leave)
 
     def lock(self, folder, doing):
@@ -119,9 +125,11 @@ class Run:
         if self.config_path.exists():
             theirs = read_json(self.config_path).get("code")
             if theirs != code:
-                print(f"note: {self.path} was begun by code {theirs}, this is {code}; what is there stays, for a fresh start name another --run_dir", file=sys.stderr)
+                print(f"note: {self.path} was begun by code {theirs}, this is {code}; what is there stays, "
+                      "for a fresh start name another --run_dir", file=sys.stderr)
             return
-        write_json(self.config_path, {"identity": self.identity, "config": vars(self.config), "code": code, "torch": torch.__version__})
+        write_json(self.config_path, {"identity": self.identity, "config": vars(self.config),
+                                      "code": code, "torch": torch.__version__})
 
     def claim_scores(self):
         """For prior.py, which may run beside training."""
@@ -145,26 +153,36 @@ class Run:
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
         behind = sorted(sum(world.gather(behind), []))
         if behind:
-            refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: run train.py on this config first", common=True)
+            refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: "
+                   "run train.py on this config first", common=True)
         for t, state in states.items():
             if not state and any(self.member_path(t, c).exists() for c in range(1, self.config.cycles)):
-                refuse(f"trajectory_{t:02d} of {self.path} has members but no state to go on from: restore its resume_*.pt, or move the folder away to train it again")
+                refuse(f"trajectory_{t:02d} of {self.path} has members but no state to go on from: "
+                       "restore its resume_*.pt, or move the folder away to train it again")
         found = world.gather({t: state[1] if state else {"step": 0, "cycles_done": 0} for t, state in states.items()})
         begun = {t: about for of_rank in found for t, about in of_rank.items()}
         if any(about["step"] != begun[t]["step"] for of_rank in found for t, about in of_rank.items()):
-            refuse(f"run_dir={self.path}: the ranks of a trajectory see different resume states: they want one folder, on a disk that all of them see", common=True)
+            refuse(f"run_dir={self.path}: the ranks of a trajectory see different resume states: "
+                   "they want one folder, on a disk that all of them see", common=True)
         self.claim(begun)
         world.barrier(everyone=True)
         for t, state in states.items():
-            differ = differences(state[1]["setup"], setup(self.config, world)) if state and state[1]["cycles_done"] < end else ""
+            differ = (differences(state[1]["setup"], setup(self.config, world))
+                      if state and state[1]["cycles_done"] < end else "")
             if differ and world.lead:
-                print(f"note: trajectory {t} goes on under another set-up ({differ}): not bit for bit what it would have been", file=sys.stderr)
+                print(f"note: trajectory {t} goes on under another set-up ({differ}): "
+                      "not bit for bit what it would have been", file=sys.stderr)
         return states
 
     def check_room(self, world, parameters):
-        """Exits with code 2 where the disk has no room for what this machine will still write, of a model of so many parameters."""
-        c, member, state = self.config, 2 * parameters, (16 if self.config.ema_decay else 12) * parameters     # bf16; fp32 weights, two moments, their average
-        here = len(world.trajectories) * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) // world.data_size)     # trajectories
+        """
+        Exits with code 2 where the disk has no room for what this machine will still write,
+        of a model of so many parameters.
+        """
+        # a member: bf16; a state: fp32 weights, two moments, their average
+        c, member, state = self.config, 2 * parameters, (16 if self.config.ema_decay else 12) * parameters
+        # trajectories trained on this machine
+        here = len(world.trajectories) * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) // world.data_size)
         members = here * (c.cycles if c.keep == "all" else min(c.cycles, 3))
         need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
         need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
@@ -172,8 +190,10 @@ class Run:
         need += max(0, here * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
         free = shutil.disk_usage(self.there).free
         if need > free:
-            refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: make room, "
-                   f"name another --run_dir" + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (c.keep == "all" and c.distill_teacher == "predecessor")
+            refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: "
+                   "make room, name another --run_dir"
+                   + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (
+                       c.keep == "all" and c.distill_teacher == "predecessor")
                    + ", or lower --packings" * (mixture_bytes(c) > 0))
 
     # ---- members
@@ -203,15 +223,20 @@ class Run:
 
     def mend(self, t):
         """What to do about a damaged member."""
-        return "delete it and run distill.py --student again" if t == STUDENT[0] else f"move it away and go without it, or delete {self.path}/trajectory_{t:02d} and train that again"
+        return ("delete it and run distill.py --student again" if t == STUDENT[0] else
+                f"move it away and go without it, or delete {self.path}/trajectory_{t:02d} and train that again")
 
     def read_member(self, t, c, check=True):
-        """(weights: name -> bf16 tensor on disk, about) of a member of this population; "sha256" in about is that of its weights."""
+        """
+        (weights: name -> bf16 tensor on disk, about) of a member of this population;
+        "sha256" in about is that of its weights.
+        """
         path, mend = self.member_path(t, c), self.mend(t)
         if not path.exists():
             dropped = self.scores_of(t, c).get("dropped")
-            refuse(f"{path} is gone: " + ("keep=last dropped it when it was scored; what needs it wants a run with keep=all" if dropped else
-                                          f"restore it, or delete {self.path}/trajectory_{t:02d} and train that again"))
+            refuse(f"{path} is gone: " + (
+                "keep=last dropped it when it was scored; what needs it wants a run with keep=all" if dropped else
+                f"restore it, or delete {self.path}/trajectory_{t:02d} and train that again"))
         try:
             weights, about = load_tensors(path, check)
         except Damaged as e:
@@ -225,7 +250,8 @@ class Run:
 
     def states(self, t):
         """Paths, oldest first."""
-        return sorted(p for p in (self.path / f"trajectory_{t:02d}").glob("resume_*.pt") if re.fullmatch(r"resume_\d{8}\.pt", p.name))
+        return sorted(p for p in (self.path / f"trajectory_{t:02d}").glob("resume_*.pt")
+                      if re.fullmatch(r"resume_\d{8}\.pt", p.name))
 
     def save_resume(self, t, tensors, **about):
         """about: at least `step`. Older states but one go, and newer ones, which could not be used."""
@@ -244,14 +270,17 @@ class Run:
                 differ = self.differs(about.get("identity"))
                 if differ:
                     raise Damaged(f"is of another population ({differ})")
-                if not all(type(about.get(key)) is int and about[key] >= 0 for key in ("step", "position", "cycles_done", "cycle_step")) or not isinstance(about.get("setup"), dict):
+                if (not all(type(about.get(key)) is int and about[key] >= 0
+                            for key in ("step", "position", "cycles_done", "cycle_step"))
+                        or not isinstance(about.get("setup"), dict)):
                     raise Damaged("is no resume state")
                 return tensors, about
             except Damaged as e:
                 reasons.append(f"{path} {e}")
                 print(f"note: {reasons[-1]}; looking for an older one", file=sys.stderr)
         if reasons:
-            refuse(f"{reasons[0]}, and no older one is whole: restore one, or delete {self.path}/trajectory_{t:02d} and train it again")
+            refuse(f"{reasons[0]}, and no older one is whole: "
+                   f"restore one, or delete {self.path}/trajectory_{t:02d} and train it again")
 
     # ---- the mixture of the first n members, as far as it is stored to teach; the newest two stay
 
@@ -266,7 +295,10 @@ class Run:
             return False
 
     def save_mixture(self, t, n, packing, part, tensors, made_from):
-        """"p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set; made_from: what says that it is this one."""
+        """
+        "p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set;
+        made_from: what says that it is this one.
+        """
         save_tensors(self.mixture_path(t, n, packing, part), tensors, made_from=made_from)
         with contextlib.suppress(FileNotFoundError):
             self.mixture_path(t, n - 2, packing, part).unlink()
@@ -317,7 +349,8 @@ class Run:
         path = self.score_paths(t, c)[split]
         try:
             scores = np.load(path, mmap_mode="r")
-            whole = scores.dtype == np.float32 and scores.shape == (tokens,) and hashlib.sha256(scores).hexdigest() == self.scores_of(t, c).get(split)
+            whole = (scores.dtype == np.float32 and scores.shape == (tokens,)
+                     and hashlib.sha256(scores).hexdigest() == self.scores_of(t, c).get(split))
         except (OSError, ValueError, EOFError, AttributeError):
             whole = False
         if not whole:
@@ -351,7 +384,10 @@ class Run:
             try:
                 record = json.loads(line)
                 about = begun.get(record["trajectory"])         # None: of a trajectory that this run leaves alone
-                return about is None or record["kind"] == "score" or record["step"] <= about["step"] and (record["kind"] == "step" or record["cycle"] < about["cycles_done"])
+                return (about is None
+                        or record["kind"] == "score"
+                        or record["step"] <= about["step"]
+                            and (record["kind"] == "step" or record["cycle"] < about["cycles_done"]))
             except (ValueError, KeyError, TypeError):
                 return False
         lines = path.read_bytes().splitlines(keepends=True)
@@ -369,10 +405,12 @@ class SlowrunFolder(Run):
     def __init__(self, config, data_fingerprint, folder):
         super().__init__(config, data_fingerprint)
         self.folder, expected = Path(folder), config.trajectories * config.cycles
-        there = sorted(int(m[1]) for m in (re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name) for p in self.folder.glob("model_*.pt")) if m)
+        there = sorted(int(m[1]) for m in (re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name)
+                                           for p in self.folder.glob("model_*.pt")) if m)
         if not there or there[-1] >= expected:
-            refuse(f"members={folder} holds {f'model_{there[-1]}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; trajectories={config.trajectories} x "
-                   f"cycles={config.cycles} expect model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
+            refuse(f"members={folder} holds {f'model_{there[-1]}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; "
+                   f"trajectories={config.trajectories} x cycles={config.cycles} expect "
+                   f"model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
         if next(self.path.glob("trajectory_*"), None):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
 
@@ -389,11 +427,13 @@ class SlowrunFolder(Run):
             weights = load(path)
         except Damaged as e:
             refuse(f"{path} {e}: {self.mend(t)}")
-        if not isinstance(weights, dict) or not all(isinstance(n, str) and dense(w) and w.is_floating_point() for n, w in weights.items()):
+        if not isinstance(weights, dict) or not all(isinstance(n, str) and dense(w) and w.is_floating_point()
+                                                    for n, w in weights.items()):
             refuse(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: {self.mend(t)}")
         own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
         with zipfile.ZipFile(path) as records:          # their checksums stand for the contents, without reading them
-            sha256 = hashlib.sha256(repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
+            sha256 = hashlib.sha256(
+                repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()
             if check and records.testzip():
                 refuse(f"{path} is damaged, its checksum is another: {self.mend(t)}")
         return own, dict(sha256=sha256)
@@ -405,21 +445,31 @@ def read_prior(folder):
     result = read_json(path) if path.exists() else refuse(f"no {path}: run prior.py on its config first")
     try:
         members, answers = result["members"], result["answers"]
-        good = all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"])) and all(isinstance(m["weights_sha256"], str) for m in members)
+        good = (all(type(n) is int and 0 <= n < 10_000 for m in members for n in (m["trajectory"], m["cycle"]))
+                and all(isinstance(m["weights_sha256"], str) for m in members))
         good &= all(isinstance(result["text"].get(key, ""), str) for key in ("data", "text_sha256"))
         good &= {"best", "learned"} <= {a["rule"] for a in answers} and type(result["distill_from"]) is int
         for a in [a for a in answers if a["rule"] != "student"]:        # which is no member
-            good &= len(a["weights"]) == len(a["members"]) == a["K"] > 0 and set(a["members"]) <= set(range(len(members))) and 0 <= min(a["weights"])
+            good &= (len(a["weights"]) == len(a["members"]) == a["K"] > 0
+                     and set(a["members"]) <= set(range(len(members)))
+                     and 0 <= min(a["weights"]))
             good &= a["val_error"] is None or 0 <= a["val_error"] < 1e9
-        numbers = [row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")] + [g[key] for g in result["growing"] for key in ("cycle", "epochs")]
-        good &= len(numbers) > 2 and all(0 <= x < 1e9 for x in numbers) and isinstance(result["text"], dict) and bool(result["growing"])
+        numbers = ([row[key] for row in [*members, *result["growing"], *answers] for key in ("fit_loss", "val_loss")]
+                   + [g[key] for g in result["growing"] for key in ("cycle", "epochs")])
+        good &= (len(numbers) > 2
+                 and all(0 <= x < 1e9 for x in numbers)
+                 and isinstance(result["text"], dict)
+                 and bool(result["growing"]))
     except (KeyError, TypeError, ValueError, AttributeError):
         good = False
     return result if good else refuse(f"{path} is not what prior.py writes: run it on its config again")
 
 
 def whole_mixture(prior):
-    """[(its entry in members, weight)] of the learned prior over all members, of the contents of prior.json; and its fingerprint."""
+    """
+    [(its entry in members, weight)] of the learned prior over all members, of the contents of prior.json;
+    and its fingerprint.
+    """
     answer = max((a for a in prior["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     pairs = [(prior["members"][i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
     return pairs, sha256_of([(m["weights_sha256"], w) for m, w in pairs])[:12]

@@ -192,12 +192,16 @@ def paired_error(difference, sizes):
 # --------------------------------------------------------------------------------------------- the scores
 
 def load_member(model, run, t, c):
-    """A member's weights into a model. Its MTP head has no use here and is left. Exits with code 2 where the rest does not fit."""
+    """
+    A member's weights into a model. Its MTP head has no use here and is left.
+    Exits with code 2 where the rest does not fit.
+    """
     weights, own = run.read_member(t, c)[0], model.state_dict()
     shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
     for name in sorted(n for n in {*own, *weights} if not n.startswith("mtp_")):
         if shape(weights, name) != shape(own, name):
-            refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {name} is {shape(weights, name)} there and {shape(own, name)} here; use its config")
+            refuse(f"{run.member_path(t, c)} is of another model or tokenizer: "
+                   f"{name} is {shape(weights, name)} there and {shape(own, name)} here; use its config")
     model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")}, strict=False)
 
 
@@ -209,7 +213,8 @@ def score_members(config, data, run, world):
     seen = world.gather(run.student() + run.members())
     members = sorted(set().union(*seen))
     if set(members) <= {STUDENT}:
-        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first, or name others' by --members=FOLDER", common=True)
+        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first, "
+               "or name others' by --members=FOLDER", common=True)
     run.claim_scores()
     world.barrier(everyone=True)
     sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
@@ -222,7 +227,8 @@ def score_members(config, data, run, world):
         load_member(model, run, *member)
         scores = loader.score_sets(model, data, config.micro_batch)
         run.save_scores(*member, scores)
-        run.log(kind="score", trajectory=member[0], cycle=member[1], **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
+        run.log(kind="score", trajectory=member[0], cycle=member[1],
+                **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
     world.barrier(everyone=True)
     for member in members:
         if member not in seen[0]:
@@ -254,39 +260,47 @@ def print_table(config, result):
     print(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
     for a in result["answers"]:
         error = "-" if a["val_error"] is None else f"{a['val_error']:.4f}"
-        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} {a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
+        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} "
+              f"{a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
     if any(a["rule"] == "student" and not a["of_this_mixture"] for a in result["answers"]):
         print("The student was taught by another mixture than this one: move student.pt and student/ away to train it anew.")
-    print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; +- is the standard error, over validation "
-          f"documents, of the difference to the best member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
+    print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; "
+          "+- is the standard error, over validation documents, of the difference to the best member. "
+          f"The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
 def weigh(config, data, run, members):
     """The contents of prior.json, from the scores of the members and, where it comes first, a student."""
     students, members = [m for m in members if m == STUDENT], [m for m in members if m != STUDENT]
-    log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students] for split in ("fit", "val")}
+    log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students]
+             for split in ("fit", "val")}
     fit = torch.from_numpy(np.stack(log_p["fit"][:len(members)]))                   # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
     alone = lambda i: (torch.tensor([i]), torch.ones(1, dtype=torch.float64))
-    mixtures = dict(members=[alone(i) for i in range(len(members))], growing=[(chosen, weights) for _, chosen, weights in grown],
+    mixtures = dict(members=[alone(i) for i in range(len(members))],
+                    growing=[(chosen, weights) for _, chosen, weights in grown],
                     **rules, student=[alone(len(members)) for _ in students])
     best = int(rules["best"][0][0])                             # its index, among members and so among all mixtures
     rows = iter(evaluate(sum(mixtures.values(), []), best, log_p, data))        # in one pass over each held-out set
     losses = {kind: [next(rows) for _ in some] for kind, some in mixtures.items()}
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
-    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.scores_of(t, c)["weights_sha256"], **row) for (t, c), row in zip(members, losses["members"])]
-    result["growing"] = [dict(cycle=cycle, members=len(chosen), epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
+    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.scores_of(t, c)["weights_sha256"], **row)
+                         for (t, c), row in zip(members, losses["members"])]
+    result["growing"] = [dict(cycle=cycle, members=len(chosen),
+                              epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
                          for (cycle, chosen, _), row in zip(grown, losses["growing"])]
     kept = {len(members), *(2 ** i for i in range(len(members).bit_length()))}
     for rule, answers in rules.items():
-        answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **row) for (m, w), row in zip(answers, losses[rule])]
+        answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **row)
+                   for (m, w), row in zip(answers, losses[rule])]
         result["answers"] += [a for a in answers if a["K"] in kept]
         result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
-    for student, row in zip(students, losses["student"]):       # no member: it was taught by a mixture of them, maybe an older one
+    for student, row in zip(students, losses["student"]):       # no member: taught by a mixture of them, maybe an older one
         about = run.read_member(*student, check=False)[1]
         current = about["taught_by"] == whole_mixture(result)[1]
-        result["answers"].append(dict(K=1, rule="student", members=[], weights=[], epochs=about["epochs"], of_this_mixture=current, **row))
+        result["answers"].append(dict(K=1, rule="student", members=[], weights=[], epochs=about["epochs"],
+                                      of_this_mixture=current, **row))
     result["answers"].sort(key=lambda a: a["K"])
     return result
 

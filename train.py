@@ -98,7 +98,10 @@ def label_loss(model, batch, numbers=None):
 
 
 def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
-    """Clip the gradients to norm 1 and take a step. Returns the norm before; where it is not finite the loop ends (refuse_nan)."""
+    """
+    Clip the gradients to norm 1 and take a step.
+    Returns the norm before; where it is not finite the loop ends (refuse_nan).
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step(lr_multiplier, wd_multiplier)
     return norm
@@ -143,8 +146,9 @@ class Trajectory:
         self.model = GPT(config).init_weights().place(world.device, config.compile)
         self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, world.data_group, config.momentum_warmup)
-        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed, config.packings)
-        self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, where there is one
+        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple,
+                                      self.seed, config.packings)
+        self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, or None
         if state:
             self.go_on_from(*state)
         self.ddp_model = distributed(self.model, world.data_group, config.micro_batch)
@@ -154,9 +158,11 @@ class Trajectory:
         try:
             self.model.load_state_dict(part("model."))
             moments = {name: (tensors[f"m.{name}"], tensors[f"v.{name}"]) for name in part("m.")}
-            self.optimizer.load_state_dict(dict(steps=about.get("updates", about["step"]), moments=moments))       # older states lack updates
+            # older states lack updates
+            self.optimizer.load_state_dict(dict(steps=about.get("updates", about["step"]), moments=moments))
         except (KeyError, RuntimeError, AssertionError):
-            refuse(f"the resume state of trajectory {self.t} is of another model: restore it, or delete the trajectory's folder and train it again")
+            refuse(f"the resume state of trajectory {self.t} is of another model: "
+                   "restore it, or delete the trajectory's folder and train it again")
         self.average = {name: w.to(self.model.device, copy=True) for name, w in part("average.").items()} or None
         self.batches.position = about["position"]
         self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
@@ -179,7 +185,8 @@ class Trajectory:
         return {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
 
     def about(self):
-        return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step, step=self.step, updates=self.optimizer.steps)
+        return dict(position=self.batches.position, cycles_done=self.cycles_done, cycle_step=self.cycle_step,
+                    step=self.step, updates=self.optimizer.steps)
 
 
 def distributed(model, process_group, micro_batch):
@@ -188,9 +195,12 @@ def distributed(model, process_group, micro_batch):
         return model
     with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers, which 2.11 only knows by this name
         warnings.simplefilter("ignore", FutureWarning)
-        shared = DistributedDataParallel(model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
-    # after a first pass DDP lays out its buckets anew, and sums in another order: now, so that a resumed run sums as it would have
-    label_loss(shared, torch.zeros(micro_batch, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)).backward()
+        shared = DistributedDataParallel(
+            model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # after a first pass DDP lays out its buckets anew, and sums in another order:
+    # now, so that a resumed run sums as it would have
+    label_loss(shared,
+               torch.zeros(micro_batch, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)).backward()
     return shared
 
 
@@ -226,7 +236,10 @@ def as_saved(model, config):
 
 
 def keep_member(launch, trajectory):
-    """At a cycle's end: the member, with its loss on the fitness set, and the state to go on from, both from the same weights."""
+    """
+    At a cycle's end: the member, with its loss on the fitness set, and the state to go on from,
+    both from the same weights.
+    """
     run, data, lead, config = launch.run, launch.data, launch.world.lead, launch.run.config
     t, cycle, model = trajectory.t, trajectory.cycles_done - 1, trajectory.model
     if lead:
@@ -248,12 +261,15 @@ def refuse_nan(trajectory, rows, loss, norm):
     """Where a loss or a gradient norm is no finite number: one line that says on which step and sequences, exit code 1."""
     if not math.isfinite(loss + norm):
         newest = trajectory.batches.position - 1
-        refuse(f"trajectory {trajectory.t}, cycle {trajectory.cycles_done}, step {trajectory.cycle_step}: loss {loss}, gradient norm {norm} on sequences "
-               f"{newest - len(rows) + 1} .. {newest} of its order; what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
+        refuse(f"trajectory {trajectory.t}, cycle {trajectory.cycles_done}, step {trajectory.cycle_step}: "
+               f"loss {loss}, gradient norm {norm} on sequences {newest - len(rows) + 1} .. {newest} of its order; "
+               "what was saved before stays: start anew in another --run_dir, with a lower --lr_scale or another --seed",
+               code=1)
 
 
 def report(launch, trajectory, loss, norm, tokens_per_s):
-    launch.bar.set_postfix_str(f"trajectory {trajectory.t} cycle {trajectory.cycles_done} loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+    launch.bar.set_postfix_str(f"trajectory {trajectory.t} cycle {trajectory.cycles_done} loss {loss:.3f}, "
+                               f"{tokens_per_s:,.0f} tokens/s", refresh=False)
     launch.bar.update()
     if launch.world.lead:
         launch.run.log(kind="step", trajectory=trajectory.t, cycle=trajectory.cycles_done, step=trajectory.step,
@@ -272,12 +288,13 @@ def train_cycle(launch, trajectory, loss_fn):
         seed_step(trajectory.seed, trajectory.step, world.data_rank)
         rows, numbers = trajectory.batches.take(tokens // config.sequence_len)      # of all ranks: (n, T + 1), (n,)
         mine = slice(world.data_rank, None, world.data_size)
-        micro_batches = list(zip(world.to_device(rows[mine]).split(config.micro_batch), numbers[mine].split(config.micro_batch)))
+        micro_batches = list(zip(world.to_device(rows[mine]).split(config.micro_batch),
+                                 numbers[mine].split(config.micro_batch)))
         rates = rate_multipliers(config.schedule, at, span)
         loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, micro_batches, loss_fn, rates)
         loss, norm, stop.agreed = world.agree(loss, norm, stop.asked)
         refuse_nan(trajectory, rows, loss, norm)
-        if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:      # the last step among them
+        if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:      # the last step, too
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
         trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
         report(launch, trajectory, loss, norm, tokens / (time.perf_counter() - began) * world.groups)
@@ -298,11 +315,12 @@ def train_trajectory(launch, trajectory, end, loss_for_cycle):
         if not launch.stop.agreed:
             train_cycle(launch, trajectory, loss_fn)
         if launch.stop.agreed:
-            if trajectory.cycle_step:               # else the state of the last cycle's end still holds: the noise is drawn again
+            if trajectory.cycle_step:               # else the last cycle's end state still holds: the noise is drawn again
                 save_state(launch, trajectory)
             return
         if trajectory.average:                      # the next cycle, too, starts from it
-            model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share) for name, w in model.state_dict().items()})
+            model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share)
+                                   for name, w in model.state_dict().items()})
         trajectory.cycles_done, trajectory.cycle_step, trajectory.average = cycle + 1, 0, None
         model.looping = True                        # as whoever uses the member runs it
         keep_member(launch, trajectory)
@@ -319,16 +337,20 @@ def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
     run = Run(config, data.fingerprint, **identity)
     lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
     if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
-        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of the average; lower it", common=True)
+        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps "
+               "holds no two updates of the average; lower it", common=True)
     world = join_world(config)
     with run, StopSignals() as stop:
         states = run.begin(world, first, end)      # trajectory -> (tensors, about) or None
         if world.rank == 0:
-            print(f"cycles {first} .. {end - 1} of {config.cycles}; trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: {world.data_size}, "
-                  f"on {world.device.type}, {activate_attention(world.device)}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+            print(f"cycles {first} .. {end - 1} of {config.cycles}; "
+                  f"trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: {world.data_size}, "
+                  f"on {world.device.type}, {activate_attention(world.device)}; "
+                  f"{config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
         launch = Launch(run, data, lengths, world, stop)
         # counts all cycles, so that the ETA is that of the population: train.py alone ends early
-        launch.bar = world.progress(total=sum(lengths) * len(states), initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
+        launch.bar = world.progress(total=sum(lengths) * len(states),
+                                    initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
         for t in states:                            # one after another; other groups of ranks take other trajectories
             if states[t] and states[t][1]["cycles_done"] >= end:
                 continue
@@ -339,7 +361,8 @@ def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
             if stop.agreed:
                 launch.bar.close()
                 if world.lead:
-                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; to go on: {resume_command}", flush=True)
+                    print(f"stopped after step {trajectory.step} of trajectory {t}, saved; "
+                          f"to go on: {resume_command}", flush=True)
                 raise SystemExit(STOPPED)
         launch.bar.close()
         world.barrier(everyone=True)

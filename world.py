@@ -44,8 +44,9 @@ def cannot_share(config, size):
     """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
     if config.micro_batch in micro_batches(config, size):
         return None
-    return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, sequences of {config.sequence_len}, cannot be shared by "
-            f"{size // math.gcd(size, config.trajectories)} ranks per trajectory in micro-batches of micro_batch={config.micro_batch}; "
+    return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, "
+            f"sequences of {config.sequence_len}, cannot be shared by {size // math.gcd(size, config.trajectories)} ranks "
+            f"per trajectory in micro-batches of micro_batch={config.micro_batch}; "
             f"{smaller_micro_batch(config, size) or 'start fewer processes, or raise them'}")
 
 
@@ -140,9 +141,12 @@ def keep_freed_memory():
 def join_world(config):
     """The World of this process, from torchrun's environment. Exits with code 2 where the ranks cannot share a batch."""
     rank, size, local = (os.environ.get(k, d) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
-    if not (rank + size + local).isdecimal() or int(rank) >= int(size) or int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if (not (rank + size + local).isdecimal()
+            or int(rank) >= int(size)
+            or int(size) > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()):
         speak()
-        refuse(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}, with MASTER_ADDR and MASTER_PORT, are torchrun's to set: start with torchrun, or unset them")
+        refuse(f"RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local}, with MASTER_ADDR and MASTER_PORT, "
+               "are torchrun's to set: start with torchrun, or unset them")
     rank, size, local = int(rank), int(size), int(local)
     reason = cannot_share(config, size)
     if reason:
@@ -152,14 +156,18 @@ def join_world(config):
     device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
     keep_freed_memory()
     if kind == "cpu" and os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        refuse(f"this machine's GPU cannot be used by its torch {torch.__version__}: install one that fits its driver (pytorch.org says which), or set CUDA_VISIBLE_DEVICES= for the CPU", common=True)
+        refuse(f"this machine's GPU cannot be used by its torch {torch.__version__}: "
+               "install one that fits its driver (pytorch.org says which), or set CUDA_VISIBLE_DEVICES= for the CPU",
+               common=True)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             refuse(f"this machine has {torch.cuda.device_count()} GPUs: start so many processes on it, not more", common=True)
         if torch.cuda.get_device_capability(device) < (8, 0):
-            refuse(f"{torch.cuda.get_device_name(device)} has neither bf16 nor flash attention: use a GPU of compute capability 8.0 or more, or the CPU (CUDA_VISIBLE_DEVICES=)", common=True)
+            refuse(f"{torch.cuda.get_device_name(device)} has neither bf16 nor flash attention: "
+                   "use a GPU of compute capability 8.0 or more, or the CPU (CUDA_VISIBLE_DEVICES=)", common=True)
         if config.n_embd // config.n_head % 8 or config.n_embd // config.n_head > 256:
-            refuse(f"n_head={config.n_head}: flash attention wants heads of a multiple of 8, up to 256, n_embd={config.n_embd} gives {config.n_embd // config.n_head}; change one", common=True)
+            refuse(f"n_head={config.n_head}: flash attention wants heads of a multiple of 8, up to 256, "
+                   f"n_embd={config.n_embd} gives {config.n_embd // config.n_head}; change one", common=True)
         torch.cuda.set_device(device)
     data_size = size // groups
     group, data_rank = divmod(rank, data_size)
@@ -167,7 +175,8 @@ def join_world(config):
     if size > 1:
         backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
         dist.init_process_group(**backend, timeout=HANG)
-        world.data_group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + data_size)) for i in range(0, size, data_size)], timeout=HANG)
+        world.data_group, _ = dist.new_subgroups_by_enumeration(
+            [list(range(i, i + data_size)) for i in range(0, size, data_size)], timeout=HANG)
         world.everyone = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     speak(data_rank == 0)
     return world
@@ -200,7 +209,8 @@ def one_line_errors(config):
         refuse("stopped; what is done is kept, run this again to go on", code=130)
     except torch.OutOfMemoryError:
         speak()             # whichever rank it is
-        mend = smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1))) or "no smaller one shares the batches, take a smaller model or more GPUs"
+        mend = (smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
+                or "no smaller one shares the batches, take a smaller model or more GPUs")
         mend += " (or --checkpoint=True)" * (config.loop_extra > 0 and not config.checkpoint)
         refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend}"
                "; what is done is kept, and python -m tools.plan estimates what fits")
@@ -208,7 +218,8 @@ def one_line_errors(config):
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         speak()
-        refuse(f"rank {os.environ.get('RANK')} lost another one, which stopped or hangs: see its own last line; what was saved stays, start all again", code=1)
+        refuse(f"rank {os.environ.get('RANK')} lost another one, which stopped or hangs: see its own last line; "
+               "what was saved stays, start all again", code=1)
 
 
 class StopSignals:

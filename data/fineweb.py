@@ -15,7 +15,8 @@ from data.loader import file_name
 from files import differences, read_json, write_json
 from world import progress_bar
 
-SOURCE = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train", revision="9bb295ddab0e05d785b879661af7260fed5140fc")    # v1.4.0
+SOURCE = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
+              revision="9bb295ddab0e05d785b879661af7260fed5140fc")          # v1.4.0
 SAVE_EVERY = 5_000                  # documents
 PUBLISHED = {                       # (split, tokens) -> SHA-256 of the file that the public script wrote, with torch 2.10
     ("val", 10_000_000): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
@@ -32,10 +33,12 @@ def open_stream(**source):
         stream = datasets.load_dataset(**source, streaming=True, batch_size=100)       # rows read ahead are most of the memory
         columns = stream.column_names or list(next(iter(stream.take(1)), {}))
         if "text" not in columns:
-            refuse(f"data: {name_of(source)} has no column 'text', only {', '.join(columns) or 'nothing'}; rename the one with the documents")
+            refuse(f"data: {name_of(source)} has no column 'text', only {', '.join(columns) or 'nothing'}; "
+                   "rename the one with the documents")
         return stream.select_columns(["text"])
     except Exception as e:                  # anything, from a lost network to a torn file
-        mend = "is it a whole .parquet file?" if source["path"] == "parquet" else "connect, or put the public fineweb_val.pt and fineweb_train.pt into data_dir"
+        mend = ("is it a whole .parquet file?" if source["path"] == "parquet" else
+                "connect, or put the public fineweb_val.pt and fineweb_train.pt into data_dir")
         refuse(f"data: cannot read {name_of(source)} ({type(e).__name__}): {mend}")
 
 
@@ -46,7 +49,8 @@ def name_of(source):
 def text_of(row, number, source):
     """A row's document; "" for none."""
     if not isinstance(row["text"], str | None):
-        refuse(f"data: {name_of(source)}, row {number}: its column 'text' holds a {type(row['text']).__name__}, not a text; convert the column")
+        refuse(f"data: {name_of(source)}, row {number}: its column 'text' holds a {type(row['text']).__name__}, "
+               "not a text; convert the column")
     return row["text"] or ""
 
 
@@ -64,7 +68,8 @@ class Download:
     def __init__(self, config):
         self.config, folder = config, Path(config.data_dir)
         self.tokens_path, self.state_path = folder / "fineweb.partial", folder / "fineweb.partial.json"
-        self.of = dict(source=SOURCE, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens)
+        self.of = dict(source=SOURCE, tokenizer=config.tokenizer,
+                       val_tokens=config.val_tokens, train_tokens=config.train_tokens)
         self.tokens, self.documents, self.place = 0, 0, None
         if self.state_path.exists():
             begin_again = f"delete {self.state_path.name} and {self.tokens_path.name}, to begin again"
@@ -73,7 +78,8 @@ class Download:
             if [type(x) for x in (of, self.tokens, self.documents, self.place)] != [dict, int, int, dict] or self.tokens < 0:
                 refuse(f"{self.state_path} is damaged: {begin_again}")
             if of != self.of:
-                refuse(f"{self.state_path} belongs to another download ({differences(of, self.of)}): finish that, {begin_again}, or name another --data_dir")
+                refuse(f"{self.state_path} belongs to another download ({differences(of, self.of)}): "
+                       f"finish that, {begin_again}, or name another --data_dir")
             if not self.tokens_path.exists() or self.tokens_path.stat().st_size < 2 * self.tokens:
                 refuse(f"{self.tokens_path} has lost tokens: {begin_again}")
 
@@ -88,7 +94,8 @@ class Download:
         total = c.val_tokens + c.train_tokens
         try:
             self.tokens_path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.tokens_path, "ab") as f, progress_bar(total=total, initial=self.tokens, unit="token", unit_scale=True, desc="FineWeb") as bar:
+            with open(self.tokens_path, "ab") as f, progress_bar(
+                    total=total, initial=self.tokens, unit="token", unit_scale=True, desc="FineWeb") as bar:
                 f.truncate(2 * self.tokens)             # what was written after the last save comes again
                 if self.place:
                     if self.place.keys() != stream.state_dict().keys():
@@ -96,7 +103,8 @@ class Download:
                     stream.load_state_dict(self.place)
                 for row in stream if self.tokens < total else ():
                     end = c.val_tokens if self.tokens < c.val_tokens else total
-                    ids = np.array([c.vocab_size - 1, *encode(text_of(row, self.documents, SOURCE))], np.uint16)[:end - self.tokens]
+                    ids = np.array([c.vocab_size - 1, *encode(text_of(row, self.documents, SOURCE))],
+                                   np.uint16)[:end - self.tokens]
                     f.write(ids.tobytes())
                     self.tokens, self.documents = self.tokens + len(ids), self.documents + 1
                     bar.update(len(ids))
@@ -106,8 +114,9 @@ class Download:
                         self.save(f, stream)
                 self.save(f, stream)
         except Exception as e:                          # a lost network, after many tries; a full disk; a folder that is none
-            refuse(f"data=fineweb stopped after {self.tokens:,} of {total:,} tokens in {self.tokens_path} ({type(e).__name__}: {e}): mend that and run this again, "
-                   f"it goes on from its last save; if it stops at once, delete {self.tokens_path.name} and {self.state_path.name}")
+            refuse(f"data=fineweb stopped after {self.tokens:,} of {total:,} tokens in {self.tokens_path} "
+                   f"({type(e).__name__}: {e}): mend that and run this again, it goes on from its last save; "
+                   f"if it stops at once, delete {self.tokens_path.name} and {self.state_path.name}")
         if self.tokens < total:
             refuse(f"data=fineweb ends after {self.tokens:,} tokens: val_tokens + train_tokens want {total:,}; lower them")
 
@@ -132,5 +141,7 @@ def compare(config):
         if published is None:
             verdict = "none of this size is published"
         else:
-            verdict = "equal to the published file" if mine == published else f"DIFFERENT from the published {published} (another version of torch may write other bytes for the same tokens)"
+            verdict = ("equal to the published file" if mine == published else
+                       f"DIFFERENT from the published {published} "
+                       "(another version of torch may write other bytes for the same tokens)")
         print(f"data: {path} has SHA-256 {mine}: {verdict}")

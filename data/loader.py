@@ -34,10 +34,12 @@ def read_tokens(config, split):
     except (Damaged, KeyError, TypeError, ValueError):
         refuse(f"{path} is not a readable token file: delete it, and its .json, and run python -m data.prepare again")
     if bos != config.vocab_size - 1 or tokens.dtype != np.uint16 or tokens.max(initial=0) > bos:
-        refuse(f"{path} was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the tokenizer or another data_dir")
+        refuse(f"{path} was not written with tokenizer={config.tokenizer} (its separator is {bos}): "
+               "set the tokenizer or another data_dir")
     wanted = getattr(config, f"{split}_tokens")
     if len(tokens) != wanted:
-        refuse(f"{split}_tokens={wanted}: {path} holds {len(tokens)}; set {split}_tokens={len(tokens)} or prepare another data_dir")
+        refuse(f"{split}_tokens={wanted}: {path} holds {len(tokens)}; "
+               f"set {split}_tokens={len(tokens)} or prepare another data_dir")
     if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens):
         refuse(f"{path} has document starts that do not fit its tokens: delete it and prepare it again")
     return tokens, starts
@@ -95,7 +97,8 @@ def load(config):
     splits = {split: read_tokens(config, split) for split in ("val", "train")}
     found = fingerprint(splits)
     if text_source(config).get("fingerprint", found) != found:
-        refuse(f"the files in data_dir={config.data_dir} are not what data.prepare wrote, their SHA-256 is another: delete them and run python -m data.prepare again")
+        refuse(f"the files in data_dir={config.data_dir} are not what data.prepare wrote, their SHA-256 is another: "
+               "delete them and run python -m data.prepare again")
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     per_epoch = sequences_per_epoch(train, config.sequence_len, config.epoch_multiple)
     if not per_epoch:
@@ -174,8 +177,10 @@ class Batches:
     def open_epoch(self, epoch):
         """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""
         number, future = self.ahead
-        self.sequences, self.numbers = future.result() if number == epoch else self.build(epoch, self.order_of(self.packing_of(epoch)))
-        self.epoch, self.ahead = epoch, (epoch + 1, self.pool.submit(self.build, epoch + 1, self.order_of(self.packing_of(epoch + 1))))
+        self.sequences, self.numbers = (future.result() if number == epoch else
+                                        self.build(epoch, self.order_of(self.packing_of(epoch))))
+        self.epoch, self.ahead = epoch, (
+            epoch + 1, self.pool.submit(self.build, epoch + 1, self.order_of(self.packing_of(epoch + 1))))
 
     def take(self, n):
         """

@@ -74,7 +74,10 @@ def read_text(path):
 
 
 def file_documents(path):
-    """Documents of a .txt file (separated by white-space-only lines; without any, one a line), a .jsonl or a .parquet (column text)."""
+    """
+    Documents of a .txt file (separated by white-space-only lines; without any, one a line),
+    a .jsonl or a .parquet (column text).
+    """
     if path.suffix == ".parquet":
         return [document for document in fineweb.parquet_documents(path) if document.strip()]
     text = read_text(path)
@@ -89,7 +92,8 @@ def file_documents(path):
                 documents.append(json.loads(line)["text"])
                 documents[-1].encode()
             except (ValueError, KeyError, TypeError, AttributeError):
-                refuse(f"data: {path} line {number} is no JSON object with a text in its column 'text'; mend or remove the line")
+                refuse(f"data: {path} line {number} is no JSON object with a text in its column 'text'; "
+                       "mend or remove the line")
     return [document for document in documents if document.strip()]
 
 
@@ -130,8 +134,9 @@ def write(config, splits, token_bytes, source):
             shutil.rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:
             for split, (tokens, starts) in splits.items():
-                torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts), bos_id=config.vocab_size - 1,
-                                seq_shuffle_seed={"val": 42, "train": 43}[split], seq_size=config.sequence_len + 1),
+                torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts),
+                                bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[split],
+                                seq_size=config.sequence_len + 1),
                            os.path.join(folder, file_name(config, f"_{split}.pt")))
             np.save(array := io.BytesIO(), token_bytes)         # numpy's own writing does not notice a full disk
             Path(folder, file_name(config, "_bytes.npy")).write_bytes(array.getbuffer())
@@ -139,12 +144,14 @@ def write(config, splits, token_bytes, source):
             for ending in ENDINGS:
                 os.replace(os.path.join(folder, file_name(config, ending)), target / file_name(config, ending))
     except (OSError, RuntimeError) as e:            # torch.save turns the one into the other
-        refuse(f"data_dir={config.data_dir}: cannot write there: {getattr(e, 'strerror', None) or 'no space, or no right to'}; make room, or name another --data_dir")
+        refuse(f"data_dir={config.data_dir}: cannot write there: "
+               f"{getattr(e, 'strerror', None) or 'no space, or no right to'}; make room, or name another --data_dir")
 
 
 def download_fineweb(config, there):
     if there:
-        refuse(f"data_dir={config.data_dir} holds only a part of the FineWeb files ({', '.join(file_name(config, e) for e in sorted(there))}): add the rest, or move them away")
+        refuse(f"data_dir={config.data_dir} holds only a part of the FineWeb files "
+               f"({', '.join(file_name(config, e) for e in sorted(there))}): add the rest, or move them away")
     encode, _, token_bytes = get_tokenizer(config.tokenizer)
     download = fineweb.Download(config)
     download.run(encode)
@@ -168,7 +175,8 @@ def prepare(config):
     print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {source['text_sha256']}")
     if ".json" in there:
         theirs = text_source(config)
-        differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted" for k in source if k not in ("data", "python") and theirs.get(k) != source[k]]
+        differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted"
+                  for k in source if k not in ("data", "python") and theirs.get(k) != source[k]]
         if differ:
             refuse(f"data_dir={config.data_dir} holds other data ({'; '.join(differ)}); name another --data_dir")
         if there == set(ENDINGS):
@@ -180,7 +188,8 @@ def prepare(config):
     if len(splits["train"][0]) < config.train_tokens:
         have = sum(len(tokens) for tokens, _ in splits.values())
         refuse(f"data={config.data} is too short: val_tokens={config.val_tokens} + train_tokens={config.train_tokens} want "
-               f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; lower them (and fitness_tokens), or add text")
+               f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; "
+               "lower them (and fitness_tokens), or add text")
     write(config, splits, token_bytes, source)
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}")
 

@@ -16,8 +16,12 @@ RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930
 
 
 def install_ranks(path):
-    """Put a local r50k_base.tiktoken where tiktoken looks before it downloads it. Exits with code 2 where it is another file."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", os.path.join(tempfile.gettempdir(), "data-gym-cache")))
+    """
+    Put a local r50k_base.tiktoken where tiktoken looks before it downloads it.
+    Exits with code 2 where it is another file.
+    """
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR",
+                            os.environ.get("DATA_GYM_CACHE_DIR", os.path.join(tempfile.gettempdir(), "data-gym-cache")))
     try:
         ranks = Path(path).read_bytes()
     except OSError as e:
@@ -36,8 +40,9 @@ def get_tokenizer(name):
     try:
         encoding = tiktoken.get_encoding("r50k_base")       # the ids of "gpt2", from one file instead of two
     except Exception as e:
-        refuse(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}); connect once, give a copy of r50k_base.tiktoken to "
-               "python -m data.prepare CONFIG --gpt2_ranks=FILE, set TIKTOKEN_CACHE_DIR to a folder that has them, or use tokenizer=bytes")
+        refuse(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}); "
+               "connect once, give a copy of r50k_base.tiktoken to python -m data.prepare CONFIG --gpt2_ranks=FILE, "
+               "set TIKTOKEN_CACHE_DIR to a folder that has them, or use tokenizer=bytes")
     bos = VOCAB_SIZE["gpt2"] - 1
     sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(bos)]
     return encoding.encode_ordinary, lambda ids: encoding.decode([i for i in ids if i != bos]), np.array(sizes + [0], np.uint8)
