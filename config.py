@@ -84,7 +84,7 @@ class Config(GPTConfig):
     micro_batch: int = free()               # sequences per rank and backward pass
     # chain distillation
     distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
-    distill_teacher: str = "predecessor"    # the trajectory's last member; best: its fittest so far; mixture: of all so far
+    distill_teacher: str = "predecessor"    # its last member; best: its best on the fitness set; mixture: of all so far
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
     # one student of the finished population (distill.py --student): one cosine, without dropout
