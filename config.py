@@ -132,6 +132,9 @@ def rules(c):
             yield in_range, key, f"must be {'0 or more' if key in MAY_BE_ZERO else 'more than 0'}, and less than 2^31"
     for key, values in CHOICES.items():
         yield getattr(c, key) in values, key, f"must be {', '.join(values[:-1])} or {values[-1]}"
+    for key in ("run_dir", "data_dir"):
+        path = os.fsencode(getattr(c, key))
+        yield max(map(len, path.split(b"/"))) < 240 and len(path) < 3800, key, "is too long a name for a file system"
     yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", \
         f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
     yield c.distill_teacher != "mixture" or c.packings, "packings", \
@@ -253,10 +256,11 @@ def from_args(argv, usage):
     The checked Config of a command line `CONFIG [--name=value ...]` (argv None: the process's own); --epochs=E stands
     for the values of recipe(E). usage is the script's docstring, printed by --help. Exits with code 2 on bad input.
     """
-    options, argv = take_actions(argv, epochs="")
+    argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(usage.strip())
         raise SystemExit(0)
+    options, argv = take_actions(argv, epochs="")
     paths = [a for a in argv if not a.startswith("--")]
     if len(paths) != 1:
         refuse(f"want one config file, such as configs/tiny.py, got {' '.join(paths) or 'none'}; "
@@ -272,7 +276,7 @@ def from_args(argv, usage):
     values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()} | given
     budget = options.epochs
     if budget:
-        if not budget.isdecimal() or not 0 < int(budget) <= 100_000:
+        if not budget.isdecimal() or len(budget) > 6 or not 0 < int(budget) <= 100_000:
             refuse(f"epochs={budget!r}: no recipe fits it; "
                    "wants a whole number from 1 to 100,000, over all trajectories together")
         if values.get("schedule", "cycle") != "cycle":

@@ -131,6 +131,11 @@ class Run:
         write_json(self.config_path, {"identity": self.identity, "config": vars(self.config),
                                       "code": code, "torch": torch.__version__})
 
+    def sweep_killed(self):
+        """What killed writers of this machine left; before any rank writes."""
+        for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*") if first_here() else ():
+            sweep(self.path, pattern)
+
     def claim_scores(self):
         """For prior.py, which may run beside training."""
         if first_rank():
@@ -147,8 +152,7 @@ class Run:
         if world.rank == 0 and self.path.exists():
             self.lock(self.path, "training")        # before any state is read, or another run could go past it
         world.barrier(everyone=True)
-        for killed in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*") if first_here() else ():
-            sweep(self.path, killed)                # now: another machine may soon write beside us
+        self.sweep_killed()                         # now: another machine may soon write beside us
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
         behind = sorted(sum(world.gather(behind), []))
@@ -164,6 +168,9 @@ class Run:
         if any(about["step"] != begun[t]["step"] for of_rank in found for t, about in of_rank.items()):
             refuse(f"run_dir={self.path}: the ranks of a trajectory see different resume states: "
                    "they want one folder, on a disk that all of them see", common=True)
+        if world.rank == 0 and not self.locks:
+            self.lock(self.path, "training")
+        world.barrier(everyone=True)                # before any machine cuts the log of what may be another's run
         self.claim(begun)
         world.barrier(everyone=True)
         for t, state in states.items():
@@ -351,7 +358,7 @@ class Run:
             scores = np.load(path, mmap_mode="r")
             whole = (scores.dtype == np.float32 and scores.shape == (tokens,)
                      and hashlib.sha256(scores).hexdigest() == self.scores_of(t, c).get(split))
-        except (OSError, ValueError, EOFError, AttributeError):
+        except Exception:       # numpy raises nearly anything on damaged bytes
             whole = False
         if not whole:
             refuse(f"{path} is gone or damaged, its SHA-256 is another: delete {path.parent.parent} and run prior.py again")
@@ -414,6 +421,9 @@ class SlowrunFolder(Run):
         if next(self.path.glob("trajectory_*"), None):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
 
+    def members(self):
+        return [(t, c) for t, c in super().members() if self.member_path(t, c).exists()]
+
     def member_path(self, t, c):
         return self.folder / f"model_{t * self.config.cycles + c}.pt"
 
@@ -431,6 +441,8 @@ class SlowrunFolder(Run):
                                                     for n, w in weights.items()):
             refuse(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: {self.mend(t)}")
         own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
+        if len(own) < len(weights):
+            refuse(f"{path} holds a weight twice, with and without a prefix: {self.mend(t)}")
         with zipfile.ZipFile(path) as records:          # their checksums stand for the contents, without reading them
             sha256 = hashlib.sha256(
                 repr([(r.filename.split("/", 1)[-1], r.CRC) for r in records.infolist()]).encode()).hexdigest()

@@ -313,6 +313,8 @@ def main(argv=None):
         world = join_world(config)
         speak()                                     # every rank scores members of its own
         if options.members:
+            run.sweep_killed()
+            world.barrier(everyone=True)
             run.claim()
             world.barrier(everyone=True)
         members = score_members(config, data, run, world)

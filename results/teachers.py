@@ -473,7 +473,7 @@ def report(root, texts):
 
 def main():
     if sys.argv[1] == "--report":               # of what is done so far
-        return report(Path(sys.argv[2]), sys.argv[3:])
+        return report(Path(sys.argv[2]), sys.argv[3:] or ["manual"])
     root, texts = Path(sys.argv[1]), {"manual": "manual", **dict(a.split("=") for a in sys.argv[2:])}
     root.mkdir(parents=True, exist_ok=True)
     sources = {**texts, "tune_manual": tuning_text(root, "manual", "manual")}
@@ -482,7 +482,7 @@ def main():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for some in (searches("manual").values(), all_jobs(texts, root)):
             list(pool.map(lambda job: attempt(job, root, sources), some))
-    report(root, texts)
+    report(root, list(texts))
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
         ("table.csv", ["table.csv", ".jsonl"]), ("rows.jsonl", ["rows.jsonl", "line 1", "'text'"]), ("torn.parquet", ["torn.parquet"]), ("folder", ["folder"]))),
     (prepare, ["--data=,"], ["names no file"]), (prepare, ["--data_dir={place}/file"], ["file"]), (prepare, ["--gpt2_ranks={place}/ranks"], ["ranks"]),
     (train, ["--data_dir={place}/none"], ["none", "data.prepare"]), (train, ["--run_dir=/proc/none"], ["run_dir", "/proc/none"]), (train, ["--run_dir={place}/file"], ["run_dir"]),
+    *((train, [f"--{key}={name}"], [key, "too long"]) for key in ("run_dir", "data_dir") for name in ("a" * 256, "a/" * 3000)), (train, ["--epochs=" + "9" * 5000], ["epochs=", "100,000"]),
     (train, ["--seed=7"], ["seed is 42 there and 7 here", "--run_dir"]), (distill, ["--run_dir={place}/other"], ["train.py"]), (prior, ["--run_dir={place}/other"], ["no members"]),
     (prior, ["--members={place}/folder", "--run_dir={place}/other"], ["no model_0.pt"]), (prior, ["--members="], ["--members", "VALUE"]),
     # tools

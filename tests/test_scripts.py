@@ -227,6 +227,7 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     (lambda f: torch.save({"model_state_dict": {}}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
     (lambda f: torch.save([torch.zeros(1)], f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
     (lambda f: torch.save({n: w.int() for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
+    (lambda f: torch.save({p + n: w for n, w in torch.load(f / "model_0.pt").items() for p in ("", "module.")}, f / "model_3.pt"), ["model_3.pt", "twice"]),
     (lambda f: [p.rename(f / p.name.replace("model_", "model_0")) for p in f.iterdir()], ["no model_0.pt"]),
     (lambda f: torch.save({"w": os.system}, f / "model_3.pt"), ["model_3.pt", "not readable"]),
     (lambda f: torch.save({**torch.load(f / "model_0.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"), ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
@@ -334,7 +335,7 @@ def test_members_of_another_tokenizer_or_fitness_set(key, value, finished, monke
         path.write_bytes(kept)
 
 
-@pytest.mark.parametrize("content", [b"junk", b"", np.float32(np.nan), np.float32(500)])
+@pytest.mark.parametrize("content", [b"junk", b"", b"PK\x03\x04", np.float32(np.nan)])
 def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)

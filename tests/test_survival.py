@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+import distill
 import files
 import population
 import prior
@@ -145,6 +146,30 @@ def test_all_ranks_of_a_group_leave_at_the_same_step(begun):
     assert [s[:2] for s in kill.left(folder)["steps"]] == [s[:2] for s in whole["steps"]]
 
 
+def test_machines_with_disks_of_their_own(begun):
+    """Each rank is the first on its machine, with a run directory there: killed, each cuts its own log back, and sweeps it."""
+    argv, folder, log, _ = begun
+    homes = [folder / "0", folder / "1"]
+    def apart(rank):
+        population.first_here = lambda: True
+        homes[rank].mkdir(parents=True, exist_ok=True)
+        os.chdir(homes[rank])
+    start = lambda: kill.start([*argv, "--trajectories=2", "--run_dir=run"], log, 2, apart, scripts=(train, distill))
+    logged = homes[1] / "run" / "metrics.jsonl"
+    for lines in (1, 6):                            # a step past the last state
+        children = start()
+        def moment():
+            while not logged.exists() or len(logged.read_text().splitlines()) < lines:
+                assert kill.ended(children[1]) is None
+            return True
+        assert kill.kill_when(children, moment)
+        for name in (".config.json.0.999999999", ".metrics.jsonl.1.999999999"):
+            (homes[1] / "run" / name).touch()
+    assert kill.finish(start()) == [0, 0], log.read_text()[-2000:]
+    for t, home in enumerate(homes):
+        assert [s[:2] for s in kill.left(home / "run")["steps"]] == [(t, s) for s in range(1, 10)] and kill.debris(home) == []
+
+
 def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):
     """Begun on one rank, gone on with on two, and back: every step has the tokens of an uninterrupted run, once."""
     argv, folder, log, _ = begun
@@ -253,11 +278,12 @@ def test_flipped_scores_and_results_are_named(split, begun, reference, capsys):
     shutil.copytree(reference[0] / "whole", folder)
     for path in (folder / "scores" / split / "00_001.npy", folder / "scores" / "00_001.json"):
         kept = path.read_bytes()
-        path.write_bytes(flipped(kept, 8 * (len(kept) - 40)))
-        with pytest.raises(SystemExit) as stop:
-            prior.main(argv)
-        path.write_bytes(kept)
-        assert stop.value.code == 2 and "00_001" in error_line(capsys.readouterr().err)
+        for bit in (8 * (len(kept) - 40), 70):              # in the numbers; in numpy's head of them
+            path.write_bytes(flipped(kept, bit))
+            with pytest.raises(SystemExit) as stop:
+                prior.main(argv)
+            path.write_bytes(kept)
+            assert stop.value.code == 2 and "00_001" in error_line(capsys.readouterr().err)
     (folder / "prior.json").write_bytes((folder / "prior.json").read_bytes().replace(b'"K": 1', b'"K": 2', 1))
     with pytest.raises(SystemExit):
         population.read_prior(folder)
@@ -277,7 +303,7 @@ def test_flipped_data_is_refused(reference, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_no_step_is_taken_on_what_is_no_number(what, begun):
+def test_nothing_is_kept_of_a_step_that_is_no_number(what, begun):
     """The fifth step's loss or gradient is no number: it stops, names the step, and without the cause goes on as if nothing had been."""
     argv, folder, log, _ = begun
     def poison(rank):
