@@ -1,6 +1,6 @@
 """
 Primitive 2, distillation (paper, section 3.2): from cycle distill_from on, every member learns from labels and from a
-frozen teacher, by distill_teacher its predecessor (the paper's chain), the best member so far or the mixture of all so far.
+frozen teacher: by distill_teacher its predecessor (the paper's chain), its trajectory's best member so far or mixture of all.
 
 One process:  python distill.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py

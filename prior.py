@@ -133,7 +133,7 @@ def answers_for(log_p):
     """
     {rule: [(members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness loss;
     uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the paper's);
-    learned: what elimination leaves. Where K exceeds the members that have weight, others join with weight 0, by loss.
+    learned: what elimination leaves. A rule may give fewer members than K: others join with weight 0, by loss.
     """
     weights, gap = fit_weights(log_p)
     by_loss = mean_log_p(log_p).argsort(descending=True, stable=True)
@@ -143,10 +143,12 @@ def answers_for(log_p):
     for K in range(1, len(log_p) + 1):
         rules["uniform"].append((by_loss[:K], torch.full((K,), 1 / K, dtype=torch.float64)))
         rules["topk"].append((by_weight[:K], weights[by_weight[:K]] / weights[by_weight[:K]].sum()))
-        members, w = left[min(K, max(left))]
+        rules["learned"].append(left[min(K, max(left))])
+
+    def filled(K, members, weights):
         idle = by_loss[~torch.isin(by_loss, members)][:K - len(members)]
-        rules["learned"].append((torch.cat([members, idle]), torch.cat([w, torch.zeros(len(idle), dtype=torch.float64)])))
-    return rules, gap
+        return torch.cat([members, idle]), torch.cat([weights, weights.new_zeros(len(idle))])
+    return {rule: [filled(K, *answer) for K, answer in enumerate(answers, 1)] for rule, answers in rules.items()}, gap
 
 
 def growing(members, log_p):

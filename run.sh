@@ -28,6 +28,7 @@ fi
 [ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
 [ -z "$config" ] || set -- "$config" "$@"
 processes=$("$python" -m population "$@")                   # checks config and run directory, exits 2 where they are wrong
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"         # threads that spin stop each other where the cores have other work
 launch=("$python")
 if [ "$processes" -gt 1 ]; then
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"    # to save when asked to stop

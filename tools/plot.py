@@ -33,7 +33,7 @@ def pick(priors, rule, key):
 def loss_against_K(axes, priors):
     common = set.intersection(*({a["rule"] for a in prior["answers"]} for prior in priors)) - {"best"}
     for rule in [rule for rule in dict.fromkeys(a["rule"] for a in priors[0]["answers"]) if rule in common]:
-        label, color = RULES.get(rule, (rule, None))        # a new rule is drawn under its own name
+        label, color = RULES.get(rule, (rule, "tab:purple"))        # a new rule is drawn under its own name
         K = pick(priors, rule, "K")[0]
         errors = np.array(pick(priors, rule, "val_error")[0], dtype=float)          # nan where there is one document
         curve(axes, K, pick(priors, rule, "val_loss"), errors, color=color, marker="o", label=label)
