@@ -111,16 +111,24 @@ class Run:
         while self.locks:
             self.locks.pop().close()
 
-    def claim(self, begun=None):
+    def claim(self, world, begun):
         """
-        For training, which goes on from these states (trajectory -> about): lock the directory, cut metrics.jsonl back, and
-        write config.json where there is none. One rank per machine, which may have a disk of its own.
+        For all ranks together, to go on from these states (trajectory -> about): lock the directory, and on every machine,
+        which may have a disk of its own, sweep what was left half written, cut metrics.jsonl back and write config.json.
         """
-        if not first_here():
-            return
-        if first_rank() and not self.locks:
+        if world.rank == 0 and not self.locks:
             self.lock(self.path, "training")
-        self.cut_metrics(begun or {})
+        world.barrier(everyone=True)                # before any machine touches what may be another's run
+        for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*") if first_here() else ():
+            sweep(self.path, pattern)
+        world.barrier(everyone=True)                # before one writes what another would sweep
+        if first_here():
+            self.cut_metrics(begun)
+            self.write_config()
+        world.barrier(everyone=True)
+
+    def write_config(self):
+        """config.json, where there is none."""
         code = code_version()
         if self.config_path.exists():
             theirs = read_json(self.config_path).get("code")
@@ -130,11 +138,6 @@ class Run:
             return
         write_json(self.config_path, {"identity": self.identity, "config": vars(self.config),
                                       "code": code, "torch": torch.__version__})
-
-    def sweep_killed(self):
-        """What killed writers of this machine left; before any rank writes."""
-        for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*") if first_here() else ():
-            sweep(self.path, pattern)
 
     def claim_scores(self):
         """For prior.py, which may run beside training."""
@@ -152,7 +155,6 @@ class Run:
         if world.rank == 0 and self.path.exists():
             self.lock(self.path, "training")        # before any state is read, or another run could go past it
         world.barrier(everyone=True)
-        self.sweep_killed()                         # now: another machine may soon write beside us
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
         behind = sorted(sum(world.gather(behind), []))
@@ -168,11 +170,7 @@ class Run:
         if any(about["step"] != begun[t]["step"] for of_rank in found for t, about in of_rank.items()):
             refuse(f"run_dir={self.path}: the ranks of a trajectory see different resume states: "
                    "they want one folder, on a disk that all of them see", common=True)
-        if world.rank == 0 and not self.locks:
-            self.lock(self.path, "training")
-        world.barrier(everyone=True)                # before any machine cuts the log of what may be another's run
-        self.claim(begun)
-        world.barrier(everyone=True)
+        self.claim(world, begun)
         for t, state in states.items():
             differ = (differences(state[1]["setup"], setup(self.config, world))
                       if state and state[1]["cycles_done"] < end else "")

@@ -315,10 +315,7 @@ def main(argv=None):
         world = join_world(config)
         speak()                                     # every rank scores members of its own
         if options.members:
-            run.sweep_killed()
-            world.barrier(everyone=True)
-            run.claim()
-            world.barrier(everyone=True)
+            run.claim(world, {})
         members = score_members(config, data, run, world)
         world.close()
         if world.rank > 0:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import optim                                                                # noqa: E402
 from config import from_args                                                # noqa: E402
-from distill import OneMember, predecessor                                               # noqa: E402
+from distill import OneMember, predecessor                                  # noqa: E402
 from model import GPT                                                       # noqa: E402
 from optim import MuonAdamW                                                 # noqa: E402
 from population import Run                                                  # noqa: E402
