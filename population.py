@@ -222,7 +222,7 @@ class Run:
 
     def drop_member(self, t, c):
         """The weights of a member that is scored go; its scores stay."""
-        if self.member_path(t, c).exists() and self.scored(t, c):
+        if self.member_path(t, c).exists() and not self.unscored(t, c):
             write_json(self.score_paths(t, c)["of"], {**self.scores_of(t, c), "dropped": True})
             self.member_path(t, c).unlink()
 
@@ -333,14 +333,21 @@ class Run:
         path = self.score_paths(t, c)["of"]
         return read_json(path) if path.exists() else {}
 
-    def scored(self, t, c):
-        """Whether the scores of this very member are there."""
+    def unscored(self, t, c):
+        """The splits of which the scores of this very member are not there."""
         of, there = self.scores_of(t, c), self.member_path(t, c).exists()
-        return of["weights_sha256"] == self.read_member(t, c, check=False)[1]["sha256"] if of and there else bool(of)
+        if there and of and of["weights_sha256"] != self.read_member(t, c, check=False)[1]["sha256"]:
+            of = {}
+        return [split for split in ("fit", "val") if split not in of]
 
     def save_scores(self, t, c, scores):
-        """scores: split -> (tokens,) float32 log-probabilities. Whose they are is written last, and makes them valid."""
-        paths, of = self.score_paths(t, c), {"weights_sha256": self.read_member(t, c, check=False)[1]["sha256"]}
+        """
+        scores: split -> (tokens,) float32 log-probabilities; another split's that are there stay. Whose they are is written
+        last, and makes them valid.
+        """
+        paths, of = self.score_paths(t, c), self.scores_of(t, c)
+        own = self.read_member(t, c, check=False)[1]["sha256"]
+        of = of if of.get("weights_sha256") == own else {"weights_sha256": own}
         for split, log_p in scores.items():
             if not np.isfinite(log_p).all():
                 refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: {self.mend(t)}")

@@ -6,9 +6,9 @@ One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
 Of others:    --members=FOLDER weighs the public Slowrun script's snapshots, model_0.pt .., instead of the run's own
 
-Scores every member once (run_dir/scores), fits, and writes run_dir/prior.json: members and their losses; for each rule
-the losses for every K, and for K = 1, 2, 4, ... and all the members and weights; the loss after each cycle. All choices
-are made on the fitness set; validation text only reports.
+Scores every member (on the fitness set the loop did, at its cycle's end), fits, and writes run_dir/prior.json: members
+and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the members and weights; the loss
+after each cycle. All choices are made on the fitness set; validation text only reports.
 """
 import math
 import os
@@ -209,7 +209,7 @@ def load_member(model, run, t, c):
 
 def score_members(config, data, run, world):
     """
-    Score every member that has no scores yet, and a student, on both held-out sets, spread over the ranks that can see it:
+    Score every member, and a student, on the held-out sets where it has no scores yet, spread over the ranks that can see it:
     where every node has a disk of its own, rank 0 is sent the others' scores. The (trajectory, cycle) of all, a student first.
     """
     seen = world.gather(run.student() + run.members())
@@ -221,13 +221,13 @@ def score_members(config, data, run, world):
     world.barrier(everyone=True)
     sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
     owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
-    todo = [m for m in members if owner[m] == world.rank and not run.scored(*m)]
+    todo = [m for m in members if owner[m] == world.rank and run.unscored(*m)]
     if todo and world.rank == 0:
         print(f"scoring on {world.device.type}, {activate_attention(world.device)}", flush=True)
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
         load_member(model, run, *member)
-        scores = loader.score_sets(model, data, config.micro_batch)
+        scores = loader.score_sets(model, data, config.micro_batch, run.unscored(*member))
         run.save_scores(*member, scores)
         run.log(kind="score", trajectory=member[0], cycle=member[1],
                 **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})

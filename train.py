@@ -228,29 +228,32 @@ def save_state(launch, trajectory):
     world.barrier()                                 # on disk for all of them
 
 
-def as_saved(model, config):
-    """A copy whose weights went through the members' bf16."""
-    copy = GPT(config).place(model.device)
-    copy.load_state_dict({name: w.bfloat16() for name, w in model.state_dict().items()})
-    return copy
+@contextlib.contextmanager
+def as_saved(model):
+    """Inside, the weights are what a member keeps of them, bf16."""
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    model.load_state_dict({name: w.bfloat16() for name, w in weights.items()})
+    yield
+    model.load_state_dict(weights)
 
 
 def keep_member(launch, trajectory):
     """
-    At a cycle's end: the member, with its loss on the fitness set, and the state to go on from,
-    both from the same weights.
+    At a cycle's end: the member with its scores on the fitness set, and the state to go on from, both from the same
+    weights. The validation set is prior.py's to score, on all ranks, but where the weights will not stay.
     """
     run, data, lead, config = launch.run, launch.data, launch.world.lead, launch.run.config
     t, cycle, model = trajectory.t, trajectory.cycles_done - 1, trajectory.model
     if lead:
-        fit_loss = -float(loader.score(model, data.fit, config.micro_batch).mean())
+        with as_saved(model):
+            scores = loader.score_sets(model, data, config.micro_batch, ("fit", "val") if config.keep == "last" else ("fit",))
+        fit_loss = -float(scores["fit"].mean())
         if not math.isfinite(fit_loss):
             refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, "
                    "start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
         run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-        if config.keep == "last":
-            run.save_scores(t, cycle, loader.score_sets(as_saved(model, config), data, config.micro_batch))
+        run.save_scores(t, cycle, scores)
     save_state(launch, trajectory)
     if config.keep == "last" and lead:
         for old in range(cycle - 1):                # two stay: the older resume state may need its teacher

@@ -209,6 +209,6 @@ def score(model, sequences, batch_size):
     return torch.cat(log_p).flatten().float().cpu().numpy()
 
 
-def score_sets(model, data, batch_size):
-    """score() of both held-out sets, by split."""
-    return {split: score(model, getattr(data, split), batch_size) for split in ("fit", "val")}
+def score_sets(model, data, batch_size, splits):
+    """score() of these held-out sets, "fit" and "val", by name."""
+    return {split: score(model, getattr(data, split), batch_size) for split in splits}

@@ -108,20 +108,32 @@ def test_everything_again_changes_no_file(finished, monkeypatch):
     assert after[folder / "out" / "prior.json"][1] == before[folder / "out" / "prior.json"][1]
 
 
+def test_no_member_is_scored_twice(finished):
+    """On the fitness set at its cycle's end, on the validation set by prior.py."""
+    folder, _, _ = finished
+    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    for kind, loss in (("cycle", "fit_loss"), ("score", "val_loss")):
+        found = [(x["trajectory"], x["cycle"]) for x in lines if x["kind"] == kind]
+        assert sorted(found) == [(t, c) for t in range(2) for c in range(4)]
+        assert all({key for key in x if key.endswith("loss")} == {loss} for x in lines if x["kind"] == kind)
+
+
 def test_a_member_that_changed_is_scored_again(finished, tmp_path, monkeypatch):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
     config = from_args(argv, "")
     population = Run(config, loader.load(config).fingerprint)
     path = population.member_path(1, 3)
-    kept = path.read_bytes(), (folder / "out" / "scores" / "val" / "01_003.npy").read_bytes()
+    kept = path.read_bytes()
+    scores = lambda: [(folder / "out" / "scores" / split / "01_003.npy").read_bytes() for split in ("fit", "val")]
+    before = scores()
     weights, about = population.read_member(1, 3)
     population.save_member(1, 3, {n: w * 1.01 for n, w in weights.items()}, epochs=about["epochs"], fit_loss=about["fit_loss"])
     prior.main(argv)
-    assert (folder / "out" / "scores" / "val" / "01_003.npy").read_bytes() != kept[1]
-    path.write_bytes(kept[0])
+    assert not any(new == old for new, old in zip(scores(), before))
+    path.write_bytes(kept)
     prior.main(argv)
-    assert (folder / "out" / "scores" / "val" / "01_003.npy").read_bytes() == kept[1]
+    assert scores() == before
 
 
 def test_validation_scores_choose_nothing(finished, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -239,7 +240,7 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
     for name, w in model_of(run.read_resume(0)).items():
         assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[name], w.bfloat16())
     model = GPT(config)
-    model.load_state_dict({n: w.float() for n, w in average.items()})
+    model.load_state_dict(member)
     assert -loader.score(model, loader.load(config).fit, 4).mean() == pytest.approx(about["fit_loss"], abs=1e-5)
     with pytest.raises(SystemExit) as stop:
         train.main(ready(trajectories=1, cycles=1, distill_from=1, ema_decay=0.75, run_dir=tmp_path / "other"))
@@ -312,15 +313,17 @@ def test_members_say_what_they_are(ready, tmp_path):
     data = loader.load(config)
     run = Run(config, data.fingerprint)
     assert run.members() == [(t, c) for t in range(2) for c in range(4)]
-    weights, about = run.read_member(1, 2)
+    weights, about = run.read_member(1, 3)
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
-    assert (about["trajectory"], about["cycle"], about["epochs"]) == (1, 2, 1.5)
+    assert (about["trajectory"], about["cycle"], about["epochs"]) == (1, 3, 2.0)
     assert about["identity"]["n_embd"] == 32 and "run_dir" not in about["identity"]
     model = GPT(config)
     model.load_state_dict(weights)
-    assert -loader.score(model, data.fit, 4).mean() == pytest.approx(about["fit_loss"], abs=0.01)     # bf16 against fp32
-    model.load_state_dict(model_of(run.read_resume(1)))
-    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(run.read_member(1, 3)[1]["fit_loss"], abs=1e-6)
+    log_p = loader.score(model, data.fit, 2)        # of the weights as they are kept
+    assert -log_p.mean() == about["fit_loss"] and np.array_equal(log_p, run.read_scores("fit", 1, 3, log_p.size))
+    state = model_of(run.read_resume(1))            # goes on from float32
+    assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
+    assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"step", "cycle"} and len([x for x in lines if x["kind"] == "cycle"]) == 8
 
@@ -340,7 +343,7 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
             if count % 5 == 2 and last:
                 raise Stop
         return wrapper
-    for name in ("save_member", "save_resume"):
+    for name in ("save_member", "save_scores", "save_resume"):
         for last in (False, True):
             monkeypatch.setattr(Run, name, dying(getattr(Run, name), last))
     argv = ready(run_dir=tmp_path / "pieces")
@@ -433,8 +436,8 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
         monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size))
         monkeypatch.setattr(World, "agree", lambda self, loss, norm, stop: (0.0, 0.0, stop))
         train.main(argv)
-    monkeypatch.setattr(Run, "save_member", lambda *a, **k: None)       # so that each of these runs starts anew
-    monkeypatch.setattr(Run, "save_resume", lambda *a, **k: None)
+    for name in ("save_member", "save_scores", "save_resume"):
+        monkeypatch.setattr(Run, name, lambda *a, **k: None)            # so that each of these runs starts anew
     for rank, size in ((0, 1), (0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4)):
             record(rank, size)
     for size in (2, 4):
