@@ -99,7 +99,9 @@ class OneMember:
     def __call__(self, launch, trajectory):
         run, c = launch.run, self.config
         self.teacher = self.teacher or frozen(c, launch.world.device)
-        weights, _ = run.read_member(trajectory.t, self.choose(run, trajectory.t, trajectory.cycles_done))
+        chosen = self.choose(run, trajectory.t, trajectory.cycles_done)
+        assert 0 <= chosen < trajectory.cycles_done, f"cycle {chosen} cannot teach cycle {trajectory.cycles_done}"
+        weights, _ = run.read_member(trajectory.t, chosen)
         self.teacher.load_state_dict(weights)
         return lambda student, batch, numbers: chain_loss(student, self.teacher, batch, c.distill_alpha, c.distill_temperature)
 

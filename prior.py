@@ -69,8 +69,8 @@ def fit_weights(log_p, tolerance=1e-7):
     """
     The weights w (members,) float64 on the simplex that minimise -mean_t log(sum_i w_i p_i,t), and the proven bound on
     their distance from the optimum in nats: gap = max_i mean_t(p_i,t / mix_t) - 1 <= tolerance (paper, eq. 8; the
-    problem is convex). log_p: (members, tokens) float32 log-probabilities of the targets, read only; of the members
-    that get no weight at most a block of tokens is copied.
+    problem is convex); RuntimeError where it stays above. log_p: (members, tokens) float32 log-probabilities of the
+    targets, read only; of the members that get no weight at most a block of tokens is copied.
     """
     members, tokens = log_p.shape
     blocks = [slice(i, i + BLOCK) for i in range(0, tokens, BLOCK)]

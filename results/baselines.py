@@ -28,15 +28,19 @@ VARIANTS = {                # name: (label, epochs, flags)
     "e4": ("--epochs=4: four snapshots on the last epoch", 4, ["--epochs=4"]),
     "e4_cycles": ("2 cycles of 2 epochs", 4, ["--trajectories=1", "--cycles=2"]),
     "e4_2x2": ("2 independent models of 2 epochs", 4, [*INDEPENDENT, "--trajectories=2", "--epochs_per_cycle=2"]),
-    "e4_4x1": ("4 independent models of 1 epoch (no EMA)", 4, [*INDEPENDENT, "--ema_decay=0", "--trajectories=4", "--epochs_per_cycle=1"]),
+    "e4_4x1": ("4 independent models of 1 epoch (no EMA)", 4,
+               [*INDEPENDENT, "--ema_decay=0", "--trajectories=4", "--epochs_per_cycle=1"]),
     "e8": ("--epochs=8: 4 cycles of 2 epochs", 8, ["--epochs=8"]),
-    "e8_snapshots": ("four snapshots on the last of 8 epochs, one decay", 8, ["--trajectories=1", "--cycles=4", "--first_cycle_epochs=7.25", "--epochs_per_cycle=0.25", "--restart=none"]),
+    "e8_snapshots": ("four snapshots on the last of 8 epochs, one decay", 8,
+                     ["--trajectories=1", "--cycles=4", "--first_cycle_epochs=7.25", "--epochs_per_cycle=0.25",
+                      "--restart=none"]),
 }
 
 
 def uniform_over_first(folder, flags, seed, counts):
     """Validation loss of equal weights over the first n trajectories, for each n: what a smaller budget would have given."""
-    config = from_args([str(ROOT / TINY), *flags, f"--seed={seed}", f"--run_dir={folder}", f"--data_dir={ROOT / 'data/manual'}"], "")
+    config = from_args([str(ROOT / TINY), *flags, f"--seed={seed}", f"--run_dir={folder}",
+                        f"--data_dir={ROOT / 'data/manual'}"], "")
     data = loader.load(config)
     population = Run(config, data.fingerprint)
     log_p = [population.read_scores("val", *m, data.val[:, 1:].size) for m in population.members()]
@@ -47,7 +51,8 @@ def uniform_over_first(folder, flags, seed, counts):
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "baselines")
-    lines = ["| | epochs in all | K | mean | sd | seeds " + ", ".join(map(str, SEEDS)) + ", or the first |", "|---|---|---|---|---|---|"]
+    lines = ["| | epochs in all | K | mean | sd | seeds " + ", ".join(map(str, SEEDS)) + ", or the first |",
+             "|---|---|---|---|---|---|"]
     priors = {}
     for name, (label, epochs, flags) in VARIANTS.items():
         seeds = SEEDS if epochs < 256 else SEEDS[:1]
@@ -58,12 +63,14 @@ def main():
         lines.append(row(f"{label}: learned prior", epochs, members, [loss_of(p, "learned", members) for p in priors[name]]))
         if name.startswith("independent"):
             counts = [members // 4, members // 2]
-            for n, losses in zip(counts, np.transpose([uniform_over_first(folder / f"{name}_{seed}", flags, seed, counts) for seed in seeds])):
+            for n, losses in zip(counts, np.transpose(
+                    [uniform_over_first(folder / f"{name}_{seed}", flags, seed, counts) for seed in seeds])):
                 lines.append(row(f"the first {n} of them: equal weights", epochs * n // members, n, losses))
         if name == "q0_256":
             for cycle in (15, 31):
                 at = [next(g for g in p["growing"] if g["cycle"] == cycle) for p in priors[name]]
-                lines.append(row(f"its first {cycle + 1} cycles: learned prior", round(at[0]["epochs"]), at[0]["members"], [g["val_loss"] for g in at]))
+                lines.append(row(f"its first {cycle + 1} cycles: learned prior", round(at[0]["epochs"]), at[0]["members"],
+                                 [g["val_loss"] for g in at]))
     text = priors["e1"][0]["text"]
     head = f"""# Baselines and small budgets, on the demo's text
 

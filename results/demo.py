@@ -45,13 +45,16 @@ def row(label, epochs, K, losses):
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "runs" / "demo")
-    priors = {name: [run(folder / f"{name}_{seed}", config, flags, seed) for seed in SEEDS] for name, (config, flags) in VARIANTS.items()}
-    lines = ["| answer | epochs in all | K | mean | sd | seeds " + ", ".join(map(str, SEEDS)) + " |", "|---|---|---|---|---|---|"]
+    priors = {name: [run(folder / f"{name}_{seed}", config, flags, seed) for seed in SEEDS]
+              for name, (config, flags) in VARIANTS.items()}
+    lines = ["| answer | epochs in all | K | mean | sd | seeds " + ", ".join(map(str, SEEDS)) + " |",
+             "|---|---|---|---|---|---|"]
     for e in (8, 16, 32):
         lines.append(row(f"one model, one cosine over {e} epochs", e, 1, [loss_of(p, "best") for p in priors[f"single_{e}"]]))
     for name, label in (("tiny", "2 x 16 cycles"), ("no_chain", "2 x 16 cycles without the chain")):
         lines.append(row(f"{label}: best member", 64, 1, [loss_of(p, "best") for p in priors[name]]))
-        for rule, words in (("uniform", "K lowest losses, equal weights"), ("topk", "K largest weights (the paper's)"), ("learned", "learned prior")):
+        for rule, words in (("uniform", "K lowest losses, equal weights"), ("topk", "K largest weights (the paper's)"),
+                            ("learned", "learned prior")):
             for K in (1, 2, 4, 8, 16, 32):
                 lines.append(row(f"{label}: {words}", 64, K, [loss_of(p, rule, K) for p in priors[name]]))
         lines.append(row(f"{label}: learned prior after 8 cycles", 32, 16, [p["growing"][7]["val_loss"] for p in priors[name]]))
@@ -68,7 +71,8 @@ fixed before the first run.
 """
     (ROOT / "results" / "demo.md").write_text(head + "\n".join(lines) + "\n\n![the population, over the seeds](demo.png)\n")
     draw(priors["tiny"], ROOT / "results" / "demo.png",
-         {"2 x 16 cycles without the chain": priors["no_chain"], **{f"one model, one cosine over {e} epochs": priors[f"single_{e}"] for e in (8, 16, 32)}})
+         {"2 x 16 cycles without the chain": priors["no_chain"],
+          **{f"one model, one cosine over {e} epochs": priors[f"single_{e}"] for e in (8, 16, 32)}})
     print(head + "\n".join(lines))
 
 

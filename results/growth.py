@@ -66,15 +66,18 @@ def fits(sizes):
         rows["seconds of the fit"].append(statistics.median(timed(lambda: prior.fit_weights(log_p))[0] for _ in range(3)))
         rows["MB of scores"].append(log_p.numel() * 4 / 1e6)
         rows["MB of members"].append(members * member)
-    curve("Members (32,768 fitness tokens)", sizes, rows, ["1 to 2: a pass over the scores is linear, Newton's step on those with weight is not", "1", "1"])
+    curve("Members (32,768 fitness tokens)", sizes, rows,
+          ["1 to 2: a pass over the scores is linear, Newton's step on those with weight is not", "1", "1"])
 
 
 def checkpointing():
-    print("\n## Loops, and what checkpointing them costs\n\n| repeats of layers 2 and 3 | checkpoint | seconds a step | GiB of a micro-batch |\n|---|---|---|---|")
+    print("\n## Loops, and what checkpointing them costs\n\n"
+          "| repeats of layers 2 and 3 | checkpoint | seconds a step | GiB of a micro-batch |\n|---|---|---|---|")
     for extra in (0, 2, 6):
         for checkpoint in (False, True)[:1 + bool(extra)]:
             config = tiny(loop_start=2, loop_end=4, loop_extra=extra, checkpoint=checkpoint, micro_batch=32, batch_tokens=4096)
-            print(f"| {extra} | {checkpoint} | {statistics.median(seconds_of_step(config)):.4g} | {extra_memory(Ours, False, config, None):.4g} |", flush=True)
+            print(f"| {extra} | {checkpoint} | {statistics.median(seconds_of_step(config)):.4g} | "
+                  f"{extra_memory(Ours, False, config, None):.4g} |", flush=True)
 
 
 def bytes_on_loopback():
@@ -105,7 +108,8 @@ def ranks():
     model = Ours(tiny(), False, None)
     gradients = sum(p.numel() * 4 for p in model.model.parameters())
     muon = sum(p.numel() * 4 for g in model.optimizer.groups if g["kind"] == "muon" for p in g["params"])
-    print("\n## Ranks (gloo, one thread each, one trajectory)\n\n| | seconds a step | MB sent per step, by all | expected |\n|---|---|---|---|")
+    print("\n## Ranks (gloo, one thread each, one trajectory)\n\n"
+          "| | seconds a step | MB sent per step, by all | expected |\n|---|---|---|---|")
     for size in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(shared_step, (size, folder), nprocs=size)
@@ -116,14 +120,20 @@ def ranks():
 
 def main():
     keep_freed_memory()
-    print(f"# How the cost grows\n\nPrinted by `python results/growth.py` at commit {commit()}: configs/tiny.py with one size changed, medians of {ROUNDS} steps;\n"
-          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads. Memory is the peak beyond weights, gradients and optimizer state.")
-    steps_and_memory("Tokens of a step, in micro-batches of 1,024", [1024, 2048, 4096, 8192], lambda n: tiny(batch_tokens=n), "1, less the optimizer's share", "0")
-    steps_and_memory("Tokens of a micro-batch", [1024, 2048, 4096, 8192], lambda n: tiny(batch_tokens=8192, micro_batch=n // 128), "0", "1")
-    steps_and_memory("Length of a sequence, 4,096 tokens a step", [128, 256, 512, 1024], lambda n: tiny(sequence_len=n, batch_tokens=4096, micro_batch=4096 // n),
+    print(f"# How the cost grows\n\nPrinted by `python results/growth.py` at commit {commit()}: "
+          f"configs/tiny.py with one size changed, medians of {ROUNDS} steps;\n"
+          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads. "
+          "Memory is the peak beyond weights, gradients and optimizer state.")
+    steps_and_memory("Tokens of a step, in micro-batches of 1,024", [1024, 2048, 4096, 8192],
+                     lambda n: tiny(batch_tokens=n), "1, less the optimizer's share", "0")
+    steps_and_memory("Tokens of a micro-batch", [1024, 2048, 4096, 8192],
+                     lambda n: tiny(batch_tokens=8192, micro_batch=n // 128), "0", "1")
+    steps_and_memory("Length of a sequence, 4,096 tokens a step", [128, 256, 512, 1024],
+                     lambda n: tiny(sequence_len=n, batch_tokens=4096, micro_batch=4096 // n),
                      "0, to 1 where attention leads", "0: no mask or score is kept for all heads")
     steps_and_memory("Layers", [2, 4, 8, 16], lambda n: tiny(n_layer=n), "1, less head and MTP", "1, less the same")
-    steps_and_memory("Vocabulary", [257, 1028, 4112, 16448], lambda n: tiny(vocab_size=n), "1 where the head leads", "1 in the head's own gradient; logits are of one chunk")
+    steps_and_memory("Vocabulary", [257, 1028, 4112, 16448], lambda n: tiny(vocab_size=n),
+                     "1 where the head leads", "1 in the head's own gradient; logits are of one chunk")
     fits([60, 120, 240, 480])
     checkpointing()
     ranks()

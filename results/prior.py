@@ -50,7 +50,10 @@ def gains(P, mix):
 
 
 def joined(P, S, w, i=None):
-    """(members, weights, loss) of S without its i-th, and with the member that would gain most, fitted again; i None: S + one."""
+    """
+    (members, weights, loss) of S without its i-th, and with the member that would gain most,
+    fitted again; i None: S + one.
+    """
     keep = [n for n in range(len(S)) if n != i]
     rest, v = [S[n] for n in keep], w[keep] / w[keep].sum()
     gain = gains(P, v @ P[rest])
@@ -61,7 +64,10 @@ def joined(P, S, w, i=None):
 
 
 def forward(log_p, exchange=False):
-    """Forward selection: the member that would gain most joins, all are fitted again; with exchange, members are swapped while it pays."""
+    """
+    Forward selection: the member that would gain most joins, all are fitted again;
+    with exchange, members are swapped while it pays.
+    """
     P = log_p.double().clamp(min=-700).exp()
     S, w, found = [mean_log_p(log_p).argmax().item()], torch.ones(1, dtype=torch.float64), []
     for K in range(1, len(P) + 1):
@@ -91,8 +97,8 @@ def losses(answers, log_p):
 
 def halves(log_p, documents):
     """
-    rule -> (mean over K of its loss minus that of the paper's members refitted, standard error over documents). Chosen on one half of the
-    fitness documents and judged on the other, both ways round.
+    rule -> (mean over K of its loss minus that of the paper's members refitted, standard error over documents). Chosen on
+    one half of the fitness documents and judged on the other, both ways round.
     """
     sizes = torch.bincount(documents).double()
     half = torch.from_numpy(np.random.default_rng(0).permutation(len(sizes)) % 2)[documents]
@@ -115,7 +121,10 @@ def resample(documents, generator, count=None):
 
 
 def bootstrap(log_p, val, documents, Ks, resamples):
-    """K -> standard deviations, over resampled fitness sets, of the validation loss of paper's rule, elimination, and their difference."""
+    """
+    K -> standard deviations, over resampled fitness sets,
+    of the validation loss of paper's rule, elimination, and their difference.
+    """
     generator, rows = np.random.default_rng(1), []
     for _ in range(resamples):
         again = log_p[:, resample(documents.numpy(), generator)]
@@ -126,8 +135,12 @@ def bootstrap(log_p, val, documents, Ks, resamples):
 
 
 def fitness_sizes(log_p, val, documents):
-    """[(documents, tokens, mean nats above the weights fitted on validation itself, sd)] of weights fitted on a part of the fitness set."""
-    best, count, generator, rows = losses([(torch.arange(len(val)), fit_weights(val)[0])], val)[0], int(documents.max()) + 1, np.random.default_rng(2), []
+    """
+    [(documents, tokens, mean nats above the weights fitted on validation itself, sd)]
+    of weights fitted on a part of the fitness set.
+    """
+    best, count, generator, rows = (losses([(torch.arange(len(val)), fit_weights(val)[0])], val)[0],
+                                    int(documents.max()) + 1, np.random.default_rng(2), [])
     for part in sorted({max(1, count >> i) for i in range(6)}):
         costs, tokens = [], []
         for _ in range(1 if part == count else 10):
@@ -145,25 +158,37 @@ def page(label, config, options):
     data = loader.load(config)
     run = Run(config, data.fingerprint)
     members = run.members()
-    fit, val = (torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members])) for split in ("fit", "val"))
+    fit, val = (torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members]))
+                for split in ("fit", "val"))
     documents = torch.from_numpy(data.fit_documents)
-    Ks = sorted(({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)}) & set(range(1, len(members) + 1)))
+    Ks = sorted(({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)})
+                & set(range(1, len(members) + 1)))
     honest = halves(fit, documents)
-    lines = [f"## {label}", "", f"{len(members)} members; fitness set of {fit.shape[1]:,} tokens in {int(documents.max()) + 1} documents, validation of {val.shape[1]:,}.", "",
-             "Validation loss (fitness loss) when chosen on the whole fitness set; last, chosen on one half and judged on the other, both ways: loss minus that of the second rule, mean over every K, with its standard error over documents.", "",
+    lines = [f"## {label}", "",
+             f"{len(members)} members; fitness set of {fit.shape[1]:,} tokens in {int(documents.max()) + 1} documents, "
+                 f"validation of {val.shape[1]:,}.", "",
+             "Validation loss (fitness loss) when chosen on the whole fitness set; "
+                 "last, chosen on one half and judged on the other, both ways: "
+                 "loss minus that of the second rule, mean over every K, with its standard error over documents.", "",
              "| rule | " + " | ".join(f"K = {K}" for K in Ks) + " | other half |", "|---" * (len(Ks) + 2) + "|"]
     for name, rule in RULES.items():
         answers = rule(fit)
         v, f = losses([answers[K - 1] for K in Ks], val), losses([answers[K - 1] for K in Ks], fit)
-        lines.append(f"| {name} | " + " | ".join(f"{x:.4f} ({y:.4f})" for x, y in zip(v, f)) + f" | {honest[name][0]:+.4f} +- {honest[name][1]:.4f} |")
+        lines.append(f"| {name} | " + " | ".join(f"{x:.4f} ({y:.4f})" for x, y in zip(v, f))
+                     + f" | {honest[name][0]:+.4f} +- {honest[name][1]:.4f} |")
     script = adamw300(fit.exp())
-    lines += ["", f"The public script's 300 AdamW steps end {losses([(torch.arange(len(fit)), script)], fit)[0] - losses([(torch.arange(len(fit)), fit_weights(fit)[0])], fit)[0]:.1e} nats above the optimum of the fitness set."]
+    theirs, optimum = losses([(torch.arange(len(fit)), w) for w in (script, fit_weights(fit)[0])], fit)
+    lines += ["", f"The public script's 300 AdamW steps end {theirs - optimum:.1e} nats above the optimum of the fitness set."]
     spread = bootstrap(fit, val, documents, Ks, options.resamples)
-    lines += ["", f"Standard deviation of the validation loss over {options.resamples} fitness sets of resampled documents:", "", "| | " + " | ".join(f"K = {K}" for K in Ks) + " |", "|---" * (len(Ks) + 1) + "|"]
+    lines += ["",
+              f"Standard deviation of the validation loss over {options.resamples} fitness sets of resampled documents:", "",
+              "| | " + " | ".join(f"K = {K}" for K in Ks) + " |", "|---" * (len(Ks) + 1) + "|"]
     for i, name in enumerate(("K largest weights (paper)", "backward elimination", "their difference")):
         lines.append(f"| {name} | " + " | ".join(f"{spread[K][i]:.4f}" for K in Ks) + " |")
     best, rows = fitness_sizes(fit, val, documents)
-    lines += ["", f"What the fitness set's size costs: validation loss above {best:.4f}, the optimum fitted on the validation set itself (random documents, 10 draws):", "",
+    lines += ["",
+              f"What the fitness set's size costs: validation loss above {best:.4f}, "
+                  "the optimum fitted on the validation set itself (random documents, 10 draws):", "",
               "| documents | tokens | nats above the optimum | sd |", "|---|---|---|---|"]
     return lines + [f"| {d} | {t:,.0f} | {c:.4f} | {'-' if np.isnan(sd) else f'{sd:.4f}'} |" for d, t, c, sd in rows] + [""]
 
@@ -174,10 +199,13 @@ def main(argv=None):
         refuse("want a name for the page before the config: python results/prior.py manual configs/tiny.py ...")
     name, argv = argv[0], argv[1:]
     config = from_args(argv, __doc__)
-    runs = [(f"seed {seed}", from_args([*argv, f"--seed={seed}", f"--run_dir={config.run_dir}_{seed}"], __doc__)) for seed in filter(None, options.repeats.split(","))]
+    runs = [(f"seed {seed}", from_args([*argv, f"--seed={seed}", f"--run_dir={config.run_dir}_{seed}"], __doc__))
+            for seed in filter(None, options.repeats.split(","))]
     text = loader.text_source(config)
-    lines = [f"# Which K members, and how sure: {name}", "", f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit()}.",
-             f"Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256')}. Losses in nats per token.", ""]
+    lines = [f"# Which K members, and how sure: {name}", "",
+             f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit()}.",
+             f"Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256')}. "
+                 "Losses in nats per token.", ""]
     for label, of in runs or [(config.run_dir, config)]:
         lines += page(label, of, options)
     (ROOT / "results" / f"prior_{name}.md").write_text("\n".join(lines))

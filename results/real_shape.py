@@ -39,7 +39,8 @@ def timed(what, function):
     began = time.perf_counter()
     value = function()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    say(f"| {what} | {time.perf_counter() - began:,.0f} | {peak:.1f} | {f'{float(value):.4f}' if isinstance(value, (float, torch.Tensor)) else ''} |")
+    say(f"| {what} | {time.perf_counter() - began:,.0f} | {peak:.1f} | "
+        f"{f'{float(value):.4f}' if isinstance(value, (float, torch.Tensor)) else ''} |")
     return value
 
 
@@ -48,7 +49,8 @@ def step(model, optimizer, batch, loss_fn, name):
     optimizer.zero_grad()
     loss = timed(f"{name}: forward and loss", lambda: loss_fn(model, batch, None))
     timed(f"{name}: backward", loss.backward)
-    timed(f"{name}: clip and optimizer step; gradient norm", lambda: apply_gradients(model, optimizer, *rate_multipliers("cycle", 0, 508)).item())
+    timed(f"{name}: clip and optimizer step; gradient norm",
+          lambda: apply_gradients(model, optimizer, *rate_multipliers("cycle", 0, 508)).item())
     wrong = [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
     assert not wrong, f"not finite after the step: {wrong}"
 
@@ -60,14 +62,16 @@ def evaluate(model, batch):
 
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
-    config = from_args([str(ROOT / "configs" / "1p8b.py"), f"--sequence_len={TOKENS}", f"--batch_tokens={TOKENS}", f"--batch_tokens_ends={TOKENS}",
-                        "--micro_batch=1", f"--run_dir={folder}"], "")
+    config = from_args([str(ROOT / "configs" / "1p8b.py"), f"--sequence_len={TOKENS}", f"--batch_tokens={TOKENS}",
+                        f"--batch_tokens_ends={TOKENS}", "--micro_batch=1", f"--run_dir={folder}"], "")
     run = Run(config, data_fingerprint=None)
     torch.manual_seed(42)
     optim.STACK = 1 << 25                                       # 128 MiB at once: 8 matrices of 2048 x 2048
     torch.set_default_dtype(torch.bfloat16)                     # weights, gradients, optimizer state: fp32 does not fit
-    say(f"# The real shape, on a CPU\n\nPrinted by `python results/real_shape.py` at commit {commit()}: {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
-        f"bf16 throughout, one sequence of {TOKENS} random tokens;\ntorch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads.\n")
+    say(f"# The real shape, on a CPU\n\nPrinted by `python results/real_shape.py` at commit {commit()}: "
+        f"{config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}, "
+        f"bf16 throughout, one sequence of {TOKENS} random tokens;\n"
+        f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads.\n")
     say("| | seconds | peak memory so far, GiB | value |\n|---|---|---|---|")
     model = timed("build and initialise", lambda: GPT(config).init_weights().train())
     optimizer = MuonAdamW(model.named_parameters(), config.lr_scale)
@@ -77,14 +81,16 @@ def main():
     timed("write the member", lambda: run.save_member(0, 0, model.state_dict(), epochs=0, fit_loss=after))
     size = run.member_path(0, 0).stat().st_size
     chain = OneMember(config, predecessor)
-    teach = timed("read it back as the teacher", lambda: chain(SimpleNamespace(run=run, world=SimpleNamespace(device=CPU)), SimpleNamespace(t=0, cycles_done=1)))
+    teach = timed("read it back as the teacher", lambda: chain(
+        SimpleNamespace(run=run, world=SimpleNamespace(device=CPU)), SimpleNamespace(t=0, cycles_done=1)))
     same = evaluate(chain.teacher, batch)
     timed("noise before cycle 1", lambda: perturb(model, noise_scale(1, config.cycles), noise_seed(config.seed, 1)))
     timed("the batch's loss after it", lambda: evaluate(model, batch))
     step(model.train(), optimizer, batch, teach, "distilled step")
     timed("the batch's loss after it", lambda: evaluate(model, batch))
-    say(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(model.layers)} layer applications; the member takes {size:,} bytes. "
-        f"The teacher's loss is {same:.6f}, its student's before the noise {after:.6f}: {'equal' if same == after else 'DIFFERENT'}.")
+    say(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {len(model.layers)} layer applications; "
+        f"the member takes {size:,} bytes. The teacher's loss is {same:.6f}, its student's before the noise {after:.6f}: "
+        f"{'equal' if same == after else 'DIFFERENT'}.")
     (ROOT / "results" / "real_shape.md").write_text("\n".join(lines) + "\n")
 
 

@@ -9,8 +9,8 @@ import pytest           # noqa: E402
 import torch            # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
-MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800, batch_tokens=128,
-             micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
+MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
+             batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
 
 
 def error_line(err):

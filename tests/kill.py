@@ -26,7 +26,8 @@ from population import Run
 from tests.conftest import MICRO, ROOT
 
 SCRIPTS = (train, distill, prior)
-PHASES = ("between", "training step", "distillation step", "fitness loss", "member saved", "state saved", "scoring", "scores saved", "fit", "prior.json saved")
+PHASES = ("between", "training step", "distillation step", "fitness loss", "member saved", "state saved", "scoring",
+          "scores saved", "fit", "prior.json saved")
 WRITERS = []
 LINGER = 0.001                      # seconds before and after each marked function: some are too short to be met
 RANDOM = random.Random(0)
@@ -34,9 +35,12 @@ board = mmap.mmap(-1, 1)            # what rank 0 of the forked processes is in:
 
 
 def arguments(folder, **overrides):
-    """Of a population of 3 members in 9 steps, whose data stands in folder/data, of text that is the same under every Python."""
+    """
+    Of a population of 3 members in 9 steps, whose data stands in folder/data, of text that is the same under every Python.
+    """
     values = {**MICRO, "trajectories": 1, "cycles": 3, "distill_from": 1, "epochs_per_cycle": 0.3, "resume_every": 2,
-              "train_tokens": 1700, "fitness_tokens": 300, "val_tokens": 400, "data": folder / "words.txt", "data_dir": folder / "data", **overrides}
+              "train_tokens": 1700, "fitness_tokens": 300, "val_tokens": 400, "data": folder / "words.txt",
+              "data_dir": folder / "data", **overrides}
     return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
 
 
@@ -67,12 +71,14 @@ def work(argv, output, rank, size, ports, patch, scripts):
             mark(Run, "save_scores", "scores saved")
             mark(prior, "answers_for", "fit")
             mark(prior, "write_json", "prior.json saved")
-        torch.set_num_threads = lambda n: None          # a forked process has no other threads to compute with: it would wait for them
+        # a forked process has no other threads to compute with: it would wait for them
+        torch.set_num_threads = lambda n: None
         patch(rank)
         step, score = train.train_step, loader.score
         for script, port in zip(scripts, ports):
             if size > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
+                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             if rank == 0:
                 train.train_step, loader.score = step, score
                 mark(train, "train_step", "distillation step" if script is distill else "training step")
@@ -97,7 +103,9 @@ def free_ports(n):
 
 
 def start(argv, log, size=1, patch=lambda rank: None, scripts=SCRIPTS):
-    """The process ids of `size` forked ranks. What they print goes to the log, through a pipe: a limit on files is not on it."""
+    """
+    The process ids of `size` forked ranks. What they print goes to the log, through a pipe: a limit on files is not on it.
+    """
     board[0], ports, children = 0, free_ports(len(scripts)) if size > 1 else range(len(scripts)), []
     with open(log, "ab") as f:
         writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=f)
@@ -132,7 +140,10 @@ def finish(children, seconds=120):
 
 
 def kill_when(children, moment):
-    """SIGKILL to all ranks at a moment (a function that waits, and returns False where it has passed). The phase, None where they ended well before."""
+    """
+    SIGKILL to all ranks at a moment (a function that waits, and returns False where it has passed). The phase, None where
+    they ended well before.
+    """
     phase = None
     if moment():
         phase = PHASES[board[0]]
@@ -147,7 +158,8 @@ def kill_when(children, moment):
 
 def left(folder):
     """What must be equal: bytes by name of members, scores and prior.json; and every step's loss, each step once."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in (".npy", ".json") and p.name != "config.json" or p.name.startswith("cycle_")}
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+             if p.suffix in (".npy", ".json") and p.name != "config.json" or p.name.startswith("cycle_")}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = sorted((r["trajectory"], r["step"], r["loss"], r["grad_norm"]) for r in lines if r["kind"] == "step")
     assert len({s[:2] for s in steps}) == len(steps), "a step is logged twice"
@@ -175,7 +187,9 @@ def prepare(folder):
     torch.set_num_threads(1)
     from data import prepare as script
     word = random.Random(0)
-    (folder / "words.txt").write_text("\n".join(" ".join(word.choice(("to", "be", "or", "not", "that", "is", "the", "question")) for _ in range(20)) for _ in range(60)))
+    (folder / "words.txt").write_text("\n".join(
+        " ".join(word.choice(("to", "be", "or", "not", "that", "is", "the", "question")) for _ in range(20))
+        for _ in range(60)))
     script.main(arguments(folder))
     return from_args(arguments(folder), "")
 

@@ -1,7 +1,8 @@
 """
 What only a GPU can check: python -m tests.on_gpu [PART ...]
-The model, the losses, the optimizer and two ranks in bf16 on CUDA, eager and compiled, against float32 on the CPU; then the scripts,
-once whole, once stopped and gone on, with every teacher. A line for each; exits 1 where one is out. Takes five minutes.
+The model, the losses, the optimizer and two ranks in bf16 on CUDA, eager and compiled, against float32 on the CPU; then the
+scripts, once whole, once stopped and gone on, with every teacher. A line for each; exits 1 where one is out.
+Takes five minutes.
 """
 import functools
 import re
@@ -26,7 +27,8 @@ from optim import MuonAdamW
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
-SHAPE = dict(sequence_len=256, vocab_size=1000, n_layer=6, n_head=2, n_embd=256, loop_start=3, loop_end=5, loop_extra=2, dropout=0.0)
+SHAPE = dict(sequence_len=256, vocab_size=1000, n_layer=6, n_head=2, n_embd=256, loop_start=3, loop_end=5, loop_extra=2,
+             dropout=0.0)
 FAILED = []
 
 
@@ -83,7 +85,8 @@ def attention():
 
 def losses(device, teacher, batch):
     """name -> loss function of a model: labels, chain, stored mixture."""
-    p, ids = torch.randn(batch.numel() - len(batch), 1000, generator=torch.Generator().manual_seed(2)).mul(3).softmax(-1).topk(64)
+    p, ids = torch.randn(batch.numel() - len(batch), 1000,
+                         generator=torch.Generator().manual_seed(2)).mul(3).softmax(-1).topk(64)
     p, ids = p.to(device), ids.to(device)
     return dict(labels=train.label_loss, chain=lambda model, rows: distill.chain_loss(model, teacher, rows, 0.45, 1.2),
                 mixture=lambda model, rows: distill.distilled_loss(model, rows, 0.7, distill.stored_kl, p, ids))
@@ -100,7 +103,8 @@ def model_and_losses():
         loss.backward()
         wanted[name] = loss.item(), {n: p.grad.clone() for n, p in reference.named_parameters()}
     for kind in ("eager", "compiled", "compiled_and_checkpointed"):
-        model, teacher = built(GPU, kind != "eager"), built(GPU, kind != "eager", seed=5).eval().requires_grad_(False).bfloat16()
+        model, teacher = (built(GPU, kind != "eager"),
+                          built(GPU, kind != "eager", seed=5).eval().requires_grad_(False).bfloat16())
         model.checkpointing = "checkpointed" in kind
         for name, loss_fn in losses(GPU, teacher, batch).items():
             model.zero_grad()
@@ -121,8 +125,12 @@ def model_and_losses():
 
 @check
 def the_step_does_not_wait():
-    """Between a micro-batch's arrival and its gradients nothing asks the GPU for a value; weights after a step are those of the CPU."""
-    batch, sides = tokens(32), []               # 4,096 tokens a micro-batch: the embedding's backward pass has a way of its own for few
+    """
+    Between a micro-batch's arrival and its gradients nothing asks the GPU for a value; weights after a step are those of
+    the CPU.
+    """
+    # 4,096 tokens a micro-batch: the embedding's backward pass has a way of its own for few
+    batch, sides = tokens(32), []
     for device in (CPU, GPU):
         model = built(device).train()
         optimizer = MuonAdamW(model.named_parameters(), 0.25)
@@ -141,13 +149,15 @@ def the_step_does_not_wait():
         sides.append((loss, norm, {n: p.detach().float().cpu() - before[n].float().cpu() for n, p in model.named_parameters()}))
     report("a step: loss", relative(sides[1][0], sides[0][0]), 2e-3)
     report("a step: gradient norm", relative(sides[1][1], sides[0][1]), 2e-2)
-    muon = {n: relative(sides[1][2][n], d) for n, d in sides[0][2].items() if d.ndim == 2 and n.startswith("transformer.h.") and "_mix" not in n and "gate.w" not in n}
+    muon = {n: relative(sides[1][2][n], d) for n, d in sides[0][2].items()
+            if d.ndim == 2 and n.startswith("transformer.h.") and "_mix" not in n and "gate.w" not in n}
     report("a step: what Muon adds, median over matrices", sorted(muon.values())[len(muon) // 2], 0.1)
 
 
 def rank_step(rank, size, folder, backend):
     """A step of `size` ranks on one GPU; the weights go to folder/size.pt. NCCL wants a GPU each, so two meet over gloo."""
-    dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=size, **(dict(device_id=torch.device("cuda", 0)) if backend == "nccl" else {}))
+    dist.init_process_group(backend, init_method=f"file://{folder}/{backend}", rank=rank, world_size=size,
+                            **(dict(device_id=torch.device("cuda", 0)) if backend == "nccl" else {}))
     group, _ = dist.new_subgroups_by_enumeration([list(range(size))])
     model = built(GPU, compile=True).train()
     optimizer = MuonAdamW(model.named_parameters(), 0.25, group)
@@ -157,10 +167,12 @@ def rank_step(rank, size, folder, backend):
     train.dist.get_world_size = one
     optimizer.zero_grad()
     for _ in range(2):
-        _, norm = train.train_step(ddp_model, optimizer, [(row,) for row in tokens(4).to(GPU)[rank::size].split(1)], train.label_loss, (1.0, 1.0))
+        _, norm = train.train_step(ddp_model, optimizer, [(row,) for row in tokens(4).to(GPU)[rank::size].split(1)],
+                                   train.label_loss, (1.0, 1.0))
     optimizer.state_dict()
     if rank == 0:
-        torch.save(dict(norm=norm.cpu(), **{n: p.detach().cpu() for n, p in model.named_parameters()}), Path(folder) / f"{size}{backend}.pt")
+        torch.save(dict(norm=norm.cpu(), **{n: p.detach().cpu() for n, p in model.named_parameters()}),
+                   Path(folder) / f"{size}{backend}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -171,8 +183,10 @@ def ranks():
         for size, backend in ((1, "nccl"), (2, "gloo")):
             multiprocessing.spawn(rank_step, (size, folder, backend), nprocs=size)
         one, two = (torch.load(Path(folder) / f"{name}.pt") for name in ("1nccl", "2gloo"))
-    report("two ranks on this GPU (gloo) and one (NCCL): gradient norm of the second step", relative(two.pop("norm"), one.pop("norm")), 1e-2)
-    report("two ranks and one: weights after two steps, the worst", max(relative(two[n], one[n]) for n in one if "_mix" not in n), 2e-2)
+    report("two ranks on this GPU (gloo) and one (NCCL): gradient norm of the second step",
+           relative(two.pop("norm"), one.pop("norm")), 1e-2)
+    report("two ranks and one: weights after two steps, the worst",
+           max(relative(two[n], one[n]) for n in one if "_mix" not in n), 2e-2)
 
 
 def script(name, argv):
@@ -190,7 +204,9 @@ def population(folder, name, argv):
     argv = [*argv, f"--run_dir={folder / name}"]
     say = lambda *words: print(f"{name}:", *words, flush=True)
     if name == "stopped":
-        child, log = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), folder / name / "metrics.jsonl"
+        child, log = (subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+                      folder / name / "metrics.jsonl")
         while child.poll() is None and not (log.exists() and log.read_text().count('"step"') > 9):
             time.sleep(0.01)
         child.terminate()
@@ -199,7 +215,8 @@ def population(folder, name, argv):
         began = time.perf_counter()
         _, last = script(step.split()[0], [*argv, *step.split()[1:]])
         say(f"{step} {time.perf_counter() - began:.0f} s  {last[-90:]}")
-    answers = {f"{a['rule']} of {a['K']}": round(a["val_loss"], 4) for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"}
+    answers = {f"{a['rule']} of {a['K']}": round(a["val_loss"], 4)
+               for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"}
     say(answers)
     say(script("-m", ["tools.generate", *argv, "--tokens=40"])[0].stdout.strip())
     return load_tensors(max((folder / name).glob("trajectory_*/cycle_*.pt")))[0], answers["uniform of 4"]
@@ -207,13 +224,17 @@ def population(folder, name, argv):
 
 @check
 def scripts():
-    """The demo's model on four cycles, side by side: twice the same eager, one of them stopped, compiled, and taught by the mixture, with a student."""
+    """
+    The demo's model on four cycles, side by side: twice the same eager, one of them stopped, compiled, and taught by the
+    mixture, with a student.
+    """
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder))
 
 
 def compare(folder):
-    base = [str(ROOT / "configs" / "tiny.py"), f"--data_dir={folder / 'data'}", "--cycles=4", "--trajectories=1", "--distill_from=2"]
+    base = [str(ROOT / "configs" / "tiny.py"), f"--data_dir={folder / 'data'}",
+            "--cycles=4", "--trajectories=1", "--distill_from=2"]
     subprocess.run([sys.executable, "-m", "data.prepare", *base], cwd=ROOT, check=True, capture_output=True)
     kinds = dict(eager=[], again=[], stopped=[], compiled=["--compile=True"],
                  mixture=["--distill_teacher=mixture", "--packings=2", "--distill_temperature=1", "--compile=True"])
@@ -222,7 +243,8 @@ def compare(folder):
     weights, losses = ({name: run.result()[i] for name, run in runs.items()} for i in (0, 1))
     for other, allowed in dict(again=0.02, stopped=0.02, compiled=0.1).items():
         report(f"eager and {other}: loss of the mean of all members", abs(losses[other] - losses["eager"]), allowed)
-        print(f"eager and {other}: the last member's weights differ by {max(relative(weights[other][n], w) for n, w in weights['eager'].items()):.2g} (no bits are promised on CUDA)")
+        print(f"eager and {other}: the last member's weights differ by "
+              f"{max(relative(weights[other][n], w) for n, w in weights['eager'].items()):.2g} (no bits are promised on CUDA)")
 
 
 PARTS = {part.__name__: part for part in (attention, model_and_losses, the_step_does_not_wait, ranks, scripts)}
@@ -231,7 +253,8 @@ PARTS = {part.__name__: part for part in (attention, model_and_losses, the_step_
 def main():
     if not torch.cuda.is_available():
         refuse("tests.on_gpu wants a GPU; the other tests are the CPU's")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {activate_attention(GPU)}, Python {sys.version.split()[0]}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {activate_attention(GPU)}, "
+          f"Python {sys.version.split()[0]}")
     if not PARTS.keys() >= set(sys.argv[1:]):
         refuse(f"tests.on_gpu has the parts {', '.join(PARTS)}, not {' '.join(sys.argv[1:])}")
     for name in sys.argv[1:] or PARTS:

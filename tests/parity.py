@@ -24,7 +24,8 @@ from prior import fit_weights
 LR_SCALE = 0.25         # the recipe's, in which the facts' rates are given
 VARIANTS = {"plain": ("iha", "mtp"), "iha": ("iha", "mtp"), "iha_mtp": ("iha", "mtp"), "iha_mtp_loop35": ("iha", "mtp", "loop")}
 COMMON = ["resid_lambdas", "x0_lambdas", "skip_weights", "transformer.wte.weight", "transformer.h.0.attn.c_q.weight",
-          "transformer.h.4.attn.k_mix", "transformer.h.5.mlp.c_proj.weight", "lm_head.weight", "ve_projs.3.weight", "mtp_proj.weight"]
+          "transformer.h.4.attn.k_mix", "transformer.h.5.mlp.c_proj.weight", "lm_head.weight", "ve_projs.3.weight",
+          "mtp_proj.weight"]
 GRADIENTS = COMMON + ["transformer.h.2.attn.attn_gate.weight", "transformer.h.3.attn.ve_gate.weight"]
 STEPPED = COMMON + ["transformer.h.0.mlp.c_fc.weight"]
 
@@ -95,9 +96,9 @@ def forward(facts):
         loss = train.label_loss(model, batch)
         loss.backward()
         parameters = dict(model.named_parameters())
-        ours[name] = dict(params=sum(p.numel() for p in parameters.values()), cross_entropy=ce.item(), training_loss=loss.item(),
-                          logits_shape=list(logits.shape), logits_mean=logits.mean().item(), logits_std=logits.std().item(),
-                          logits_0_5_first8=logits[0, 5, :8].tolist(),
+        ours[name] = dict(params=sum(p.numel() for p in parameters.values()), cross_entropy=ce.item(),
+                          training_loss=loss.item(), logits_shape=list(logits.shape), logits_mean=logits.mean().item(),
+                          logits_std=logits.std().item(), logits_0_5_first8=logits[0, 5, :8].tolist(),
                           grad_norm={n: size(parameters[n].grad) for n in GRADIENTS if n in parameters})
     return ours
 
@@ -121,8 +122,9 @@ def optimizer(facts):
     of = rates(facts)
     matrix = of["transformer.h.0.attn.c_q.weight"]
     config = dict(matrix_lr=matrix["lr"], scalar_lr=of["x0_lambdas"]["lr"], embedding_lr=of["transformer.wte.weight"]["lr"],
-                  unembedding_lr=of["lm_head.weight"]["lr"], weight_decay=matrix["weight_decay"], adam_betas=of["lm_head.weight"]["betas"],
-                  muon_momentum=matrix["momentum"], ns_steps=matrix["ns_steps"], iha_lr=of["transformer.h.0.attn.q_mix"]["lr"])
+                  unembedding_lr=of["lm_head.weight"]["lr"], weight_decay=matrix["weight_decay"],
+                  adam_betas=of["lm_head.weight"]["betas"], muon_momentum=matrix["momentum"], ns_steps=matrix["ns_steps"],
+                  iha_lr=of["transformer.h.0.attn.q_mix"]["lr"])
     model, batches, steps = build(facts, facts["seed"]), token_batches(facts), []
     parameters = dict(model.named_parameters())
     start = {n: p.detach().clone() for n, p in parameters.items()}
@@ -167,7 +169,8 @@ def distillation(facts):
     student, teacher = build(facts, facts["seed"]), build(facts, f["teacher_seed"]).eval()
     with torch.no_grad():
         ce, mtp = student(batch[:, :-1], batch[:, 1:])
-        kl = distill.distillation_kl(student(batch[:, :-1]).flatten(0, 1), teacher(batch[:, :-1]).flatten(0, 1), f["temperature"]) / batch[:, 1:].numel()
+        kl = distill.distillation_kl(student(batch[:, :-1]).flatten(0, 1), teacher(batch[:, :-1]).flatten(0, 1),
+                                     f["temperature"]) / batch[:, 1:].numel()
         total = distill.chain_loss(student, teacher, batch, f["alpha"], f["temperature"])
     return dict(cross_entropy=ce.item(), mtp=mtp.item() / f["mtp_weight"], kl_times_T2=kl.item(), loss=total.item())
 
@@ -197,11 +200,13 @@ def prior(facts):
     top_k = {}
     for K in ("1", "2", "4", "8", "12"):
         theirs = f["top_k"][K]
-        tied = theirs_w.index_add(0, torch.tensor(theirs["members"]), torch.full((len(theirs["members"]),), 1e-5, dtype=torch.float64))
+        tied = theirs_w.index_add(0, torch.tensor(theirs["members"]),
+                                  torch.full((len(theirs["members"]),), 1e-5, dtype=torch.float64))
         chosen = tied.argsort(descending=True)[:int(K)].sort().values       # of weights within 1e-5, those they took
         learned = ours_w.argsort(descending=True, stable=True)[:int(K)]
         top_k[K] = {"members": chosen.tolist(), "weights": (theirs_w[chosen] / theirs_w[chosen].sum()).tolist(),
-                    "loss": loss(theirs["weights"], theirs["members"]), "loss, ours refitted": loss(fit_weights(log_p[learned])[0], learned)}
+                    "loss": loss(theirs["weights"], theirs["members"]),
+                    "loss, ours refitted": loss(fit_weights(log_p[learned])[0], learned)}
         theirs["loss, ours refitted"] = theirs["loss"]
     return dict(uniform_loss=loss(np.full(M, 1 / M)), best_single=min(loss(e) for e in np.eye(M)), adamw300_loss=loss(theirs_w),
                 adamw300_weights=theirs_w.tolist(), optimum_loss=loss(ours_w), optimum_weights=ours_w.tolist(), top_k=top_k)
@@ -221,7 +226,8 @@ def data_order(facts):
             epochs.append(dict(epoch=epoch, sequences=len(rows), first_8_tokens=rows[0, :8].tolist(), sha256=sha(rows)))
         trajectories.append(dict(trajectory=t, seed_t=seed + t, epochs=epochs))
     held = dict(documents=len(lengths) - len(starts), tokens=len(fitness), sequences=len(sequences), sha256=sha(sequences))
-    return dict(documents=300, tokens=len(tokens), bos_id=256, sequence_len=64, multiple=16, fitness_tokens=5000, fitness=held, trajectories=trajectories)
+    return dict(documents=300, tokens=len(tokens), bos_id=256, sequence_len=64, multiple=16, fitness_tokens=5000,
+                fitness=held, trajectories=trajectories)
 
 
 def noise(facts):
@@ -234,8 +240,8 @@ def noise(facts):
 
 PARTS = (forward, parameter_order, rates, optimizer, muon, distillation, prior, data_order, noise)
 # What a facts file gives, and ours takes: altered, the results above are out.
-INPUTS = {"seed", "torch", "distillation.alpha", "distillation.temperature", "distillation.mtp_weight", "distillation.teacher_seed",
-          "prior.members", "prior.tokens", "noise.scale", "noise.cycle", "noise.seed_t",
+INPUTS = {"seed", "torch", "distillation.alpha", "distillation.temperature", "distillation.mtp_weight",
+          "distillation.teacher_seed", "prior.members", "prior.tokens", "noise.scale", "noise.cycle", "noise.seed_t",
           *(f"config.{k}" for k in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "dropout")),
           *(f"forward.{v}.{k}" for v, keys in VARIANTS.items() for k in keys)}
 
@@ -291,7 +297,8 @@ def compare(facts):
             what = "unknown" if name not in ours or rule is None else "missing"
             rows.append((name, theirs.get(name, what), ours.get(name, what), float("inf"), 0))
             continue
-        scale = {"over std": theirs.get(name.replace("_mean", "_std")), "over norm": theirs.get(name[:-3] + "norm")}.get(rule[0])
+        scale = {"over std": theirs.get(name.replace("_mean", "_std")),
+                 "over norm": theirs.get(name[:-3] + "norm")}.get(rule[0])
         rows.append((name, theirs[name], ours[name], float(difference(rule[0], ours[name], theirs[name], scale)), rule[1]))
     return rows
 
@@ -308,7 +315,8 @@ def main(paths):
         short = lambda v: (f"{v:.6g}" if isinstance(v, float) else str(v))[:24]
         print(f"{path}\n{'quantity':66} {'theirs':>24} {'ours':>24} {'difference':>10} {'allowed':>8}")
         for name, theirs, ours, d, allowed in rows:
-            print(f"{name:66} {short(theirs):>24} {short(ours):>24} {d:>10.2e} {allowed:>8.0e}{'' if d <= allowed else '   OUT'}")
+            print(f"{name:66} {short(theirs):>24} {short(ours):>24} {d:>10.2e} {allowed:>8.0e}"
+                  f"{'' if d <= allowed else '   OUT'}")
         bad = [name for name, _, _, d, allowed in rows if not d <= allowed]
         print(f"{len(rows)} quantities, {len(bad)} out, missing or unknown{': ' + ', '.join(bad[:20]) if bad else ''}")
         out += len(bad)

@@ -49,9 +49,11 @@ def main():
         kill.prepare(Path(folder))
         results = {size: soak(size, kills // 2, Path(folder)) for size in (1, 2)}
         sys.stdout = out
-    print(f"# Killed, and started again\n\nPrinted by `python -m tests.soak {kills}` at commit {commit()}; torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n"
-          f"Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started again. Whenever a population is done, its\n"
-          f"members, scores, prior.json and logged steps are compared with those of an uninterrupted one, byte by byte, and the next is begun.\n")
+    print(f"# Killed, and started again\n\nPrinted by `python -m tests.soak {kills}` at commit {commit()}; "
+          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n"
+          "Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started again. "
+          "Whenever a population is done, its\nmembers, scores, prior.json and logged steps are compared with "
+          "those of an uninterrupted one, byte by byte, and the next is begun.\n")
     print("| phase of rank 0 | kills, 1 process | kills, 2 processes |\n|---|---|---|")
     for phase in kill.PHASES:
         print(f"| {phase} | {results[1][0][phase]} | {results[2][0][phase]} |")

@@ -33,16 +33,40 @@ def test_what_follows_from_other_values():
 
 
 @pytest.mark.parametrize("args, names", [
-    (["--cylces=3"], ["cylces", "did you mean 'cycles'"]), (["--cycles=three"], ["cycles", "whole number"]), (["--cycles=0"], ["cycles", "more than 0"]),
-    (["--cycles=1.5"], ["cycles"]), (["--n_layer=3"], ["n_layer", "even"]), (["--n_embd=130"], ["n_embd", "n_head=4"]), (["--n_head=128"], ["n_head", "even width"]),
-    (["--batch_tokens=1000"], ["batch_tokens", "sequence_len=128", "1024"]), (["--batch_tokens_ends=100"], ["batch_tokens_ends"]),
-    (["--tokenizer=words"], ["tokenizer", "bytes"]), (["--schedule=step"], ["schedule"]), (["--window_pattern=SX"], ["window_pattern"]),
-    (["--dropout=1"], ["dropout"]), (["--dropout=-0.1"], ["dropout"]), (["--distill_alpha=1.5"], ["distill_alpha"]), (["--lr_scale=nan"], ["lr_scale"]),
-    (["--lr_scale=inf"], ["lr_scale"]), (["--compile=maybe"], ["compile"]), (["--run_dir="], ["run_dir"]), (["--cycles"], ["--cycles", "VALUE"]),
-    (["--loop_extra=2"], ["loop_start"]), (["--fitness_tokens=100"], ["fitness_tokens"]), (["--train_tokens=10000"], ["train_tokens"]),
-    (["--vocab_size=10"], ["vocab_size", "tokenizer"]), (["extra.py"], ["one config file"]), (["--seed=-1"], ["seed"]), (["--n_embd=16"], ["n_embd", "32"]),
-    (["--restart=anew"], ["restart", "noise, fresh or none"]), (["--loop_from=1"], ["loop_from", "below 1"]), (["--ema_decay=1"], ["ema_decay"]), (["--ema_every=0"], ["ema_every"]),
-    (["--first_cycle_epochs=-1"], ["first_cycle_epochs"]), (["--seed=99999999999999999999"], ["seed", "2^31"]), (["--epochs_per_cycle=1e308"], ["epochs_per_cycle", "2^31"]),
+    (["--cylces=3"], ["cylces", "did you mean 'cycles'"]),
+    (["--cycles=three"], ["cycles", "whole number"]),
+    (["--cycles=0"], ["cycles", "more than 0"]),
+    (["--cycles=1.5"], ["cycles"]),
+    (["--n_layer=3"], ["n_layer", "even"]),
+    (["--n_embd=130"], ["n_embd", "n_head=4"]),
+    (["--n_head=128"], ["n_head", "even width"]),
+    (["--batch_tokens=1000"], ["batch_tokens", "sequence_len=128", "1024"]),
+    (["--batch_tokens_ends=100"], ["batch_tokens_ends"]),
+    (["--tokenizer=words"], ["tokenizer", "bytes"]),
+    (["--schedule=step"], ["schedule"]),
+    (["--window_pattern=SX"], ["window_pattern"]),
+    (["--dropout=1"], ["dropout"]),
+    (["--dropout=-0.1"], ["dropout"]),
+    (["--distill_alpha=1.5"], ["distill_alpha"]),
+    (["--lr_scale=nan"], ["lr_scale"]),
+    (["--lr_scale=inf"], ["lr_scale"]),
+    (["--compile=maybe"], ["compile"]),
+    (["--run_dir="], ["run_dir"]),
+    (["--cycles"], ["--cycles", "VALUE"]),
+    (["--loop_extra=2"], ["loop_start"]),
+    (["--fitness_tokens=100"], ["fitness_tokens"]),
+    (["--train_tokens=10000"], ["train_tokens"]),
+    (["--vocab_size=10"], ["vocab_size", "tokenizer"]),
+    (["extra.py"], ["one config file"]),
+    (["--seed=-1"], ["seed"]),
+    (["--n_embd=16"], ["n_embd", "32"]),
+    (["--restart=anew"], ["restart", "noise, fresh or none"]),
+    (["--loop_from=1"], ["loop_from", "below 1"]),
+    (["--ema_decay=1"], ["ema_decay"]),
+    (["--ema_every=0"], ["ema_every"]),
+    (["--first_cycle_epochs=-1"], ["first_cycle_epochs"]),
+    (["--seed=99999999999999999999"], ["seed", "2^31"]),
+    (["--epochs_per_cycle=1e308"], ["epochs_per_cycle", "2^31"]),
 ])
 def test_bad_values_are_refused_by_name(args, names, capsys):
     err = refused([TINY, *args], capsys)
@@ -50,8 +74,16 @@ def test_bad_values_are_refused_by_name(args, names, capsys):
 
 
 @pytest.mark.parametrize("epochs, trajectories, cycles, spent", [
-    (8, 1, 4, 8), (56, 1, 28, 56), (128, 1, 64, 128), (129, 2, 32, 128), (256, 2, 64, 256), (257, 3, 42, 252), (512, 3, 85, 510), (513, 4, 64, 512),
-    (1024, 4, 128, 1024), (1025, 5, 102, 1020),
+    (8, 1, 4, 8),
+    (56, 1, 28, 56),
+    (128, 1, 64, 128),
+    (129, 2, 32, 128),
+    (256, 2, 64, 256),
+    (257, 3, 42, 252),
+    (512, 3, 85, 510),
+    (513, 4, 64, 512),
+    (1024, 4, 128, 1024),
+    (1025, 5, 102, 1020),
 ])
 def test_a_budget_becomes_a_population(epochs, trajectories, cycles, spent):
     config = from_args([TINY, f"--epochs={epochs}"], "")
@@ -63,14 +95,24 @@ def test_a_budget_becomes_a_population(epochs, trajectories, cycles, spent):
 def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, gap):
     config = from_args([TINY, f"--epochs={epochs}"], "")
     assert (config.trajectories, config.cycles, config.restart, config.distill_from) == (1, 4, "none", 4)
-    assert [config.cycle_epochs(c) for c in range(4)] == pytest.approx([first, gap, gap, gap]) and config.epochs_until(4) == pytest.approx(epochs)
+    assert ([config.cycle_epochs(c) for c in range(4)] == pytest.approx([first, gap, gap, gap])
+            and config.epochs_until(4) == pytest.approx(epochs))
     assert config.batch_tokens_ends == config.batch_tokens
 
 
 @pytest.mark.parametrize("args, names", [
-    (["--epochs=0"], ["epochs", "no recipe"]), (["--epochs=-8"], ["epochs"]), (["--epochs=1.5"], ["epochs", "whole number"]), (["--epochs="], ["epochs"]), (["--epochs"], ["--epochs=VALUE"]),
-    (["--epochs=16", "--cycles=8"], ["epochs", "cycles"]), (["--trajectories=2", "--epochs=16"], ["trajectories"]), (["--epochs=4", "--restart=noise"], ["restart"]), (["--epochs=16", "--restart=none"], ["restart"]),
-    (["--epochs=16", "--first_cycle_epochs=100"], ["first_cycle_epochs"]), (["--epochs=100001"], ["100,000"]), (["--epochs=16", "--schedule=cosine"], ["schedule"]),
+    (["--epochs=0"], ["epochs", "no recipe"]),
+    (["--epochs=-8"], ["epochs"]),
+    (["--epochs=1.5"], ["epochs", "whole number"]),
+    (["--epochs="], ["epochs"]),
+    (["--epochs"], ["--epochs=VALUE"]),
+    (["--epochs=16", "--cycles=8"], ["epochs", "cycles"]),
+    (["--trajectories=2", "--epochs=16"], ["trajectories"]),
+    (["--epochs=4", "--restart=noise"], ["restart"]),
+    (["--epochs=16", "--restart=none"], ["restart"]),
+    (["--epochs=16", "--first_cycle_epochs=100"], ["first_cycle_epochs"]),
+    (["--epochs=100001"], ["100,000"]),
+    (["--epochs=16", "--schedule=cosine"], ["schedule"]),
     (["--restart=none", "--ema_decay=0.9"], ["ema_decay", "restart=none"]),
 ])
 def test_budgets_that_are_refused(args, names, capsys):
@@ -94,8 +136,9 @@ def test_bad_config_files_are_refused(tmp_path, capsys):
     assert "one config file" in refused([], capsys)
     assert "missing.py" in refused([str(tmp_path / "missing.py")], capsys)
     bad = tmp_path / "bad.py"
-    for content, names in (("n_layers = 4", ["n_layers", "n_layer"]), ("n_layer = ", ["SyntaxError"]), ("n_layer = '4'", ["does not set"]),
-                           ("n_layer = 4", ["does not set", "n_head"]), ("import os", ["os"]), ("cycles = True", ["cycles"]), ("1 / 0", ["ZeroDivisionError"])):
+    for content, names in (("n_layers = 4", ["n_layers", "n_layer"]), ("n_layer = ", ["SyntaxError"]),
+                           ("n_layer = '4'", ["does not set"]), ("n_layer = 4", ["does not set", "n_head"]),
+                           ("import os", ["os"]), ("cycles = True", ["cycles"]), ("1 / 0", ["ZeroDivisionError"])):
         bad.write_text(content)
         err = refused([str(bad)], capsys)
         assert all(name in err for name in names), err
@@ -111,7 +154,8 @@ def test_every_config_is_valid(path):
 
 def test_single_is_tiny_without_a_population():
     tiny, single = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")) for name in ("tiny", "single"))
-    assert {k for k in tiny if tiny[k] != single[k]} == {"run_dir", "trajectories", "cycles", "epochs_per_cycle", "schedule", "distill_from"}
+    assert {k for k in tiny if tiny[k] != single[k]} == {
+        "run_dir", "trajectories", "cycles", "epochs_per_cycle", "schedule", "distill_from"}
 
 
 def test_the_record_is_the_paper_run_with_more_of_it():

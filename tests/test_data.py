@@ -57,7 +57,8 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, 
     assert "No space left" in capsys.readouterr().err and not (tmp_path / "data" / "manual.json").exists()
     monkeypatch.setattr(prepare.os, "replace", replace)
     prepare.main(micro())
-    assert {p.name for p in (tmp_path / "data").iterdir()} == {"manual_val.pt", "manual_train.pt", "manual_bytes.npy", "manual.json"}
+    assert {p.name for p in (tmp_path / "data").iterdir()} == {
+        "manual_val.pt", "manual_train.pt", "manual_bytes.npy", "manual.json"}
     whole = (tmp_path / "data" / "manual_train.pt").read_bytes()
     (tmp_path / "data" / "manual_train.pt").unlink()            # what is lost is written again
     prepare.main(micro())
@@ -94,7 +95,7 @@ def test_the_file_format(micro, tmp_path):
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
 
 
-def test_documents_of_local_files(tmp_path):
+def test_documents_of_local_files(tmp_path, capsys):
     def documents(name, content):
         (tmp_path / name).write_text(content)
         return prepare.file_documents(tmp_path / name)
@@ -105,7 +106,10 @@ def test_documents_of_local_files(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "deep.txt").write_text("four")
     assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3
-    assert "four" in prepare.source_documents(str(tmp_path))
+    (tmp_path / "sub" / "notes.md").write_text("five")
+    capsys.readouterr()
+    found = prepare.source_documents(str(tmp_path))
+    assert "four" in found and "five" not in found and "1 files of other kinds" in capsys.readouterr().out
 
 
 def test_local_text_becomes_the_tokens_it_is(tmp_path, micro):
@@ -190,8 +194,12 @@ def test_scores_are_in_order_complete_and_unpadded():
 
 
 @pytest.mark.parametrize("content, overrides, names", [
-    (None, dict(data="nowhere.txt"), ["nowhere.txt", "does not exist"]), (b"", {}, ["empty"]), (b" \n\t\n", {}, ["empty"]), (b"a\0b", {}, ["binary"]),
-    (b"\xff\xfe\xfa", {}, ["UTF-8"]), (b"too short\n", {}, ["too short", "4800", "10"]),
+    (None, dict(data="nowhere.txt"), ["nowhere.txt", "does not exist"]),
+    (b"", {}, ["empty"]),
+    (b" \n\t\n", {}, ["empty"]),
+    (b"a\0b", {}, ["binary"]),
+    (b"\xff\xfe\xfa", {}, ["UTF-8"]),
+    (b"too short\n", {}, ["too short", "4800", "10"]),
     (b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100), ["train_tokens", "epoch_multiple"]),
 ])
 def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, tmp_path, micro, capsys):
@@ -230,7 +238,8 @@ def test_other_data_in_data_dir_is_never_overwritten(tmp_path, micro, capsys):
             prepare.main(micro())
         assert stop.value.code == 2 and name in capsys.readouterr().err
         (tmp_path / "data" / name).write_bytes(kept)
-    for change in (lambda p: p.write_bytes(before[:500]), lambda p: p.write_bytes(b"junk"), lambda p: torch.save([1], p), lambda p: p.unlink()):
+    for change in (lambda p: p.write_bytes(before[:500]), lambda p: p.write_bytes(b"junk"), lambda p: torch.save([1], p),
+                   lambda p: p.unlink()):
         change(tmp_path / "data" / "manual_train.pt")
         with pytest.raises(SystemExit) as stop:
             loader.load(from_args(micro(), ""))

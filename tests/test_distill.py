@@ -1,4 +1,7 @@
-"""Who teaches: stored probabilities against float64 formulas on all tokens, the teachers that a run has, fresh cycles, the student."""
+"""
+Who teaches: stored probabilities against float64 formulas on all tokens, the teachers that a run has, fresh cycles, the
+student.
+"""
 import json
 import math
 import os
@@ -65,7 +68,8 @@ def test_the_stored_kl_is_that_of_the_tokens_kept_and_the_others_as_one():
     expected, = torch.autograd.grad(wanted, logits)
     assert torch.allclose(got, expected.float(), atol=1e-5)
     whole = (q * (q / s).log()).sum().item()
-    kept = [distill.stored_kl(logits, *(x.float() if x.is_floating_point() else x for x in q.topk(k))).item() for k in (1, 5, 20, 49)]
+    kept = [distill.stored_kl(logits, *(x.float() if x.is_floating_point() else x for x in q.topk(k))).item()
+            for k in (1, 5, 20, 49)]
     assert kept == sorted(kept) and kept[-1] == pytest.approx(whole, rel=1e-4) and kept[0] < 0.9 * whole
 
 
@@ -87,7 +91,8 @@ def test_a_mixture_is_stored_as_three_members_make_it(micro, monkeypatch):
         models.append(GPT(config).init_weights().eval())
         with torch.no_grad():
             models[-1].lm_head.weight.normal_(0, 1)
-    exact = sum(w * m(torch.from_numpy(sequences[:, :-1])).detach().double().softmax(-1) for w, m in zip((0.14, 0.56, 0.3), models))     # 0.7 (0.2, 0.8), 0.3
+    exact = sum(w * m(torch.from_numpy(sequences[:, :-1])).detach().double().softmax(-1)
+                for w, m in zip((0.14, 0.56, 0.3), models))     # 0.7 (0.2, 0.8), 0.3
     for k, error in ((256, 1e-3), (64, 0.02)):
         monkeypatch.setattr(distill, "STORED", k)
         stored = None
@@ -129,21 +134,36 @@ def test_the_best_so_far_teaches(ready, tmp_path, monkeypatch):
     train.main(argv)
     config, data, run = population_of(argv)
     weights, about = run.read_member(0, 0)
-    run.save_member(0, 0, {n: w.clone() for n, w in weights.items()}, epochs=about["epochs"], fit_loss=0.1)       # the first is the best by far
+    # the first is the best by far
+    run.save_member(0, 0, {n: w.clone() for n, w in weights.items()}, epochs=about["epochs"], fit_loss=0.1)
     taught, original = [], distill.chain_loss
-    monkeypatch.setattr(distill, "chain_loss", lambda student, teacher, *rest: (taught.append(teacher.lm_head.weight.clone()), original(student, teacher, *rest))[1])
+    monkeypatch.setattr(distill, "chain_loss", lambda student, teacher, *rest: (
+        taught.append(teacher.lm_head.weight.clone()), original(student, teacher, *rest))[1])
     distill.main(argv)
     assert taught and all(torch.equal(w, weights["lm_head.weight"].float()) for w in taught)
 
 
+def test_only_an_earlier_member_can_teach(ready, monkeypatch):
+    argv = ready(trajectories=1)
+    train.main(argv)
+    monkeypatch.setitem(distill.TEACHERS, "predecessor", lambda config: distill.OneMember(config, lambda run, t, cycle: cycle))
+    with pytest.raises(AssertionError, match="cycle 2 cannot teach cycle 2"):
+        distill.main(argv)
+
+
 def test_the_mixture_so_far_teaches(ready, monkeypatch):
-    """Its stored probabilities are those of the members, mixed by the shares that the fitness set asks for, and reach the loss by their numbers."""
+    """
+    Its stored probabilities are those of the members, mixed by the shares that the fitness set asks for, and reach the loss
+    by their numbers.
+    """
     argv, seen, original = ready(**MIXTURE), [], distill.stored_kl
     monkeypatch.setattr(distill, "PART", 25)                    # several files of a packing
     train.main(argv)
-    monkeypatch.setattr(distill, "stored_kl", lambda logits, p, ids: (seen.append((p.clone(), ids.clone())), original(logits, p, ids))[1])
+    monkeypatch.setattr(distill, "stored_kl", lambda logits, p, ids: (
+        seen.append((p.clone(), ids.clone())), original(logits, p, ids))[1])
     batches, step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda model, optimizer, micro_batches, *rest: (batches.extend(micro_batches), step(model, optimizer, micro_batches, *rest))[1])
+    monkeypatch.setattr(train, "train_step", lambda model, optimizer, micro_batches, *rest: (
+        batches.extend(micro_batches), step(model, optimizer, micro_batches, *rest))[1])
     distill.main(argv)
     config, data, run = population_of(argv)
     fit = [torch.from_numpy(loader.score(_model(config, run, c), data.fit, 4)).double() for c in range(3)]
@@ -158,9 +178,11 @@ def test_the_mixture_so_far_teaches(ready, monkeypatch):
         for (rows, _), (p, ids) in zip(teaches, seen[:len(teaches)] if cycle == 2 else seen[len(batches) // 2:]):
             exact = sum(w * probabilities(config, run, (0, c), rows.numpy()) for c, w in enumerate(weights)).flatten(0, 1)
             assert (p - exact.gather(-1, ids)).abs().max() < 2e-3
-    parts = math.ceil(loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, 0).per_packing / 25)
+    parts = math.ceil(
+        loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, 0).per_packing / 25)
     kept = sorted(p.name for p in (run.path / "trajectory_00").glob("mixture_*"))
-    assert kept == [f"mixture_{n:03d}_{p}_{part:02d}.pt" for n in (2, 3) for p in (1, 2) for part in range(parts)] and parts > 1            # the newest two
+    # the newest two
+    assert kept == [f"mixture_{n:03d}_{p}_{part:02d}.pt" for n in (2, 3) for p in (1, 2) for part in range(parts)] and parts > 1
 
 
 def _model(config, run, c):
@@ -175,7 +197,8 @@ def test_two_ranks_share_the_packings(reference, tmp_path):
     assert kill.finish(kill.start(two, tmp_path / "log", 2)) == [0, 0], (tmp_path / "log").read_text()[-2000:]
     one = [*argv, f"--run_dir={tmp_path / 'one'}", "--micro_batch=1"]
     assert kill.finish(kill.start(one, tmp_path / "log")) == [0]
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines() if '"step"' in line and "grad_norm" in line] for name in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+               if '"step"' in line and "grad_norm" in line] for name in ("one", "two")]
     assert len(losses[0]) == 9 and losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
@@ -215,7 +238,8 @@ def halfway(reference, tmp_path):
     shutil.copytree(folder / "whole", tmp_path / "run")
     run = tmp_path / "run"
     shutil.rmtree(run / "scores")
-    for path in (run / "prior.json", run / "trajectory_00" / "cycle_002.pt", sorted((run / "trajectory_00").glob("resume_*"))[-1]):
+    for path in (run / "prior.json", run / "trajectory_00" / "cycle_002.pt",
+                 sorted((run / "trajectory_00").glob("resume_*"))[-1]):
         path.unlink()
     return [*argv, f"--run_dir={run}"], run, tmp_path / "log", whole
 
@@ -241,7 +265,8 @@ def test_any_rank_names_a_damaged_mixture(halfway):
     damage(run / "trajectory_00" / "mixture_001_2_00.pt")           # the second rank's
     (run / "trajectory_00" / "mixture_002_2_00.pt").unlink()
     assert 2 in kill.finish(kill.start([*argv, "--micro_batch=1"], log, 2))
-    assert any("mixture_001_2_00.pt" in line and "delete it" in line for line in log.read_text().splitlines()) and "Traceback" not in log.read_text()
+    assert (any("mixture_001_2_00.pt" in line and "delete it" in line for line in log.read_text().splitlines())
+            and "Traceback" not in log.read_text())
 
 
 def test_mixtures_of_others_are_made_anew(halfway):
@@ -264,7 +289,8 @@ def test_asked_to_stop_while_it_stores(halfway):
             time.sleep(0.2)
             return mix_in(*args)
         distill.mix_in = asking
-    assert kill.finish(kill.start(argv, log, patch=asked)) == [world.STOPPED] and "to go on: python distill.py" in log.read_text()
+    assert (kill.finish(kill.start(argv, log, patch=asked)) == [world.STOPPED]
+            and "to go on: python distill.py" in log.read_text())
     assert len(list((run / "trajectory_00").glob("mixture_*"))) == 1
     assert kill.finish(kill.start(argv, log)) == [0] and kill.difference(whole, run) == []
 
@@ -275,13 +301,15 @@ def test_a_teacher_that_is_gone_is_named(ready, tmp_path, capsys):
     (tmp_path / "run" / "trajectory_00" / "cycle_000.pt").unlink()
     with pytest.raises(SystemExit) as stop:
         distill.main(argv)
-    assert stop.value.code == 2 and f"cycle_000.pt is gone: restore it, or delete {tmp_path}/run/trajectory_00" in error_line(capsys.readouterr().err)
+    assert (stop.value.code == 2 and f"cycle_000.pt is gone: restore it, or delete {tmp_path}/run/trajectory_00"
+            in error_line(capsys.readouterr().err))
 
 
 # --------------------------------------------------------------------------------- chains of fresh models
 
 def test_fresh_cycles_are_models_of_their_own(ready, tmp_path):
-    argv = ready(restart="fresh", schedule="warmdown", momentum_warmup=3, ema_decay=0.9, ema_every=1, ema_share=0.4, trajectories=1, cycles=2, distill_from=1, epochs_per_cycle=3, distill_alpha=0)
+    argv = ready(restart="fresh", schedule="warmdown", momentum_warmup=3, ema_decay=0.9, ema_every=1, ema_share=0.4,
+                 trajectories=1, cycles=2, distill_from=1, epochs_per_cycle=3, distill_alpha=0)
     train.main(argv)
     distill.main(argv)
     config, data, run = population_of(argv)
@@ -294,7 +322,8 @@ def test_fresh_cycles_are_models_of_their_own(ready, tmp_path):
     batches.position, average = 4 * train.cycle_length(config, 0, data.sequences_per_epoch), None
     for s in range(length):
         train.seed_step(42, length + s, 0)
-        train.train_step(model, optimizer, [(b,) for b in batches.take(4)[0].split(2)], lambda m, b: sum(m(b[:, :-1], b[:, 1:])), train.rate_multipliers("warmdown", s, length))
+        train.train_step(model, optimizer, [(b,) for b in batches.take(4)[0].split(2)],
+                         lambda m, b: sum(m(b[:, :-1], b[:, 1:])), train.rate_multipliers("warmdown", s, length))
         if s >= 0.9 * length:
             average = train.average_weights(average, model, 0.9)
     expected = {n: (0.6 * w + 0.4 * average[n]).bfloat16() for n, w in model.state_dict().items()}
@@ -303,7 +332,8 @@ def test_fresh_cycles_are_models_of_their_own(ready, tmp_path):
 
 
 def test_warmdown_and_the_momentum():
-    assert [train.rate_multipliers("warmdown", s, 10) for s in (0, 7, 8, 9)] == [(1, 1), (1, 1), (pytest.approx(1), 1), (pytest.approx(0.5), 1)]
+    assert [train.rate_multipliers("warmdown", s, 10) for s in (0, 7, 8, 9)] == [
+        (1, 1), (1, 1), (pytest.approx(1), 1), (pytest.approx(0.5), 1)]
     p = torch.nn.Parameter(torch.eye(3))
     optimizer, moments = MuonAdamW([("w", p)], 1.0, momentum_warmup=4), []
     for g in (1.0, 1.0, 1.0, 1.0, 1.0):
@@ -334,7 +364,8 @@ def finished(tmp_path_factory):
     """The arguments of a finished population, to be copied; noise on its members has a mixture take more than one."""
     from tests.conftest import MICRO, ROOT
     folder = tmp_path_factory.mktemp("finished")
-    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "student_epochs": 1.0}.items())]
+    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in {
+        **MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "student_epochs": 1.0}.items())]
     torch.set_num_threads(1)
     prepare.main(argv)
     for script in (train, distill):
@@ -343,7 +374,8 @@ def finished(tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     newest = run.read_member(0, 3)[0]
     for member in run.members():
-        noisy = {n: w + torch.randn(w.shape, generator=generator) * (0.3 if n == "lm_head.weight" else 0) for n, w in newest.items()}
+        noisy = {n: w + torch.randn(w.shape, generator=generator) * (0.3 if n == "lm_head.weight" else 0)
+                 for n, w in newest.items()}
         run.save_member(*member, noisy, epochs=1.0, fit_loss=5.0)
     prior.main(argv)
     return folder, argv
@@ -365,7 +397,8 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     monkeypatch.setattr(distill.Mixture, "__call__", spy)
     monkeypatch.setattr(distill, "STORED", 256)                  # these are flatter than any that has learned to read
     stored, drop = {}, Run.drop_mixtures
-    monkeypatch.setattr(Run, "drop_mixtures", lambda own, t: (stored.update({name: w.clone() for name, w in own.read_mixture(0, len(chosen), 1, 0).items()}), drop(own, t)))
+    monkeypatch.setattr(Run, "drop_mixtures", lambda own, t: (
+        stored.update({name: w.clone() for name, w in own.read_mixture(0, len(chosen), 1, 0).items()}), drop(own, t)))
     mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
     assert len(chosen) > 1
@@ -373,7 +406,8 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     student(argv)
     assert not [*tmp_path.glob("run/.student.pt.*"), *tmp_path.glob("run/student/*/mixture_*")]
     out = capsys.readouterr().out
-    assert "next: python prior.py" in out and f"{len(chosen)} members with weight, of {len(before['members'])} (of 2 x 4), from best" in out
+    assert ("next: python prior.py" in out
+            and f"{len(chosen)} members with weight, of {len(before['members'])} (of 2 x 4), from best" in out)
     config, data, run = population_of(argv)
     best = next(a for a in before["answers"] if a["rule"] == "best")["members"][0]
     best = before["members"][best]["trajectory"], before["members"][best]["cycle"]
@@ -389,8 +423,10 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     prior.main(argv)
     after = read_json(tmp_path / "run" / "prior.json")
     [row] = [a for a in after["answers"] if a["rule"] == "student"]
-    assert row["K"] == 1 and row["epochs"] == 2 * 4 * 0.5 + 1.0 and row["of_this_mixture"] and (row["members"], row["weights"]) == ([], [])
-    assert [a for a in after["answers"] if a["rule"] != "student"] == before["answers"] and after["members"] == before["members"]
+    assert (row["K"] == 1 and row["epochs"] == 2 * 4 * 0.5 + 1.0 and row["of_this_mixture"]
+            and (row["members"], row["weights"]) == ([], []))
+    assert ([a for a in after["answers"] if a["rule"] != "student"] == before["answers"]
+            and after["members"] == before["members"])
     model = GPT(config)
     model.load_state_dict(run.read_member(*STUDENT)[0])
     assert row["val_loss"] == pytest.approx(-loader.score(model, data.val, 4).astype(np.float64).mean(), abs=1e-6)
@@ -411,7 +447,8 @@ def test_a_student_from_scratch_is_another_and_wants_a_folder(population_to_teac
     first = population_of(argv)[2].read_member(*STUDENT)[0]
     with pytest.raises(SystemExit) as stop:
         student(argv)
-    assert stop.value.code == 2 and "student_from" in (err := error_line(capsys.readouterr().err)) and "move it and student.pt away" in err
+    assert (stop.value.code == 2 and "student_from" in (err := error_line(capsys.readouterr().err))
+            and "move it and student.pt away" in err)
     shutil.rmtree(tmp_path / "run" / "student")
     student(argv)
     assert not torch.equal(first["lm_head.weight"], population_of(argv)[2].read_member(*STUDENT)[0]["lm_head.weight"])
@@ -467,7 +504,8 @@ def test_a_finished_student_is_held_to_what_it_is(population_to_teach, tmp_path,
     prior.main(argv)
     with pytest.raises(SystemExit):
         student(argv, "--student_alpha=0.5")
-    assert "student_alpha is 0.85 there and 0.5 here" in (err := error_line(capsys.readouterr().err)) and "move it and student.pt away" in err
+    assert ("student_alpha is 0.85 there and 0.5 here" in (err := error_line(capsys.readouterr().err))
+            and "move it and student.pt away" in err)
     shutil.copy(run / "trajectory_00" / "cycle_003.pt", tmp_path / "kept")
     shutil.rmtree(run / "trajectory_01")                        # another mixture: the student is an older one's
     prior.main(argv)
@@ -481,7 +519,8 @@ def test_a_finished_student_is_held_to_what_it_is(population_to_teach, tmp_path,
     shutil.rmtree(run / "scores")
     with pytest.raises(SystemExit) as stop:
         prior.main(argv)
-    assert stop.value.code == 2 and "student.pt" in (err := error_line(capsys.readouterr().err)) and "distill.py --student again" in err
+    assert (stop.value.code == 2 and "student.pt" in (err := error_line(capsys.readouterr().err))
+            and "distill.py --student again" in err)
 
 
 def test_a_student_of_half_a_population_says_so_in_its_epochs(ready, tmp_path):
@@ -490,7 +529,8 @@ def test_a_student_of_half_a_population_says_so_in_its_epochs(ready, tmp_path):
     prior.main(argv)
     student(argv)
     prior.main(argv)
-    assert [a["epochs"] for a in read_json(tmp_path / "run" / "prior.json")["answers"] if a["rule"] == "student"] == [2 * 2 * 0.5 + 1.0]
+    assert [a["epochs"] for a in read_json(tmp_path / "run" / "prior.json")["answers"] if a["rule"] == "student"] == [
+        2 * 2 * 0.5 + 1.0]
 
 
 def test_a_run_of_older_code_is_read(ready, tmp_path):

@@ -20,8 +20,10 @@ def documents(tmp_path, monkeypatch):
     r = np.random.default_rng(0)
     texts = ["".join(map(chr, r.integers(97, 200, n))) for n in r.integers(0, 60, 120)]
     for name, part in (("a", texts[:70]), ("b", texts[70:])):
-        pa.parquet.write_table(pa.table({"id": [str(i) for i in range(len(part))], "text": part}), tmp_path / f"{name}.parquet", row_group_size=20)
-    monkeypatch.setattr(fineweb, "SOURCE", dict(path="parquet", data_files=[str(tmp_path / f"{n}.parquet") for n in "ab"], split="train"))
+        pa.parquet.write_table(pa.table({"id": [str(i) for i in range(len(part))], "text": part}),
+                               tmp_path / f"{name}.parquet", row_group_size=20)
+    monkeypatch.setattr(fineweb, "SOURCE", dict(
+        path="parquet", data_files=[str(tmp_path / f"{n}.parquet") for n in "ab"], split="train"))
     monkeypatch.setattr(fineweb, "SAVE_EVERY", 7)
     return texts
 
@@ -56,7 +58,8 @@ def test_the_stream_in_file_order(documents, micro, tmp_path, capsys):
         assert tokens.tolist() == wanted and starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
     assert set(files(tmp_path / "data")) == {"fineweb_val.pt", "fineweb_train.pt", "fineweb_bytes.npy", "fineweb.json"}
     about = json.loads((tmp_path / "data" / "fineweb.json").read_text())
-    assert about["documents"] == sum(len(starts) for _, starts in [loader.read_tokens(from_args(argv, ""), s) for s in ("val", "train")])
+    assert about["documents"] == sum(
+        len(starts) for _, starts in [loader.read_tokens(from_args(argv, ""), s) for s in ("val", "train")])
     before = files(tmp_path / "data")
     prepare.main(argv)
     assert files(tmp_path / "data") == before
@@ -90,7 +93,8 @@ def test_what_a_download_refuses(documents, micro, tmp_path, monkeypatch, capsys
     prepare.main(micro(data="fineweb", data_dir=tmp_path / "half"))
     (tmp_path / "half" / "fineweb_val.pt").unlink()
     kept = files(tmp_path / "half")
-    assert "fineweb_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys) and files(tmp_path / "half") == kept
+    assert ("fineweb_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys)
+            and files(tmp_path / "half") == kept)
 
 
 def test_the_files_are_compared_with_the_published_ones(documents, micro, tmp_path, monkeypatch, capsys):
@@ -99,7 +103,8 @@ def test_the_files_are_compared_with_the_published_ones(documents, micro, tmp_pa
     assert capsys.readouterr().out.count("none of this size is published") == 2
     config = from_args(argv, "")
     config.tokenizer = "gpt2"                       # as if: what counts is the file
-    of = {split: hashlib.sha256((tmp_path / "data" / f"fineweb_{split}.pt").read_bytes()).hexdigest() for split in ("val", "train")}
+    of = {split: hashlib.sha256((tmp_path / "data" / f"fineweb_{split}.pt").read_bytes()).hexdigest()
+          for split in ("val", "train")}
     monkeypatch.setattr(fineweb, "PUBLISHED", {("val", 1800): of["val"], ("train", 3000): "0" * 64})
     fineweb.compare(config)
     val, train = capsys.readouterr().out.splitlines()
@@ -117,13 +122,16 @@ def test_a_hub_out_of_reach(documents, micro, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_pinned():
-    assert fineweb.SOURCE == dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train", revision="9bb295ddab0e05d785b879661af7260fed5140fc")
+    assert fineweb.SOURCE == dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
+                                  revision="9bb295ddab0e05d785b879661af7260fed5140fc")
     assert fineweb.PUBLISHED == {("val", 10 ** 7): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
                                  ("train", 10 ** 8): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf"}
-    assert (tokenizer.RANKS_SHA256, tokenizer.RANKS_NAME) == ("306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4")
+    assert (tokenizer.RANKS_SHA256, tokenizer.RANKS_NAME) == (
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4")
 
 
-@pytest.mark.parametrize("state", ["{", '{"tokens": 5}', {"tokens": "5"}, {"tokens": -5}, {"tokens": 1.5}, {"documents": None}, {"place": None}, {"place": []}, {"of": "abc"}, {"place": {"epoch": "x"}}])
+@pytest.mark.parametrize("state", ["{", '{"tokens": 5}', {"tokens": "5"}, {"tokens": -5}, {"tokens": 1.5}, {"documents": None},
+                                   {"place": None}, {"place": []}, {"of": "abc"}, {"place": {"epoch": "x"}}])
 def test_a_damaged_state_of_a_download(state, documents, micro, tmp_path, capsys):
     bad(micro(data="fineweb", train_tokens=30_000), capsys)             # ends too early, keeps what came
     path = tmp_path / "data" / "fineweb.partial.json"
@@ -165,7 +173,8 @@ def test_parquet_files_are_local_text(documents, tmp_path, micro, capsys):
     pa.parquet.write_table(pa.table({"words": pa.array([], pa.string())}), tmp_path / "none.parquet")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:3000])
     pa.parquet.write_table(pa.table({"words": ["a"]}), tmp_path / "words.parquet")
-    for name, names in (("torn", ["torn.parquet"]), ("page", ["page.parquet"]), ("none", ["none.parquet", "'text'"]), ("words", ["words.parquet", "'text'", "only words"])):
+    for name, names in (("torn", ["torn.parquet"]), ("page", ["page.parquet"]), ("none", ["none.parquet", "'text'"]),
+                        ("words", ["words.parquet", "'text'", "only words"])):
         err = bad(micro(data=tmp_path / f"{name}.parquet"), capsys)
         assert all(n in err for n in names), err
 

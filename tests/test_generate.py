@@ -16,7 +16,8 @@ class Fixed(torch.nn.Module):
     """Always the same next-token probabilities."""
     def __init__(self, p):
         super().__init__()
-        self.logits, self.config, self.device, self.passes = torch.tensor(p).log(), SimpleNamespace(sequence_len=4), torch.device("cpu"), 0
+        self.logits, self.config, self.device, self.passes = (
+            torch.tensor(p).log(), SimpleNamespace(sequence_len=4), torch.device("cpu"), 0)
     def forward(self, idx):
         assert idx.shape[0] == 1 and idx.shape[1] <= 4
         self.passes += 1
@@ -50,7 +51,8 @@ def test_temperature_top_k_seed_and_stop():
 def population(tmp_path_factory):
     from tests.conftest import MICRO, ROOT
     folder = tmp_path_factory.mktemp("generate")
-    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "trajectories": 1, "cycles": 3, "epochs_per_cycle": 0.1}
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "trajectories": 1, "cycles": 3,
+              "epochs_per_cycle": 0.1}
     argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
     for script in (prepare, train, distill, prior):
         script.main(argv)
@@ -69,8 +71,18 @@ def test_two_lines_and_their_price(population, capsys):
 
 
 @pytest.mark.parametrize("args, names", [
-    (["--K=3000"], ["K=3000", "1, 2, 3"]), (["--K=two"], ["K="]), (["--member=7,7"], ["member=7,7", "--member="]), (["--member=0,²"], ["member"]), (["--prompt=\udcff"], ["prompt"]), ([f"--sample_seed={2 ** 64}"], ["sample_seed"]), (["--temperature=-1"], ["temperature"]),
-    (["--temperature=nan"], ["temperature"]), (["--tokens=0"], ["tokens"]), (["--top_k=-2"], ["top_k"]), (["--sample_seed=-1"], ["sample_seed"]), (["--promt=x"], ["promt"]),
+    (["--K=3000"], ["K=3000", "1, 2, 3"]),
+    (["--K=two"], ["K="]),
+    (["--member=7,7"], ["member=7,7", "--member="]),
+    (["--member=0,²"], ["member"]),
+    (["--prompt=\udcff"], ["prompt"]),
+    ([f"--sample_seed={2 ** 64}"], ["sample_seed"]),
+    (["--temperature=-1"], ["temperature"]),
+    (["--temperature=nan"], ["temperature"]),
+    (["--tokens=0"], ["tokens"]),
+    (["--top_k=-2"], ["top_k"]),
+    (["--sample_seed=-1"], ["sample_seed"]),
+    (["--promt=x"], ["promt"]),
 ])
 def test_bad_requests_are_refused(args, names, population, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,7 @@
-"""The model against float64 written out from the formulas, and its invariants (tests/parity.py holds the whole of it to the record)."""
+"""
+The model against float64 written out from the formulas, and its invariants (tests/parity.py holds the whole of it to the
+record).
+"""
 import functools
 import math
 import weakref
@@ -83,7 +86,8 @@ def test_the_order_of_layers(loop, order):
 
 def test_the_record_has_70_layer_applications():
     with torch.device("meta"):
-        model = GPT(GPTConfig(sequence_len=2048, vocab_size=50257, n_layer=30, n_head=16, n_embd=2048, loop_start=15, loop_end=25, loop_extra=4))
+        model = GPT(GPTConfig(sequence_len=2048, vocab_size=50257, n_layer=30, n_head=16, n_embd=2048,
+                              loop_start=15, loop_end=25, loop_extra=4))
     assert len(model.layers) == 70 and model.layers[24:36] == [24, *range(15, 25), 15]
     assert sum(p.numel() for p in model.parameters()) == 1_870_172_811
 
@@ -106,9 +110,11 @@ def test_losses_are_those_of_the_logits():
 def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypatch):
     """In chunks of all tokens, of 7 and of 1; V logits of a padded table; a loss that reads a row of every token's own."""
     import model as module
-    monkeypatch.setattr(module, "chunks", lambda x, V: [slice(i, i + max(1, grain // 200)) for i in range(0, len(x), max(1, grain // 200))])
+    monkeypatch.setattr(module, "chunks", lambda x, V: [
+        slice(i, i + max(1, grain // 200)) for i in range(0, len(x), max(1, grain // 200))])
     r = torch.Generator().manual_seed(0)
-    x, weight, targets, factor = torch.randn(30, 32, generator=r), torch.randn(64, 32, generator=r), torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r)
+    x, weight, targets, factor = (torch.randn(30, 32, generator=r), torch.randn(64, 32, generator=r),
+                                  torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r))
     x.requires_grad_(), weight.requires_grad_()
     def loss_of(logits, targets, factor):
         return F.cross_entropy(logits, targets, reduction="sum") + (factor * logits.sigmoid()).sum()
@@ -124,7 +130,9 @@ def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypa
         assert torch.allclose(mine.double(), wanted, rtol=1e-4, atol=1e-6)
     assert not weight.grad[50:].any()
     whole, weight.grad = weight.grad, None
-    module.HeadLoss.apply(x.detach(), weight, functools.partial(module.capped_loss, loss_of, 50), targets, factor).mul(3).backward()       # nothing but the head learns
+    # nothing but the head learns
+    module.HeadLoss.apply(x.detach(), weight, functools.partial(module.capped_loss, loss_of, 50), targets,
+                          factor).mul(3).backward()
     assert torch.equal(weight.grad, whole)
     with torch.no_grad():
         assert mean().item() == pytest.approx(plain.item(), rel=1e-5)
@@ -133,7 +141,8 @@ def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypa
 def test_no_logits_of_all_tokens_are_kept():
     """The largest tensor that backward keeps is far below tokens x vocabulary."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32, mtp_weight=0.3)).init_weights().train()
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32,
+                          mtp_weight=0.3)).init_weights().train()
     seen = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(weakref.ref(t)) or t, lambda t: t):
         loss = sum(model(torch.randint(50257, (4, 64)), torch.randint(50257, (4, 64))))
@@ -178,20 +187,22 @@ def test_dropout_is_on_in_training_alone():
     x = torch.ones(1, 16, 32)
     mlp = small().transformer.h[0].mlp.train()
     mlp.dropout = 0.5
-    kept = mlp(x, *mlp.weights(x.dtype)) / mlp.eval()(x, *mlp.weights(x.dtype))                               # half are 0, the others twice as large
+    kept = mlp(x, *mlp.weights(x.dtype)) / mlp.eval()(x, *mlp.weights(x.dtype))     # half are 0, the others twice as large
     assert set(kept.round(decimals=3).abs().unique().tolist()) == {0.0, 2.0} and 0.3 < (kept == 0).float().mean() < 0.7
 
 
 def test_initial_values():
     torch.manual_seed(0)
     p = dict(GPT(GPTConfig(sequence_len=16, vocab_size=500, n_layer=4, n_head=4, n_embd=256)).init_weights().named_parameters())
-    for name, std in (("transformer.wte.weight", 1), ("lm_head.weight", 1e-3), ("transformer.h.0.attn.c_q.weight", 1 / 16), ("ve_projs.1.weight", 1 / 16),
-                      ("transformer.h.0.mlp.c_proj.weight", 1 / 16), ("mtp_block.attn.c_proj.weight", 1 / 16), ("mtp_proj.weight", 1 / 16)):
+    for name, std in (("transformer.wte.weight", 1), ("lm_head.weight", 1e-3), ("transformer.h.0.attn.c_q.weight", 1 / 16),
+                      ("ve_projs.1.weight", 1 / 16), ("transformer.h.0.mlp.c_proj.weight", 1 / 16),
+                      ("mtp_block.attn.c_proj.weight", 1 / 16), ("mtp_proj.weight", 1 / 16)):
         assert p[name].std().item() == pytest.approx(std, rel=0.03), name
     assert p["transformer.h.0.attn.c_q.weight"].abs().max() <= math.sqrt(3 / 256)
     assert not p["transformer.h.1.attn.ve_gate.weight"].any() and not p["mtp_block.attn.attn_gate.weight"].any()
     assert torch.equal(p["transformer.h.2.attn.k_mix"], torch.eye(4))
-    assert [set(p[n].tolist()) for n in ("resid_lambdas", "skip_weights")] == [{1.0}, {1.0}] and torch.allclose(p["x0_lambdas"], torch.tensor(0.1))
+    assert ([set(p[n].tolist()) for n in ("resid_lambdas", "skip_weights")] == [{1.0}, {1.0}]
+            and torch.allclose(p["x0_lambdas"], torch.tensor(0.1)))
 
 
 def test_layers_without_loops_are_one_graph():
@@ -233,13 +244,17 @@ def test_one_compiled_block_serves_all_layers():
 
 
 def test_a_compiled_loss_serves_every_micro_batch(monkeypatch):
-    """Every loss is compiled once for every size of a chunk (a whole one, the last, the shorter MTP's last), though its closure is new each time."""
+    """
+    Every loss is compiled once for every size of a chunk (a whole one, the last, the shorter MTP's last), though its closure
+    is new each time.
+    """
     import distill
     from torch._dynamo.testing import CompileCounter
     monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + 12) for i in range(0, len(x), 12)])
     model, teacher = small().train(), small().eval().requires_grad_(False)
     p, ids = torch.rand(32, 40).softmax(-1).topk(5)
-    losses = (lambda: distill.chain_loss(model, teacher, batch, 0.45, 1.2), lambda: distill.distilled_loss(model, batch, 0.7, distill.stored_kl, p, ids))
+    losses = (lambda: distill.chain_loss(model, teacher, batch, 0.45, 1.2),
+              lambda: distill.distilled_loss(model, batch, 0.7, distill.stored_kl, p, ids))
     for loss in losses:
         torch._dynamo.reset()
         batch, counter, model.capped_loss = tokens(2, 17), CompileCounter(), capped_loss
@@ -262,4 +277,5 @@ def test_place_compiles_every_block_on_cuda_only(monkeypatch):
     assert model.place(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):          # what it sets is put back
         model.place(torch.device("cuda"), compile=True)
-    assert len(compiled) == 6 and compiled[-1] is model.capped_loss and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32
+    assert (len(compiled) == 6 and compiled[-1] is model.capped_loss
+            and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32)

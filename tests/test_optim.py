@@ -22,8 +22,9 @@ def test_adamw_is_torchs():
     ours, theirs = tiny_model(), tiny_model()
     optimizer = MuonAdamW(ours.named_parameters(), 0.25)
     their_parameters, groups = dict(theirs.named_parameters()), [g for g in optimizer.groups if g["kind"] == "adamw"]
-    reference = torch.optim.AdamW([dict(params=[their_parameters[n] for n in g["names"]], lr=g["lr"], betas=g["betas"], eps=g["eps"],
-                                        weight_decay=g["weight_decay"], initial_lr=g["lr"], decay=g["weight_decay"]) for g in groups])
+    reference = torch.optim.AdamW([dict(params=[their_parameters[n] for n in g["names"]], lr=g["lr"], betas=g["betas"],
+                                        eps=g["eps"], weight_decay=g["weight_decay"], initial_lr=g["lr"],
+                                        decay=g["weight_decay"]) for g in groups])
     for step, (lr, wd) in enumerate([(1, 0.7), (0.5, 0.8), (0.1, 1.0)]):
         set_gradients(ours.parameters(), step)
         set_gradients(theirs.parameters(), step)
@@ -51,7 +52,8 @@ def test_muon_against_its_formulas_in_float64(rows, cols):
     torch.manual_seed(1)
     matrices = [(f"m{i}", torch.nn.Parameter(torch.randn(rows, cols))) for i in range(2)]        # stepped as one stack
     W = [p.detach().double().clone() for _, p in matrices]
-    M, V = [torch.zeros(rows, cols, dtype=torch.float64) for _ in W], [torch.zeros(rows if rows >= cols else cols, dtype=torch.float64) for _ in W]
+    M, V = ([torch.zeros(rows, cols, dtype=torch.float64) for _ in W],
+            [torch.zeros(rows if rows >= cols else cols, dtype=torch.float64) for _ in W])
     optimizer = MuonAdamW(matrices, 0.5)
     for step, (lr_mult, wd_mult) in enumerate([(1, 0.7), (0.5, 0.9), (0.2, 1.0)]):
         set_gradients([p for _, p in matrices], step)
@@ -98,7 +100,9 @@ def test_the_optimizer_owns_exactly_the_parameters():
 
 
 def three_steps(group):
-    """Weights, state and the number of matrices whose moments are kept here, after three steps with a resume before the last."""
+    """
+    Weights, state and the number of matrices whose moments are kept here, after three steps with a resume before the last.
+    """
     model = tiny_model()
     optimizer = MuonAdamW(model.named_parameters(), 0.25, group)
     for step in range(3):

@@ -40,7 +40,10 @@ def test_every_quantity_agrees():
 def test_altered_losses_are_found():
     facts, altered = copy.deepcopy(FACTS), set()
     for path, value in leaves(FACTS):
-        if isinstance(value, float) and ("loss" in path[-1] or path[-1] in ("cross_entropy", "mtp", "kl_times_T2", "best_single")) and path[0] in ("forward", "optimizer", "distillation", "prior") and path[-1] != "mtp_weight" and path[2:] != ("mtp",):
+        if (isinstance(value, float)
+                and ("loss" in path[-1] or path[-1] in ("cross_entropy", "mtp", "kl_times_T2", "best_single"))
+                and path[0] in ("forward", "optimizer", "distillation", "prior")
+                and path[-1] != "mtp_weight" and path[2:] != ("mtp",)):
             alter(facts, path, lambda v: v * 1.001)
             altered.add(".".join(map(str, path)))
     assert len(altered) > 20
@@ -59,10 +62,22 @@ def test_altered_muon_norms_are_found():
 
 
 @pytest.mark.parametrize("path", [
-    ("forward", "iha", "cross_entropy"), ("forward", "plain"), ("forward", "iha_mtp", "iha"), ("forward", "iha_mtp", "grad_norm", "lm_head.weight"),
-    ("optimizer", "steps", 1, "grad_norm"), ("optimizer", "delta_norm"), ("rates", "x0_lambdas", "betas"), ("muon",), ("distillation", "kl_times_T2"),
-    ("prior", "top_k", "4"), ("prior", "optimum_loss"), ("data_order", "trajectories", 1, "epochs", 2, "sha256"), ("noise", "parameters", "lm_head.weight"),
-    ("seed",), ("config", "n_embd"), ("parameter_order",),
+    ("forward", "iha", "cross_entropy"),
+    ("forward", "plain"),
+    ("forward", "iha_mtp", "iha"),
+    ("forward", "iha_mtp", "grad_norm", "lm_head.weight"),
+    ("optimizer", "steps", 1, "grad_norm"),
+    ("optimizer", "delta_norm"),
+    ("rates", "x0_lambdas", "betas"),
+    ("muon",),
+    ("distillation", "kl_times_T2"),
+    ("prior", "top_k", "4"),
+    ("prior", "optimum_loss"),
+    ("data_order", "trajectories", 1, "epochs", 2, "sha256"),
+    ("noise", "parameters", "lm_head.weight"),
+    ("seed",),
+    ("config", "n_embd"),
+    ("parameter_order",),
 ])
 def test_a_missing_quantity_is_found(path):
     facts = copy.deepcopy(FACTS)
@@ -75,11 +90,21 @@ def test_a_missing_quantity_is_found(path):
 
 
 @pytest.mark.parametrize("path, change", [
-    (("seed",), lambda v: v + 1), (("noise", "cycle"), lambda v: v + 1), (("noise", "scale"), lambda v: v * 1.001), (("config", "vocab_size"), lambda v: v + 1),
-    (("distillation", "temperature"), lambda v: v * 1.1), (("muon", "lr"), lambda v: v * 1.1), (("rates", "lm_head.weight", "betas"), lambda v: [0.9, 0.95]),
-    (("data_order", "trajectories", 0, "epochs", 0, "first_8_tokens"), lambda v: v[::-1]), (("parameter_order",), lambda v: v[::-1]),
-    (("forward", "plain", "params"), lambda v: v + 1), (("forward", "iha", "logits_0_5_first8"), lambda v: v[::-1]), (("prior", "top_k", "2", "loss"), lambda v: v * 1.001),
-    (("optimizer", "steps"), lambda v: v[:2]), (("forward", "iha", "cross_entropy"), lambda v: float("nan")), (("forward", "iha", "cross_entropy"), lambda v: "9.2"),
+    (("seed",), lambda v: v + 1),
+    (("noise", "cycle"), lambda v: v + 1),
+    (("noise", "scale"), lambda v: v * 1.001),
+    (("config", "vocab_size"), lambda v: v + 1),
+    (("distillation", "temperature"), lambda v: v * 1.1),
+    (("muon", "lr"), lambda v: v * 1.1),
+    (("rates", "lm_head.weight", "betas"), lambda v: [0.9, 0.95]),
+    (("data_order", "trajectories", 0, "epochs", 0, "first_8_tokens"), lambda v: v[::-1]),
+    (("parameter_order",), lambda v: v[::-1]),
+    (("forward", "plain", "params"), lambda v: v + 1),
+    (("forward", "iha", "logits_0_5_first8"), lambda v: v[::-1]),
+    (("prior", "top_k", "2", "loss"), lambda v: v * 1.001),
+    (("optimizer", "steps"), lambda v: v[:2]),
+    (("forward", "iha", "cross_entropy"), lambda v: float("nan")),
+    (("forward", "iha", "cross_entropy"), lambda v: "9.2"),
 ])
 def test_an_altered_quantity_is_found(path, change):
     facts = copy.deepcopy(FACTS)

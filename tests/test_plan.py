@@ -23,7 +23,8 @@ def test_the_records_counts():
     assert sum(plan.parameters_by_part(model).values()) == 1_870_172_811 and sequences == 48_736
     assert gflop(model) == pytest.approx(25.5290, abs=5e-5) and gflop(model, teacher=True) == pytest.approx(33.7046, abs=5e-5)
     assert plan.cycles_of(config, sequences) == [(0, 23, 508, 393_216), (24, 71, 381, 524_288), (72, 95, 508, 393_216)]
-    assert sum(plan.flops_of(config, model, sequences).values()) - plan.flops_of(config, model, sequences)["prior.py"] == pytest.approx(3.17e21, rel=2e-3)
+    assert (sum(plan.flops_of(config, model, sequences).values()) - plan.flops_of(config, model, sequences)["prior.py"]
+            == pytest.approx(3.17e21, rel=2e-3))
     config, model, sequences = of("1p8b")
     assert plan.cycles_of(config, sequences) == [(0, 15, 508, 393_216), (16, 47, 381, 524_288), (48, 63, 508, 393_216)]
     assert plan.flops_of(config, model, sequences)["prior.py"] == pytest.approx(1.05e19, rel=0.02)
@@ -41,7 +42,8 @@ def test_the_memory_is_the_estimate_of_the_record():
     config, model, _ = of("1p8b", "--compile=False")
     fixed, per_sequence = plan.memory_of(config, model, 1)
     GIB = 2 ** 30
-    wanted = {"parameters (fp32; embedding bf16)": 6.8, "gradients": 6.8, "AdamW": 1.15, "Muon, this rank's share": 6.2, "bf16 copies of the weights": 3.5, "mixed heads' weights": 1.6 * 31 / 71, "teacher (bf16)": 3.4}
+    wanted = {"parameters (fp32; embedding bf16)": 6.8, "gradients": 6.8, "AdamW": 1.15, "Muon, this rank's share": 6.2,
+              "bf16 copies of the weights": 3.5, "mixed heads' weights": 1.6 * 31 / 71, "teacher (bf16)": 3.4}
     head, average = fixed.pop("head: its gradients, a chunk"), fixed.pop("average of the weights (fp32)")
     assert average == 0
     assert {part: count / GIB for part, count in fixed.items()} == pytest.approx(wanted, abs=0.1)
@@ -89,16 +91,19 @@ def test_attention_flops_against_torchs_counter(micro):
 
 @pytest.mark.parametrize("flags, change", [
     (["--n_embd=1024", "--n_head=8"], lambda p, o: p["gflop"] < o["gflop"] / 3 and p["members"] == o["members"]),
-    (["--cycles=32"], lambda p, o: p["flops"] / o["flops"] == pytest.approx((8 * 25.529 + 24 * 33.7046) / (8 * 25.529 + 56 * 33.7046), rel=1e-3) and p["gflop"] == o["gflop"]),
+    (["--cycles=32"], lambda p, o: p["flops"] / o["flops"] == pytest.approx(
+        (8 * 25.529 + 24 * 33.7046) / (8 * 25.529 + 56 * 33.7046), rel=1e-3) and p["gflop"] == o["gflop"]),
     (["--trajectories=4"], lambda p, o: p["flops"] == pytest.approx(2 * o["flops"]) and p["members"] == 2 * o["members"]),
-    (["--distill_from=64"], lambda p, o: p["flops"] / o["flops"] == pytest.approx(64 * 25.529 / (8 * 25.529 + 56 * 33.7046), rel=1e-3)),
+    (["--distill_from=64"], lambda p, o: p["flops"] / o["flops"] == pytest.approx(
+        64 * 25.529 / (8 * 25.529 + 56 * 33.7046), rel=1e-3)),
     (["--loop_from=0.5"], lambda p, o: p["gflop"] == o["gflop"] and 0.7 * o["flops"] < p["flops"] < 0.85 * o["flops"]),
 ])
 def test_the_figures_follow_overrides(flags, change):
     def figures(*flags):
         config, model, sequences = of("1p8b", *flags)
         flops = plan.flops_of(config, model, sequences)
-        return dict(gflop=gflop(model), flops=flops["train.py"] + flops["distill.py"], members=config.trajectories * config.cycles)
+        return dict(gflop=gflop(model), flops=flops["train.py"] + flops["distill.py"],
+                    members=config.trajectories * config.cycles)
     assert change(figures(*flags), figures())
 
 
@@ -108,7 +113,8 @@ def test_a_stored_mixture_costs_a_pass_of_every_member_over_the_packings(capsys)
     passes = 2 * 63 * 4 * 48_736 * 2048 * (33.7046e9 - 25.5290e9)
     assert flops["distill.py"] + flops["train.py"] == pytest.approx(labels["train.py"] + passes, rel=1e-4)
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--distill_teacher=mixture", "--packings=4", "--distill_temperature=1"])
-    assert "stored on 4 packings" in (out := capsys.readouterr().out) and "stored mixtures 409" in out         # 2 x 2 x 4 x 99.9M tokens x 256 bytes
+    # 2 x 2 x 4 x 99.9M tokens x 256 bytes
+    assert "stored on 4 packings" in (out := capsys.readouterr().out) and "stored mixtures 409" in out
 
 
 def test_a_student_costs_its_steps_and_a_pass_of_every_teacher(capsys):
@@ -117,19 +123,22 @@ def test_a_student_costs_its_steps_and_a_pass_of_every_teacher(capsys):
     wanted = 6 * tokens * 25.5290e9 + 5 * 4 * tokens * (33.7046e9 - 25.5290e9)
     assert plan.student_flops(config, model, sequences, 5) == pytest.approx(wanted, rel=1e-3)
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--student_epochs=6", "--cycles=4"])
-    [flops] = [float(line.split()[5]) for line in capsys.readouterr().out.splitlines() if line.startswith("  --student, 6 epochs")]
-    assert flops == pytest.approx(plan.student_flops(config, model, sequences, 8), rel=1e-3)            # at most all 2 x 4 members teach
+    [flops] = [float(line.split()[5]) for line in capsys.readouterr().out.splitlines()
+               if line.startswith("  --student, 6 epochs")]
+    # at most all 2 x 4 members teach
+    assert flops == pytest.approx(plan.student_flops(config, model, sequences, 8), rel=1e-3)
 
 
 def test_what_is_printed(capsys):
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--mfu=0.55", "--price=2", "--ranks=8"])
     out = capsys.readouterr().out
-    for words in ("1,870,172,811", "25.5290", "33.7046", "2 x 64 = 128 members, 256 epochs", "508 steps of 393,216", "2 groups of 4", "the predecessor, from cycle 8",
-                  "128 members of 3.74 = 478.8; 5 states of 15.2", "scores 5.184", "80 GB, 74.0 GiB usable: micro_batch=2", "0.2500 0.2499", "0.0501 0.0500"):
+    for words in ("1,870,172,811", "25.5290", "33.7046", "2 x 64 = 128 members, 256 epochs", "508 steps of 393,216",
+                  "2 groups of 4", "the predecessor, from cycle 8", "128 members of 3.74 = 478.8; 5 states of 15.2",
+                  "scores 5.184", "80 GB, 74.0 GiB usable: micro_batch=2", "0.2500 0.2499", "0.0501 0.0500"):
         assert words in out, words
-    assert len(out.split("1, 2, ...: ")[1].split("teacher")[0].split()) == 63               # noise before every cycle but the first
+    assert len(out.split("1, 2, ...: ")[1].split("teacher")[0].split()) == 63       # noise before every cycle but the first
     [hours] = [float(line.split()[4]) for line in out.splitlines() if line.startswith("  in all")]
-    assert hours == pytest.approx(53.3 * 8.462 / 8.357, rel=0.01)           # 53 h of training at 55 % of the peak, and the scoring
+    assert hours == pytest.approx(53.3 * 8.462 / 8.357, rel=0.01)       # 53 h of training at 55 % of the peak, and the scoring
     [dollars] = [float(line.split()[6].replace(",", "")) for line in out.splitlines() if line.startswith("  in all")]
     assert dollars == pytest.approx(hours * 8 * 2, rel=0.01)
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--epochs=4", "--gpu_gb=24"])
@@ -144,7 +153,8 @@ def test_every_config_has_a_plan(config, capsys):
 
 
 def test_looping_is_counted_by_decay_and_the_average_weighs():
-    config, model, sequences = of("1p8b", "--cycles=4", "--distill_from=4", "--restart=none", "--loop_from=0.5", "--batch_tokens_ends=524288")
+    config, model, sequences = of("1p8b", "--cycles=4", "--distill_from=4", "--restart=none", "--loop_from=0.5",
+                                  "--batch_tokens_ends=524288")
     flops = plan.flops_of(config, model, sequences)["train.py"]
     halves = [plan.step_flops(model, looping, teacher=False) for looping in (False, True)]
     assert flops == pytest.approx(2 * 4 * 381 * 524_288 * sum(halves) / 2, rel=1e-6)
@@ -162,7 +172,14 @@ def test_prepared_data_is_counted_exactly(micro):
     assert plan.sequences_per_epoch(from_args(argv, "")) == loader.load(from_args(argv, "")).sequences_per_epoch <= estimate
 
 
-@pytest.mark.parametrize("flag, names", [("--ranks=-1", ["ranks"]), ("--ranks", ["--ranks=VALUE"]), ("--ranks=7", ["ranks=7", "micro_batch"]), ("--mfu=1.5", ["mfu"]), ("--price=-1", ["price"]), ("--ranks=x", ["ranks"])])
+@pytest.mark.parametrize("flag, names", [
+    ("--ranks=-1", ["ranks"]),
+    ("--ranks", ["--ranks=VALUE"]),
+    ("--ranks=7", ["ranks=7", "micro_batch"]),
+    ("--mfu=1.5", ["mfu"]),
+    ("--price=-1", ["price"]),
+    ("--ranks=x", ["ranks"]),
+])
 def test_bad_flags(flag, names, capsys):
     with pytest.raises(SystemExit) as stop:
         plan.main([str(ROOT / "configs" / "1p8b.py"), flag])

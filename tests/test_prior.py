@@ -70,7 +70,8 @@ def test_one_member_is_a_population():
     log_p = log_probabilities(1, 30)
     assert check(log_p).tolist() == [1.0]
     rules, _ = answers_for(log_p)
-    assert {rule: [(m.tolist(), w.tolist()) for m, w in answers] for rule, answers in rules.items()} == dict.fromkeys(rules, [([0], [1.0])])
+    assert {rule: [(m.tolist(), w.tolist()) for m, w in answers] for rule, answers in rules.items()} == dict.fromkeys(
+        rules, [([0], [1.0])])
 
 
 def test_a_probability_of_zero_breaks_nothing():
@@ -136,7 +137,8 @@ def test_elimination_drops_whom_the_mixture_misses_least(seed):
             without[member] = loss(v / v.sum(), log_p[before])
         gone = set(before.tolist()) - set(left[K][0].tolist())
         assert gone == {min(without, key=without.get)}
-        assert loss(left[K][1], log_p[left[K][0]]) == pytest.approx(loss(check(log_p[left[K][0]]), log_p[left[K][0]]), abs=1e-8)      # fitted again
+        # fitted again
+        assert loss(left[K][1], log_p[left[K][0]]) == pytest.approx(loss(check(log_p[left[K][0]]), log_p[left[K][0]]), abs=1e-8)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -189,7 +191,8 @@ def test_mixture_losses_against_the_plain_formula():
     for (members, w), row, b in zip(mixtures, nats, bits):
         each = -(w @ log_p[members].double().exp()).log()
         assert row.tolist() == pytest.approx([each[documents == d].sum().item() for d in range(30)], rel=1e-12)
-        assert b == pytest.approx(each[torch.from_numpy(sizes > 0)].sum().item() / (math.log(2) * sizes.sum(dtype=int)), rel=1e-12)
+        assert b == pytest.approx(each[torch.from_numpy(sizes > 0)].sum().item() / (math.log(2) * sizes.sum(dtype=int)),
+                                  rel=1e-12)
 
 
 def test_paired_error_is_the_bootstraps():

@@ -14,7 +14,8 @@ def test_it_is_short():
 
 def test_the_tour_prints_the_real_table():
     rows = dict(re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.M))
-    files = {str(p.relative_to(ROOT)) for pattern in ("*.py", "data/*.py", "tools/*.py") for p in ROOT.glob(pattern) if p.stat().st_size}
+    files = {str(p.relative_to(ROOT)) for pattern in ("*.py", "data/*.py", "tools/*.py") for p in ROOT.glob(pattern)
+             if p.stat().st_size}
     assert rows.keys() == files
     for file, lines in rows.items():        # a small change need not touch the README
         assert abs(int(lines) - len((ROOT / file).read_text().splitlines())) <= 20, file
@@ -26,4 +27,5 @@ def test_what_it_names_exists():
     for module in re.findall(r"python -m (population|data\.\w+|tools\.\w+|tests\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for name in re.findall(r"--(\w+)=", README):
-        assert name in {*FIELDS, *ACTIONS, "beside", "epochs", "gpt2_ranks", "members", "rounds", "slowrun", "steps", "nproc_per_node"}, name
+        assert name in {*FIELDS, *ACTIONS, "beside", "epochs", "gpt2_ranks", "members", "rounds", "slowrun", "steps",
+                        "nproc_per_node"}, name

@@ -1,4 +1,7 @@
-"""The product as a user meets it: scripts end to end, run.sh and torchrun, and bad input (one line, exit code 2, nothing changed)."""
+"""
+The product as a user meets it: scripts end to end, run.sh and torchrun, and bad input (one line, exit code 2, nothing
+changed).
+"""
 import hashlib
 import json
 import math
@@ -22,11 +25,13 @@ from population import Run
 from tests.conftest import ROOT, error_line
 from tools import generate, plot
 
-ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}      # this python is the active one
+# this python is the active one
+ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
 
 
 def run(*command, cwd=None, **environment):
-    return subprocess.run(list(map(str, command)), cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True,
+                          text=True, timeout=300)
 
 
 def tree(folder):
@@ -35,7 +40,9 @@ def tree(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished micro population by ./run.sh, called from a folder of the caller's with relative paths: (folder, argv, output)."""
+    """
+    A finished micro population by ./run.sh, called from a folder of the caller's with relative paths: (folder, argv, output).
+    """
     from tests.conftest import MICRO
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
@@ -48,8 +55,10 @@ def finished(tmp_path_factory):
 
 def test_run_sh_goes_all_the_way(finished):
     folder, argv, done = finished
-    assert {p.name for p in (folder / "text").iterdir()} == {"manual_train.pt", "manual_val.pt", "manual_bytes.npy", "manual.json"}
-    assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01", ".lock"} == {p.name for p in (folder / "out").iterdir()}
+    assert {p.name for p in (folder / "text").iterdir()} == {
+        "manual_train.pt", "manual_val.pt", "manual_bytes.npy", "manual.json"}
+    assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01",
+            ".lock"} == {p.name for p in (folder / "out").iterdir()}
     best, mixture, where = done.stdout.splitlines()[-3:]
     assert best.startswith("best member") and mixture.startswith("mixture of") and "results are in out" in where
     assert (folder / "out" / "prior.png").read_bytes()[:4] == b"\x89PNG"
@@ -64,7 +73,8 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
     assert [(m["trajectory"], m["cycle"]) for m in result["members"]] == [(t, c) for t in range(2) for c in range(4)]
     assert {a["rule"] for a in result["answers"]} >= {"best", "uniform", "topk", "learned"}
     assert sorted(a["K"] for a in result["answers"] if a["rule"] == "learned") == [1, 2, 4, 8]
-    assert {rule: len(of["val"]) for rule, of in result["losses"].items()}.items() >= {"best": 1, "uniform": 8, "topk": 8, "learned": 8}.items()
+    assert {rule: len(of["val"]) for rule, of in result["losses"].items()}.items() >= {
+        "best": 1, "uniform": 8, "topk": 8, "learned": 8}.items()
     assert [(g["cycle"], g["epochs"]) for g in result["growing"]] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     config = from_args(argv, "")
     data = loader.load(config)
@@ -83,14 +93,17 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
             weights = torch.tensor(a["weights"], dtype=torch.float64)
             assert len(a["members"]) == len(weights) == a["K"] and weights.sum().item() == pytest.approx(1, abs=1e-12)
             assert a[f"{split}_loss"] == result["losses"][a["rule"]][split][a["K"] - 1]
-            assert a[f"{split}_loss"] == pytest.approx(-(weights @ log_p[split][a["members"]].exp()).log().mean().item(), abs=1e-5)
+            assert a[f"{split}_loss"] == pytest.approx(
+                -(weights @ log_p[split][a["members"]].exp()).log().mean().item(), abs=1e-5)
     best = result["answers"][0]
     size = np.bincount(data.val_documents)
     for a in result["answers"]:
-        of = lambda answer: -(torch.tensor(answer["weights"], dtype=torch.float64) @ log_p["val"][answer["members"]].exp()).log().numpy()
+        of = lambda answer: -(torch.tensor(answer["weights"], dtype=torch.float64)
+                              @ log_p["val"][answer["members"]].exp()).log().numpy()
         per_document = np.bincount(data.val_documents, of(a) - of(best))
         residual = per_document - size * per_document.sum() / size.sum()
-        assert a["val_error"] is None if len(size) < 2 else a["val_error"] == pytest.approx(np.sqrt((residual ** 2).sum() * len(size) / (len(size) - 1)) / size.sum(), abs=1e-6)
+        assert a["val_error"] is None if len(size) < 2 else a["val_error"] == pytest.approx(
+            np.sqrt((residual ** 2).sum() * len(size) / (len(size) - 1)) / size.sum(), abs=1e-6)
         assert a["val_perplexity"] == pytest.approx(math.exp(a["val_loss"]))
 
 
@@ -154,7 +167,8 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
         p.write_bytes(content)
     path.write_bytes(kept)
     assert before["answers"][0]["val_loss"] != after["answers"][0]["val_loss"]
-    choices = lambda result: [(a["K"], a["rule"], a["members"], a["weights"], a["fit_loss"]) for a in result["answers"]] + [g["fit_loss"] for g in result["growing"]]
+    choices = lambda result: ([(a["K"], a["rule"], a["members"], a["weights"], a["fit_loss"]) for a in result["answers"]]
+                              + [g["fit_loss"] for g in result["growing"]])
     assert choices(before) == choices(after)
 
 
@@ -163,7 +177,8 @@ def test_an_unfinished_population_is_weighed_as_it_is(finished, monkeypatch, cap
     monkeypatch.chdir(folder)
     path, kept = folder / "out" / "prior.json", (folder / "out" / "prior.json").read_bytes()
     hidden = (folder / "out" / "trajectory_01" / "cycle_003.pt").rename(folder / "hidden.pt")
-    scores = (folder / "out" / "scores" / "01_003.json").rename(folder / "hidden.json")         # with its scores it would count, as keep=last has it
+    # with its scores it would count, as keep=last has it
+    scores = (folder / "out" / "scores" / "01_003.json").rename(folder / "hidden.json")
     try:
         prior.main(argv)
         assert "7 of 8 members" in capsys.readouterr().out and len(json.loads(path.read_text())["members"]) == 7
@@ -187,10 +202,13 @@ def test_a_disk_per_node(finished, tmp_path):
     """Each of two ranks sees one trajectory only; rank 0 is sent the scores of the other."""
     folder, argv, _ = finished
     for rank in (0, 1):
-        shutil.copytree(folder / "out", tmp_path / f"disk{rank}", ignore=shutil.ignore_patterns("scores", "prior.json", f"trajectory_0{1 - rank}"))
+        shutil.copytree(folder / "out", tmp_path / f"disk{rank}",
+                        ignore=shutil.ignore_patterns("scores", "prior.json", f"trajectory_0{1 - rank}"))
     script = tmp_path / "node.py"
-    script.write_text("import os, sys, prior\nprior.main([*sys.argv[1:], '--run_dir=' + sys.argv[-1] + os.environ['RANK']])\n".replace("sys.argv[1:]", "sys.argv[1:-1]"))
-    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv, tmp_path / "disk", cwd=folder, PYTHONPATH=str(ROOT))
+    script.write_text("import os, sys, prior\nprior.main([*sys.argv[1:], '--run_dir=' + sys.argv[-1] + os.environ['RANK']])\n"
+                      .replace("sys.argv[1:]", "sys.argv[1:-1]"))
+    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv,
+               tmp_path / "disk", cwd=folder, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     apart, together = (json.loads(p.read_text()) for p in (tmp_path / "disk0" / "prior.json", folder / "out" / "prior.json"))
     assert apart["members"] == together["members"] and apart["answers"] == together["answers"]
@@ -222,12 +240,15 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     assert theirs["answers"] == ours["answers"] and theirs["growing"] == ours["growing"] and len(theirs["members"]) == 8
     assert tree(folder) == before
     capsys.readouterr()
-    assert "seed" in refused(lambda: prior.main([*argv, f"--members={folder}", "--seed=7"]), capsys)          # the run directory is claimed
+    # the run directory is claimed
+    assert "seed" in refused(lambda: prior.main([*argv, f"--members={folder}", "--seed=7"]), capsys)
     scores = tree(tmp_path / "foreign" / "scores")
     changed = {n: w * 1.01 for n, w in torch.load(folder / "model_5.pt").items()}
-    torch.save({**changed, "module.mtp_proj.weight": torch.zeros(3, 3)}, folder / "model_5.pt")        # an MTP head of another kind is no matter
+    # an MTP head of another kind is no matter
+    torch.save({**changed, "module.mtp_proj.weight": torch.zeros(3, 3)}, folder / "model_5.pt")
     prior.main([*argv, f"--members={folder}"])              # the one that changed is scored again
-    assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {"01_001.npy", "01_001.json"}
+    assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {
+        "01_001.npy", "01_001.json"}
     capsys.readouterr()
     generate.main([*argv, f"--members={folder}", "--tokens=3", "--K=2"])
     plot.main(argv)
@@ -238,13 +259,18 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     (lambda f: (f / "model_3.pt").write_bytes((f / "model_3.pt").read_bytes()[:5000]), ["model_3.pt", "not readable"]),
     (lambda f: torch.save({"model_state_dict": {}}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
     (lambda f: torch.save([torch.zeros(1)], f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
-    (lambda f: torch.save({n: w.int() for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"), ["model_3.pt", "no snapshot"]),
-    (lambda f: torch.save({p + n: w for n, w in torch.load(f / "model_0.pt").items() for p in ("", "module.")}, f / "model_3.pt"), ["model_3.pt", "twice"]),
+    (lambda f: torch.save({n: w.int() for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"),
+     ["model_3.pt", "no snapshot"]),
+    (lambda f: torch.save({p + n: w for n, w in torch.load(f / "model_0.pt").items() for p in ("", "module.")},
+                          f / "model_3.pt"), ["model_3.pt", "twice"]),
     (lambda f: [p.rename(f / p.name.replace("model_", "model_0")) for p in f.iterdir()], ["no model_0.pt"]),
     (lambda f: torch.save({"w": os.system}, f / "model_3.pt"), ["model_3.pt", "not readable"]),
-    (lambda f: torch.save({**torch.load(f / "model_0.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"), ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
-    (lambda f: torch.save({n: w for n, w in torch.load(f / "model_2.pt").items() if "lambdas" not in n}, f / "model_3.pt"), ["model_3.pt", "lambdas", "missing there"]),
-    (lambda f: torch.save({n: w * float("nan") for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"), ["model_3.pt", "no numbers"]),
+    (lambda f: torch.save({**torch.load(f / "model_0.pt"), "transformer.wte.weight": torch.zeros(50304, 32)}, f / "model_3.pt"),
+     ["model_3.pt", "tokenizer", "(50304, 32) there and (320, 32) here"]),
+    (lambda f: torch.save({n: w for n, w in torch.load(f / "model_2.pt").items() if "lambdas" not in n}, f / "model_3.pt"),
+     ["model_3.pt", "lambdas", "missing there"]),
+    (lambda f: torch.save({n: w * float("nan") for n, w in torch.load(f / "model_2.pt").items()}, f / "model_3.pt"),
+     ["model_3.pt", "no numbers"]),
     (lambda f: torch.save({}, f / "model_8.pt"), ["model_8.pt", "model_0.pt .. model_7.pt", "cycles"]),
     (lambda f: [p.unlink() for p in f.iterdir()], ["no model_0.pt"]),
 ])
@@ -307,7 +333,10 @@ def test_scripts_out_of_turn(micro, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, names", [
-    (dict(n_embd=64), ["n_embd is 32 there and 64 here"]), (dict(cycles=8), ["cycles"]), (dict(seed=1), ["seed"]), (dict(distill_alpha=0.7), ["distill_alpha"]),
+    (dict(n_embd=64), ["n_embd is 32 there and 64 here"]),
+    (dict(cycles=8), ["cycles"]),
+    (dict(seed=1), ["seed"]),
+    (dict(distill_alpha=0.7), ["distill_alpha"]),
     (dict(dropout=0.2, lr_scale=0.1), ["dropout", "lr_scale"]),
 ])
 def test_a_run_directory_of_another_config(change, names, finished, monkeypatch, capsys):
@@ -383,7 +412,9 @@ def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
 def test_run_sh_refuses_before_anything_starts(tmp_path):
     (tmp_path / "of_another").mkdir()
     write_json(tmp_path / "of_another" / "config.json", {"identity": {"seed": 5}})
-    for flags, name in ((["--run_dir=of_another"], "seed is 5 there and 42 here"), (["--run_dir=/proc/none"], "run_dir"), (["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"), (["--micro_batch=3"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
+    for flags, name in ((["--run_dir=of_another"], "seed is 5 there and 42 here"), (["--run_dir=/proc/none"], "run_dir"),
+                        (["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"),
+                        (["--micro_batch=3"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
         done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
         assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [p.name for p in tmp_path.rglob("*")] == ["of_another", "config.json"]
@@ -395,7 +426,8 @@ def test_run_sh_refuses_before_anything_starts(tmp_path):
 
 def test_torchrun_prints_one_line(micro, tmp_path):
     prepare.main(micro())
-    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *micro(trajectories=1, micro_batch=4))
+    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+               *micro(trajectories=1, micro_batch=4))
     assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "--micro_batch=2" in done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -75,7 +75,8 @@ def test_asked_to_stop_it_saves_and_goes_on(number, begun):
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
     assert kill.finish([child]) == [world.STOPPED]
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert f"resume_{steps[-1]:08d}.pt" in os.listdir(folder / "trajectory_00") and "to go on: python distill.py" in log.read_text() and "Traceback" not in log.read_text()
+    assert (f"resume_{steps[-1]:08d}.pt" in os.listdir(folder / "trajectory_00")
+            and "to go on: python distill.py" in log.read_text() and "Traceback" not in log.read_text())
     finishes(begun)
 
 
@@ -114,7 +115,8 @@ def test_torchrun_is_asked_to_stop(begun):
     """The launcher passes it on; what it prints itself and its exit code are its own."""
     argv, folder, log, whole = begun
     with open(log, "wb") as out:
-        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *argv, "--micro_batch=1", "--epochs_per_cycle=30"],
+        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                     str(ROOT / "train.py"), *argv, "--micro_batch=1", "--epochs_per_cycle=30"],
                                     stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while launcher.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)
@@ -185,7 +187,8 @@ def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):
     assert kill.finish(kill.start([*argv, f"--run_dir={tmp_path / 'whole'}"], log, patch=watch)) == [0]
     wanted = (tmp_path / "tokens").read_text()
     (tmp_path / "tokens").unlink()
-    for phase, size, micro_batch in (("training step", 1, 4), ("distillation step", 2, 1), ("distillation step", 2, 2), ("fit", 1, 1)):
+    for phase, size, micro_batch in (("training step", 1, 4), ("distillation step", 2, 1), ("distillation step", 2, 2),
+                                     ("fit", 1, 1)):
         children = kill.start([*argv, f"--micro_batch={micro_batch}"], log, size, patch=watch)
         if phase == "fit":
             assert kill.finish(children) == [0]
@@ -204,14 +207,22 @@ def limit(size):
 
 
 @pytest.mark.parametrize("file, scripts, size", [
-    ("config.json", kill.SCRIPTS, 100), ("metrics.jsonl", kill.SCRIPTS, 3_000_000), ("cycle_000.pt", kill.SCRIPTS, 20_000), ("resume_00000002.pt", kill.SCRIPTS, 200_000),
-    ("00_000.npy", (prior,), 1000), ("prior.json", (prior,), 2000),
+    ("config.json", kill.SCRIPTS, 100),
+    ("metrics.jsonl", kill.SCRIPTS, 3_000_000),
+    ("cycle_000.pt", kill.SCRIPTS, 20_000),
+    ("resume_00000002.pt", kill.SCRIPTS, 200_000),
+    ("00_000.npy", (prior,), 1000),
+    ("prior.json", (prior,), 2000),
 ])
 def test_a_full_disk(file, scripts, size, begun, reference):
-    """A limit on the size of files, in bytes, stops each kind of file; what was there stays, and the run goes on once there is room."""
+    """
+    A limit on the size of files, in bytes, stops each kind of file; what was there stays, and the run goes on once there is
+    room.
+    """
     argv, folder, log, whole = begun
     if scripts == (prior,):
-        shutil.copytree(reference[0] / "whole", folder, ignore=shutil.ignore_patterns("prior.json", *["scores"] * (file != "prior.json")))
+        shutil.copytree(reference[0] / "whole", folder,
+                        ignore=shutil.ignore_patterns("prior.json", *["scores"] * (file != "prior.json")))
     if file == "metrics.jsonl":
         folder.mkdir()
         (folder / file).write_text('{"kind": "score", "trajectory": 0}\n' * (size // 35))
@@ -245,7 +256,8 @@ def test_no_flipped_bit_passes(reference, tmp_path):
             except Damaged:
                 found += 1
                 continue
-            assert their_about == about and theirs.keys() == tensors.keys() and all(torch.equal(w, theirs[n]) for n, w in tensors.items())
+            assert (their_about == about and theirs.keys() == tensors.keys()
+                    and all(torch.equal(w, theirs[n]) for n, w in tensors.items()))
     assert found > 200
 
 
@@ -269,7 +281,8 @@ def test_no_whole_state_is_refused(begun, reference, capsys):
         path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
-    assert stop.value.code == 2 and f"delete {folder}/trajectory_00" in (err := error_line(capsys.readouterr().err)) and "resume_" in err
+    assert (stop.value.code == 2 and f"delete {folder}/trajectory_00" in (err := error_line(capsys.readouterr().err))
+            and "resume_" in err)
 
 
 @pytest.mark.parametrize("split", ["fit", "val"])
@@ -304,7 +317,10 @@ def test_flipped_data_is_refused(reference, tmp_path, capsys):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_nothing_is_kept_of_a_step_that_is_no_number(what, begun):
-    """The fifth step's loss or gradient is no number: it stops, names the step, and without the cause goes on as if nothing had been."""
+    """
+    The fifth step's loss or gradient is no number: it stops, names the step, and without the cause goes on as if nothing
+    had been.
+    """
     argv, folder, log, _ = begun
     def poison(rank):
         real, calls = train.label_loss, []
@@ -321,7 +337,8 @@ def test_nothing_is_kept_of_a_step_that_is_no_number(what, begun):
             return good if len(calls) != 5 else good * float("nan") if what == "loss" else Infinite.apply(good)
         train.label_loss = loss
     assert kill.finish(kill.start(argv, log, patch=poison)) == [1]
-    assert "step 2:" in (err := error_line(log.read_text())) and "sequences 8 .. 11" in err and ("nan" in err or "inf" in err), err
+    assert ("step 2:" in (err := error_line(log.read_text())) and "sequences 8 .. 11" in err
+            and ("nan" in err or "inf" in err)), err
     finishes(begun)
 
 
@@ -361,7 +378,8 @@ def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
     assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
 
 
-@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "trajectory_00/resume_00000009.pt", "config.json", "prior.json", "scores/00_001.json"])
+@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "trajectory_00/resume_00000009.pt", "config.json",
+                                  "prior.json", "scores/00_001.json"])
 def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
     argv, folder, _, _ = begun
     shutil.copytree(reference[0] / "whole", folder)
@@ -371,7 +389,8 @@ def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
         write_json(path, {k: v for k, v in files.read_json(path).items() if k != "format"})
     else:
         tensors, about = load_tensors(path)
-        save_tensors(path, {n: w.clone() for n, w in tensors.items()}, **{k: v for k, v in about.items() if k not in ("format", "sha256")})
+        save_tensors(path, {n: w.clone() for n, w in tensors.items()},
+                     **{k: v for k, v in about.items() if k not in ("format", "sha256")})
         shutil.rmtree(folder / "scores")
         for other in set(folder.glob("trajectory_00/resume_*")) - {path}:
             other.unlink()
@@ -391,8 +410,10 @@ def test_keep_last(begun, reference):
     assert kill.finish(kill.start([*argv, "--keep=last"], log)) == [0], log.read_text()[-2000:]
     assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*"))] == ["cycle_001.pt", "cycle_002.pt"]
     found = kill.left(folder)
-    assert len(whole) - len(found) == 1 and all(found[name] == content for name, content in whole.items() if "cycle_000" not in name and name != "scores/00_000.json")
-    assert json.loads(found["scores/00_000.json"])["dropped"] is True and "dropped" not in json.loads(whole["scores/00_000.json"])
+    assert len(whole) - len(found) == 1 and all(
+        found[name] == content for name, content in whole.items() if "cycle_000" not in name and name != "scores/00_000.json")
+    assert (json.loads(found["scores/00_000.json"])["dropped"] is True
+            and "dropped" not in json.loads(whole["scores/00_000.json"]))
 
 
 def test_keep_last_drops_no_member_without_scores(begun, reference):
@@ -425,14 +446,25 @@ class Code:
         return os.system, ("touch /tmp/q0_was_run",)
 
 
-@pytest.mark.parametrize("tensors", [{"w": Code()}, {"w": torch.zeros(1).expand(10 ** 12)}, {"w": torch.zeros(4).to_sparse()}, {"w": torch.zeros(4, device="meta")}, {"w": [1]}, {1: torch.zeros(1)}, [torch.zeros(1)], None])
+@pytest.mark.parametrize("tensors", [
+    {"w": Code()},
+    {"w": torch.zeros(1).expand(10 ** 12)},
+    {"w": torch.zeros(4).to_sparse()},
+    {"w": torch.zeros(4, device="meta")},
+    {"w": [1]},
+    {1: torch.zeros(1)},
+    [torch.zeros(1)],
+    None,
+])
 def test_a_strangers_tensors(tensors, tmp_path, reference, capsys):
     path, about = tmp_path / "member.pt", json.dumps({"format": 1, "sha256": "0"})
     torch.save({"tensors": tensors, "about": about, "about_sha256": hashlib.sha256(about.encode()).hexdigest()}, path)
     with pytest.raises(Damaged):
         load_tensors(path)
     (tmp_path / "data").mkdir()
-    torch.save({"tokens": torch.zeros(1700, dtype=torch.uint16), "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256}, tmp_path / "data" / "text_train.pt")
+    torch.save({"tokens": torch.zeros(1700, dtype=torch.uint16),
+                "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256},
+               tmp_path / "data" / "text_train.pt")
     shutil.copy(reference[0] / "data" / "text_val.pt", tmp_path / "data")
     with pytest.raises(SystemExit) as stop:
         train.main([*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"])
@@ -441,8 +473,14 @@ def test_a_strangers_tensors(tensors, tmp_path, reference, capsys):
 
 
 @pytest.mark.parametrize("change", [
-    lambda r: r["answers"][0].update(members=[99]), lambda r: r["answers"][0].update(weights=["x"]), lambda r: r["members"].clear(), lambda r: r.update(answers={}),
-    lambda r: r["members"][0].update(trajectory="../../x"), lambda r: r["answers"].clear(), lambda r: r.update(growing=[{}]), lambda r: r.pop("text"),
+    lambda r: r["answers"][0].update(members=[99]),
+    lambda r: r["answers"][0].update(weights=["x"]),
+    lambda r: r["members"].clear(),
+    lambda r: r.update(answers={}),
+    lambda r: r["members"][0].update(trajectory="../../x"),
+    lambda r: r["answers"].clear(),
+    lambda r: r.update(growing=[{}]),
+    lambda r: r.pop("text"),
 ])
 def test_a_strangers_prior(change, begun, reference, capsys):
     argv, folder, _, _ = begun
@@ -467,7 +505,8 @@ def test_the_resume_state_is_the_populations(begun, reference, capsys):
     run.identity = {**run.identity, "seed": 7}
     for path in run.states(0):
         path.unlink()
-    run.save_resume(0, {n: w.clone() for n, w in tensors.items()}, **{k: about[k] for k in ("position", "cycles_done", "cycle_step", "step", "setup")})
+    run.save_resume(0, {n: w.clone() for n, w in tensors.items()},
+                    **{k: about[k] for k in ("position", "cycles_done", "cycle_step", "step", "setup")})
     with pytest.raises(SystemExit):
         train.main(argv)
     assert "seed is 7 there" in error_line(capsys.readouterr().err.replace("note: ", ""))

@@ -91,7 +91,8 @@ def test_gradients_are_clipped_to_norm_1(micro):
     model = GPT(from_args(micro(dropout=0), "")).init_weights().train()
     with torch.no_grad():
         model.lm_head.weight.mul_(3000)
-    _, norm = train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), ((torch.randint(257, (4, 33)),),), train.label_loss, (0.0, 0.0))
+    _, norm = train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), ((torch.randint(257, (4, 33)),),),
+                               train.label_loss, (0.0, 0.0))
     assert norm > 5 and torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(1, rel=1e-3)
 
 
@@ -108,7 +109,8 @@ def test_ranks_exchange_gradients_with_the_last_micro_batch_only():
             return super().forward(x)
     model = Replica(4, 4, bias=False)
     loss_fn = lambda model, batch: model(batch).square().mean()
-    train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), list(zip(torch.randn(6, 4).split(2))), loss_fn, (1.0, 1.0))
+    train.train_step(model, MuonAdamW(model.named_parameters(), 0.25), list(zip(torch.randn(6, 4).split(2))), loss_fn,
+                     (1.0, 1.0))
     assert model.calls == [True, True, False]
 
 
@@ -159,15 +161,18 @@ def test_the_loop_follows_the_recipe(ready, monkeypatch):
     """Noise, rates, batches, cycle lengths, seeds and compilation of every cycle, against the recipe written out."""
     noise, steps, seeds, placed = [], [], [], []
     perturb, step, seed_step, place = train.perturb, train.train_step, train.seed_step, GPT.place
-    monkeypatch.setattr(train, "perturb", lambda model, scale, seed: (noise.append((len(steps), scale, seed)), perturb(model, scale, seed)))
+    monkeypatch.setattr(train, "perturb", lambda model, scale, seed: (
+        noise.append((len(steps), scale, seed)), perturb(model, scale, seed)))
     monkeypatch.setattr(train, "seed_step", lambda *args: (seeds.append(args), seed_step(*args)))
-    monkeypatch.setattr(GPT, "place", lambda self, device, compile=False: (placed.append(compile), place(self, device, compile))[1])
+    monkeypatch.setattr(GPT, "place", lambda self, device, compile=False: (
+        placed.append(compile), place(self, device, compile))[1])
     def record(model, optimizer, micro_batches, loss_fn, multipliers):
         lr = optimizer.groups[0]["lr"]
         steps.append((sum(map(len, micro_batches)), multipliers, lr))
         return step(model, optimizer, micro_batches, loss_fn, multipliers)
     monkeypatch.setattr(train, "train_step", record)
-    argv = ready(trajectories=1, seed=7, cycles=5, distill_from=3, batch_tokens=128, batch_tokens_ends=64, epochs_per_cycle=0.4, lr_scale=0.3, compile=True)
+    argv = ready(trajectories=1, seed=7, cycles=5, distill_from=3, batch_tokens=128, batch_tokens_ends=64,
+                 epochs_per_cycle=0.4, lr_scale=0.3, compile=True)
     run_all(argv)
     epoch = loader.load(from_args(argv, "")).sequences_per_epoch
     wanted, boundaries = [], []
@@ -190,9 +195,11 @@ def test_the_loop_follows_the_recipe(ready, monkeypatch):
 
 def test_the_baseline_follows_one_cosine(ready, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "train_step", lambda model, optimizer, rows, loss_fn, multipliers: (seen.append(multipliers), (torch.zeros(()), torch.zeros(())))[1])
+    monkeypatch.setattr(train, "train_step", lambda model, optimizer, rows, loss_fn, multipliers: (
+        seen.append(multipliers), (torch.zeros(()), torch.zeros(())))[1])
     train.main(ready(trajectories=1, cycles=1, distill_from=1, schedule="cosine", epochs_per_cycle=0.5))
-    assert len(seen) > 3 and seen == [(pytest.approx(0.5 * (1 + math.cos(math.pi * s / len(seen)))), 1.0) for s in range(len(seen))]
+    assert len(seen) > 3 and seen == [(pytest.approx(0.5 * (1 + math.cos(math.pi * s / len(seen)))), 1.0)
+                                      for s in range(len(seen))]
 
 
 def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
@@ -210,11 +217,13 @@ def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
     lengths = [round(e * data.sequences_per_epoch / 4) for e in (1.25, 0.5, 0.5)]
     assert len(set(lengths)) == 2 and len(seen) == sum(lengths)
     lr = [0.08 + 0.92 * (1 - s / len(seen)) for s in range(len(seen))]
-    assert [m for m, _ in seen] == pytest.approx(lr) and [d for _, d in seen] == pytest.approx([0.7 + 0.3 * (1 - m) / 0.92 for m in lr])
+    assert ([m for m, _ in seen] == pytest.approx(lr)
+            and [d for _, d in seen] == pytest.approx([0.7 + 0.3 * (1 - m) / 0.92 for m in lr]))
     run = Run(config, data.fingerprint)
     assert [run.read_member(0, c)[1]["epochs"] for c in range(3)] == [1.25, 1.75, 2.25]
     # the same training without a snapshot on the way ends at the same weights
-    train.main(ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
+    train.main(ready(trajectories=1, cycles=1, distill_from=1,
+                     epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
     once = torch.load(tmp_path / "one" / "trajectory_00" / "cycle_000.pt", weights_only=True)["tensors"]
     assert all(torch.equal(w, once[n]) for n, w in run.read_member(0, 2)[0].items())
 
@@ -259,7 +268,8 @@ def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
     monkeypatch.setattr(train, "train_step", record)
     scored, score = [], loader.score
     monkeypatch.setattr(loader, "score", lambda model, *args: scored.append(model.looping) or score(model, *args))
-    train.main(ready(trajectories=1, cycles=2, distill_from=2, restart="none", epochs_per_cycle=0.5, n_layer=4, loop_start=2, loop_end=4, loop_extra=1, loop_from=0.75))
+    train.main(ready(trajectories=1, cycles=2, distill_from=2, restart="none", epochs_per_cycle=0.5, n_layer=4,
+                     loop_start=2, loop_end=4, loop_extra=1, loop_from=0.75))
     first, applied = applied[:len(applied) // 2], applied[len(applied) // 2:]
     assert first == [[0, 1, 2, 3]] * len(first)                 # three quarters of the one decay: half of its second cycle
     half = math.ceil(len(applied) / 2)
@@ -290,7 +300,8 @@ def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tm
     teachers = []
     original = distill.chain_loss
     def spy(student, teacher, batch, alpha, temperature):
-        teachers.append((teacher.lm_head.weight.clone(), alpha, temperature, teacher.training, teacher.lm_head.weight.requires_grad))
+        teachers.append((teacher.lm_head.weight.clone(), alpha, temperature, teacher.training,
+                         teacher.lm_head.weight.requires_grad))
         return original(student, teacher, batch, alpha, temperature)
     monkeypatch.setattr(distill, "chain_loss", spy)
     argv = ready(trajectories=1, distill_alpha=0.3, distill_temperature=1.7)
@@ -371,7 +382,8 @@ def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
     two = members(tmp_path / "run")
     assert len(two) == 8 and one.items() <= two.items()
     # trajectory 1 of seed 42 is trajectory 0 of seed 43: same weights
-    weights = [torch.load(p, weights_only=True)["tensors"] for p in (tmp_path / "run" / "trajectory_01" / "cycle_003.pt", tmp_path / "other" / "trajectory_00" / "cycle_003.pt")]
+    weights = [torch.load(p, weights_only=True)["tensors"] for p in (
+        tmp_path / "run" / "trajectory_01" / "cycle_003.pt", tmp_path / "other" / "trajectory_00" / "cycle_003.pt")]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
@@ -400,14 +412,19 @@ def launch_train(argv, processes, log):
 
 
 def test_two_processes_take_the_step_of_one(ready, tmp_path):
-    """One step of one trajectory on 1 and on 2 ranks, dropout 0: the same tokens, so the same loss and gradient, and the same step."""
+    """
+    One step of one trajectory on 1 and on 2 ranks, dropout 0: the same tokens, so the same loss and gradient, and the same
+    step.
+    """
     steps, states = [], []
     for name, processes in (("one", 1), ("two", 2)):
-        launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1, run_dir=tmp_path / name), processes, tmp_path / "log")
+        launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1,
+                           run_dir=tmp_path / name), processes, tmp_path / "log")
         steps.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
         states.append(load_tensors(tmp_path / name / "trajectory_00" / "resume_00000001.pt"))
     assert [about["step"] for _, about in states] == [1, 1] and [about["position"] for _, about in states] == [4, 4]
-    assert steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5) and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5)
+    assert (steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5)
+            and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5))
     for name, a in model_of(states[0]).items():
         # q and k heads are normalised, so the diagonal of their mix has no gradient but rounding, which AdamW takes for one
         if not name.endswith(("q_mix", "k_mix")):

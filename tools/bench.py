@@ -1,11 +1,12 @@
 """
 Times what is really run: python -m tools.bench CONFIG [--name=value ...]
-One optimizer step of train.py and of distill.py (its chain; on random tokens, every micro-batch of it), one of scoring, by part, with
-tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit. Under
-torchrun (with --trajectories=1) the ranks share each step, and what they send is timed alone, too.
+One optimizer step of train.py and of distill.py (its chain; on random tokens, every micro-batch of it), one of scoring, by
+part, with tokens/s, the share of the peak that the model FLOPs of tools.plan come to, and peak memory; and the prior's fit.
+Under torchrun (with --trajectories=1) the ranks share each step, and what they send is timed alone, too.
 
 Of its own: --rounds=5   --steps=train,distill,score,prior
-            --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating (on CUDA one after the other)
+            --slowrun=FOLDER   a clone of the public repository, stepped beside ours on the same shapes, alternating
+                               (on CUDA one after the other)
             --memory=1         the largest micro-batch that fits, ours and (with --slowrun) theirs; on CUDA
             --peak_tflops=989  on CUDA; on the CPU the peak is that of its own matrix product, measured here
             --members=480  --tokens=131072   (of the fit)
@@ -61,7 +62,10 @@ def spread(values, digits=3):
 # ------------------------------------------------------------------------------------------------ ours
 
 class Ours:
-    """A model as train.py makes it, and one optimizer step of train.py or distill.py on random tokens, shared by the ranks of a group."""
+    """
+    A model as train.py makes it, and one optimizer step of train.py or distill.py on random tokens,
+    shared by the ranks of a group.
+    """
 
     def __init__(self, config, chain, options, group=None, one_graph=False):
         torch.manual_seed(config.seed)
@@ -71,16 +75,20 @@ class Ours:
         self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
         self.ddp_model = train.distributed(self.model, group, config.micro_batch)
-        tokens = np.random.default_rng(0).integers(config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
-        self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple, config.seed)
+        tokens = np.random.default_rng(0).integers(
+            config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
+        self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple,
+                                      config.seed)
         self.loss_fn = train.label_loss
         if chain:
             teacher = GPT(config).init_weights().place(DEVICE, config.compile).eval().requires_grad_(False)
             teacher = teacher.bfloat16() if DEVICE.type == "cuda" else teacher
-            self.loss_fn = lambda model, batch: distill.chain_loss(model, teacher, batch, config.distill_alpha, config.distill_temperature)
+            self.loss_fn = lambda model, batch: distill.chain_loss(
+                model, teacher, batch, config.distill_alpha, config.distill_temperature)
 
     def step(self, rows):
-        train.train_step(self.ddp_model, self.optimizer, list(zip(rows.split(self.config.micro_batch))), self.loss_fn, (1.0, 1.0))
+        train.train_step(self.ddp_model, self.optimizer, list(zip(rows.split(self.config.micro_batch))),
+                         self.loss_fn, (1.0, 1.0))
 
     def parts(self, rows):
         """Seconds of the parts of a step over one micro-batch, of its optimizer step, and of the batch's way from the data."""
@@ -95,8 +103,9 @@ class Ours:
         backward, _ = timed(loss.backward)
         sent = {"communication, alone, of the step": timed(self.communicate)[0]} if self.group else {}
         step, _ = timed(lambda: train.apply_gradients(self.model, self.optimizer, 1.0, 1.0))
-        return {"data, of the step": data, "hidden states": hidden, "loss head (labels)": head, "MTP and teacher": forward - hidden - head,
-                "backward": backward, "clip and optimizer, of the step": step, **sent}
+        return {"data, of the step": data, "hidden states": hidden, "loss head (labels)": head,
+                "MTP and teacher": forward - hidden - head, "backward": backward,
+                "clip and optimizer, of the step": step, **sent}
 
     def communicate(self):
         """What a step sends, and nothing else: the gradients to all, each Muon matrix from the rank that stepped it."""
@@ -130,7 +139,8 @@ def load_slowrun(folder, honest):
         sys.argv = argv
         sys.path.remove(str(path.parent))
     if honest:
-        module.flash_attn.flash_attn_func = lambda q, k, v, causal, window_size: attend(q, k, v, window_size[0] if 0 <= window_size[0] < q.size(1) else None)
+        module.flash_attn.flash_attn_func = lambda q, k, v, causal, window_size: attend(
+            q, k, v, window_size[0] if 0 <= window_size[0] < q.size(1) else None)
     return module
 
 
@@ -139,8 +149,10 @@ class Theirs:
 
     def __init__(self, config, chain, options, honest):
         script = load_slowrun(options.slowrun, honest)
-        shape = script.GPTConfig(**{k: getattr(config, k) for k in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "window_pattern", "dropout", "mtp_weight")},
-                                 n_kv_head=config.n_head, use_iha=config.iha)
+        shape = script.GPTConfig(
+            **{k: getattr(config, k) for k in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_embd", "window_pattern",
+                                               "dropout", "mtp_weight")},
+            n_kv_head=config.n_head, use_iha=config.iha)
         models = []
         for _ in range(1 + chain):
             model = script.GPT(shape).to(DEVICE)
@@ -149,14 +161,17 @@ class Theirs:
                 model.set_dupe_layers(config.loop_start, config.loop_end)
             models.append(model)
         self.config, self.raw, self.model = config, models[0], models[0]
-        self.optimizer = self.raw.setup_optimizer(dict(matrix_lr=0.01, scalar_lr=0.025, embedding_lr=0.04, unembedding_lr=0.0005, weight_decay=1.3, adam_betas=(0.8, 0.95), iha_lr=0.02))
+        self.optimizer = self.raw.setup_optimizer(dict(
+            matrix_lr=0.01, scalar_lr=0.025, embedding_lr=0.04, unembedding_lr=0.0005,
+            weight_decay=1.3, adam_betas=(0.8, 0.95), iha_lr=0.02))
         self.teacher = models[1].eval().requires_grad_(False).forward_logits if chain else None
         if chain and DEVICE.type == "cuda":
             models[1].bfloat16()
         if config.compile and DEVICE.type == "cuda":
             self.model = torch.compile(self.raw, dynamic=False)
             self.teacher = chain and torch.compile(self.teacher, dynamic=False)
-        self.autocast = contextlib.nullcontext() if honest and DEVICE.type == "cpu" else torch.autocast(DEVICE.type, torch.bfloat16)
+        self.autocast = (contextlib.nullcontext() if honest and DEVICE.type == "cpu" else
+                         torch.autocast(DEVICE.type, torch.bfloat16))
 
     def loss(self, batch):
         x, y, c = batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), self.config
@@ -218,7 +233,10 @@ def extra_memory(kind, chain, config, options):
 
 
 def allocated(runner, rows):
-    """Of a step on CUDA: peak GiB beyond what stays and the gradients, which are there all the time, as with several micro-batches."""
+    """
+    Of a step on CUDA: peak GiB beyond what stays and the gradients, which are there all the time,
+    as with several micro-batches.
+    """
     runner.step(rows)
     for p in runner.model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -234,7 +252,8 @@ def resident(kind, chain, config, options):
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     for _ in range(2):
         runner.step(rows)
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])       # ru_maxrss would be the parent's
+    # ru_maxrss would be the parent's
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     ours = Ours(config, False, options)
     made = 4 * sum(p.numel() for p in ours.model.parameters())
     if kind is not Ours:                    # theirs makes its state with the first step, ours before it
@@ -263,7 +282,8 @@ def bench_step(name, chain, config, options, peak, world):
     seconds = {kind: [] for kind in compared}
     say = print if world.rank == 0 else lambda *words, **options: None
     say(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
-    for side in [[kind] for kind in compared] if DEVICE.type == "cuda" else [list(compared)]:       # a GPU may not hold both: one after the other there
+    # a GPU may not hold both: one after the other there
+    for side in [[kind] for kind in compared] if DEVICE.type == "cuda" else [list(compared)]:
         runners = {kind: compared[kind](config, chain, options) for kind in side}
         for i in range(options.rounds + 1):                 # the first warms up
             for kind in side:
@@ -275,11 +295,13 @@ def bench_step(name, chain, config, options, peak, world):
         for kind in side:
             took, memory = seconds[kind], ""
             if DEVICE.type == "cuda":
-                memory = f", {allocated(runners[kind], rows[:config.micro_batch]):.2f} GiB beyond weights, gradients and state ({torch.cuda.max_memory_allocated() / plan.GIB:.1f} in all)"
+                memory = (f", {allocated(runners[kind], rows[:config.micro_batch]):.2f} GiB beyond weights, gradients "
+                          f"and state ({torch.cuda.max_memory_allocated() / plan.GIB:.1f} in all)")
             elif world.size == 1:
                 memory = f", {extra_memory(compared[kind], chain, config, options):.2f} GiB beyond weights, gradients and state"
             ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
-            say(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, {flops / statistics.median(took) / peak:.1%} of the peak{memory}{ratio}", flush=True)
+            say(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, "
+                f"{flops / statistics.median(took) / peak:.1%} of the peak{memory}{ratio}", flush=True)
         runners.clear()
         free_memory()
     say("  parts of ours, of one micro-batch where nothing else is said:")
@@ -291,7 +313,8 @@ def bench_score(config, options, peak):
     model, rows = GPT(config).init_weights().place(DEVICE, config.compile), random_rows(config).cpu().numpy()
     seconds = [timed(lambda: loader.score(model, rows, config.micro_batch))[0] for _ in range(options.rounds + 1)][1:]
     flops = sum(plan.forward_flops(plan.meta_model(config), True, mtp=False).values()) * config.batch_tokens
-    print(f"\nscoring: {spread(seconds)} s, {config.batch_tokens / statistics.median(seconds):,.0f} tokens/s, {flops / statistics.median(seconds) / peak:.1%} of the peak")
+    print(f"\nscoring: {spread(seconds)} s, {config.batch_tokens / statistics.median(seconds):,.0f} tokens/s, "
+          f"{flops / statistics.median(seconds) / peak:.1%} of the peak")
 
 
 def bench_memory(config, options):
@@ -306,13 +329,17 @@ def bench_memory(config, options):
                     fits, size = size, size * 2
                 except torch.OutOfMemoryError:
                     break
-            print(f"largest micro-batch, {'with' if chain else 'without'} a teacher, {name}: {fits}, {gib:.1f} GiB beyond weights, gradients and state")
+            print(f"largest micro-batch, {'with' if chain else 'without'} a teacher, {name}: {fits}, "
+                  f"{gib:.1f} GiB beyond weights, gradients and state")
 
 
 # ----------------------------------------------------------------------------------------------- the fit
 
 def log_probabilities(members, tokens):
-    """(members, tokens) float32, of members that are alike: each token has a common part and a smaller one of each member's own."""
+    """
+    (members, tokens) float32, of members that are alike:
+    each token has a common part and a smaller one of each member's own.
+    """
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(tokens, generator=generator) * 1.5 - 3
     handicap = torch.linspace(0, 0.25, members)[torch.randperm(members, generator=generator)]
@@ -332,23 +359,28 @@ def bench_prior(options):
         theirs.append(seconds)
     loss = lambda w: -(w @ log_p.double().exp()).log().mean().item()
     print(f"  exact fit: {spread(ours, 2)} s, gap {gap:.1e} nats, {(w > 0).sum()} members with weight")
-    print(f"  300 AdamW steps: {spread(theirs, 2)} s, {loss(v) - loss(w):.1e} nats above it, {spread([b / a for a, b in zip(ours, theirs)], 1)} times ours")
+    print(f"  300 AdamW steps: {spread(theirs, 2)} s, {loss(v) - loss(w):.1e} nats above it, "
+          f"{spread([b / a for a, b in zip(ours, theirs)], 1)} times ours")
 
 
 def main(argv=None):
     options, argv = take_actions(argv, **ACTIONS)
     steps = options.steps.split(",")
     if not set(steps) <= {"train", "distill", "score", "prior"} or min(options.rounds, options.members, options.tokens) < 1:
-        refuse(f"bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, not {vars(options)}")
+        refuse("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, "
+               f"not {vars(options)}")
     config = from_args(argv, __doc__)
     if options.memory and DEVICE.type != "cuda":
         refuse("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
     world = join_world(config)
     if world.size > 1 and (world.groups > 1 or options.slowrun or options.memory or not set(steps) <= {"train", "distill"}):
-        refuse("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory", common=True)
+        refuse("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory",
+               common=True)
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     if world.rank == 0:
-        print(f"{device}, {world.size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, {activate_attention(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; medians over {options.rounds} rounds, and their range")
+        print(f"{device}, {world.size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+              f"{activate_attention(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; "
+              f"medians over {options.rounds} rounds, and their range")
     peak = peak_flops(options)
     if world.rank == 0:
         print(f"peak: {peak / 1e12:.3g} TFLOPS; {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}")

@@ -51,14 +51,19 @@ def choose(options, prior, run):
     """[(label, members as (trajectory, cycle), weights)] to sample from. Exits with code 2 where they do not exist."""
     members = [(m["trajectory"], m["cycle"]) for m in prior["members"]]
     for m in prior["members"]:
-        if run.member_path(m["trajectory"], m["cycle"]).exists() and run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
-            refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: run prior.py on this config again")
+        if (run.member_path(m["trajectory"], m["cycle"]).exists()
+                and run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]):
+            refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: "
+                   "run prior.py on this config again")
     if options.member == "student":
-        return [("student", run.student() or refuse("member=student: there is none; run distill.py --student on this config first"), [1.0])]
+        return [("student",
+                 run.student() or refuse("member=student: there is none; run distill.py --student on this config first"),
+                 [1.0])]
     if options.member:
         chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
         if chosen not in members:
-            refuse(f"member={options.member}: there is no such member; write trajectory,cycle, such as --member={members[-1][0]},{members[-1][1]}")
+            refuse(f"member={options.member}: there is no such member; write trajectory,cycle, "
+                   f"such as --member={members[-1][0]},{members[-1][1]}")
         return [(f"member {options.member}", [chosen], [1.0])]
     Ks = [a["K"] for a in prior["answers"] if a["rule"] == "learned"]
     K = options.K or max(K for K in Ks if K <= 4)
@@ -76,8 +81,11 @@ def choose(options, prior, run):
 def main(argv=None):
     options, argv = take_actions(argv, **ACTIONS)
     config = from_args(argv, __doc__)
-    for name, holds, rule in (("tokens", options.tokens > 0, "more than 0"), ("temperature", options.temperature == 0 or 1e-3 <= options.temperature < 100, "0, or between 0.001 and 100"),
-                              ("top_k", options.top_k >= 0, "0 or more"), ("sample_seed", 0 <= options.sample_seed < 2 ** 63, "0 or more, and less than 2^63")):
+    for name, holds, rule in (
+            ("tokens", options.tokens > 0, "more than 0"),
+            ("temperature", options.temperature == 0 or 1e-3 <= options.temperature < 100, "0, or between 0.001 and 100"),
+            ("top_k", options.top_k >= 0, "0 or more"),
+            ("sample_seed", 0 <= options.sample_seed < 2 ** 63, "0 or more, and less than 2^63")):
         if not holds:
             refuse(f"{name}={getattr(options, name)}: must be {rule}")
     if any("\ud800" <= c <= "\udfff" for c in options.prompt):
@@ -87,7 +95,8 @@ def main(argv=None):
     gone = [member for _, members, _ in picked for member in members if not run.member_path(*member).exists()]
     kept = [m for m in run.members() if run.member_path(*m).exists()]
     if gone and kept and all(run.scores_of(*member) for member in gone):
-        return print(f"no text: keep=last dropped the weights of {len(gone)} of the members asked for; --member={kept[-1][0]},{kept[-1][1]} samples one that stayed")
+        return print(f"no text: keep=last dropped the weights of {len(gone)} of the members asked for; "
+                     f"--member={kept[-1][0]},{kept[-1][1]} samples one that stayed")
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join_world(config).device
     for label, members, weights in picked:

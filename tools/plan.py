@@ -22,7 +22,8 @@ from world import cannot_share, micro_batches
 
 ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
-EAGER, COMPILED = 58.4, 43.0        # bytes saved for backward per token, layer application and unit of n_embd: estimated, and measured (results/performance.md)
+# bytes saved for backward per token, layer application and unit of n_embd: estimated, and measured (results/performance.md)
+EAGER, COMPILED = 58.4, 43.0
 HEAD, HEAD_KL = 3, 5                # float32 logits of a chunk that live at once: of the labels' loss, and of the teacher's
 
 
@@ -38,8 +39,9 @@ def meta_model(config):
 
 def part_of(name):
     """The part of the model that a parameter belongs to."""
-    for part, words in (("multi-token prediction", ["mtp_"]), ("embedding", ["wte"]), ("head", ["lm_head"]), ("value embeddings", ["ve_projs"]),
-                        ("head mixes (IHA)", ["_mix"]), ("MLPs", [".mlp."]), ("attention", [".attn."])):
+    for part, words in (("multi-token prediction", ["mtp_"]), ("embedding", ["wte"]), ("head", ["lm_head"]),
+                        ("value embeddings", ["ve_projs"]), ("head mixes (IHA)", ["_mix"]),
+                        ("MLPs", [".mlp."]), ("attention", [".attn."])):
         if any(word in name for word in words):
             return part
     return "lambdas and skips"
@@ -72,7 +74,8 @@ def forward_flops(model, looping, mtp):
         terms["value embeddings"] += linear(model.ve_projs[str(i)]) if str(i) in model.ve_projs else 0
         terms["attention"] += 4 * c.n_embd * keys[window]
     if mtp and c.mtp_weight:
-        terms["multi-token prediction"] = linear(model.mtp_proj) + linear(model.mtp_block) + linear(model.lm_head) + 4 * c.n_embd * keys["L"]
+        terms["multi-token prediction"] = (linear(model.mtp_proj) + linear(model.mtp_block) + linear(model.lm_head)
+                                           + 4 * c.n_embd * keys["L"])
     return terms
 
 
@@ -88,12 +91,14 @@ def sequences_per_epoch(config):
     """As the data has it where it is prepared, else from the token counts alone."""
     if (Path(config.data_dir) / loader.file_name(config, "_train.pt")).exists():
         return loader.load(config).sequences_per_epoch
-    return (config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
+    return ((config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1)
+            // config.epoch_multiple * config.epoch_multiple)
 
 
 def held_out_tokens(config):
     """Targets that prior.py scores, of both sets."""
-    return sum(tokens // (config.sequence_len + 1) * config.sequence_len for tokens in (config.fitness_tokens, config.val_tokens))
+    return sum(tokens // (config.sequence_len + 1) * config.sequence_len
+               for tokens in (config.fitness_tokens, config.val_tokens))
 
 
 def cycles_of(config, sequences):
@@ -112,30 +117,40 @@ def flops_of(config, model, sequences):
     """{script: model FLOPs in all}."""
     lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
     flops = {"train.py": 0, "distill.py": 0}
-    per_token = {(looping, teacher): step_flops(model, looping, teacher) for looping in (False, True) for teacher in (False, True)}
+    per_token = {(looping, teacher): step_flops(model, looping, teacher)
+                 for looping in (False, True) for teacher in (False, True)}
     stored = config.distill_teacher == "mixture" and config.distill_from < config.cycles
     for cycle, length in enumerate(lengths):
         teacher = cycle >= config.distill_from and not stored
         for looping in (False, True):
             places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
             steps = sum((place >= config.loop_from * span) == looping for place, span in places)
-            flops["distill.py" if cycle >= config.distill_from else "train.py"] += config.trajectories * steps * tokens_per_step(config, cycle) * per_token[looping, teacher]
+            flops["distill.py" if cycle >= config.distill_from else "train.py"] += (
+                config.trajectories * steps * tokens_per_step(config, cycle) * per_token[looping, teacher])
     if stored:              # every member but the last passes over the packings once
         tokens = config.packings * sequences * config.sequence_len
-        flops["distill.py"] += config.trajectories * (config.cycles - 1) * tokens * sum(forward_flops(model, looping=True, mtp=False).values())
-    flops["prior.py"] = config.trajectories * config.cycles * held_out_tokens(config) * sum(forward_flops(model, looping=True, mtp=False).values())
+        flops["distill.py"] += (config.trajectories * (config.cycles - 1) * tokens
+                                * sum(forward_flops(model, looping=True, mtp=False).values()))
+    flops["prior.py"] = (config.trajectories * config.cycles * held_out_tokens(config)
+                         * sum(forward_flops(model, looping=True, mtp=False).values()))
     return flops
 
 
 def student_flops(config, model, sequences, teachers):
-    """Model FLOPs of distill.py --student, against a mixture of so many members: its steps, and each member's pass over the packings."""
+    """
+    Model FLOPs of distill.py --student, against a mixture of so many members: its steps,
+    and each member's pass over the packings.
+    """
     own = student_config(config)
     one_pass = sequences * config.sequence_len * sum(forward_flops(model, looping=True, mtp=False).values())
     return flops_of(own, model, sequences)["distill.py"] + teachers * own.packings * one_pass
 
 
 def memory_of(config, model, ranks):
-    """({part: bytes per rank}, {part: bytes per sequence of a micro-batch}) with so many ranks per trajectory, of the costliest script."""
+    """
+    ({part: bytes per rank}, {part: bytes per sequence of a micro-batch}) with so many ranks per trajectory,
+    of the costliest script.
+    """
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     parameters = list(model.parameters())
     C, T, mtp, chain = config.n_embd, config.sequence_len, bool(config.mtp_weight), config.distill_from < config.cycles
@@ -143,12 +158,21 @@ def memory_of(config, model, ranks):
     if config.checkpoint:
         kept, again = config.n_layer + mtp, len(model.layers) - config.n_layer      # of the latter only the input stays
     weights = sum(p.numel() for p in parameters)
-    groups = {kind: [g for g in MuonAdamW(model.named_parameters(), config.lr_scale).groups if g["kind"] == kind] for kind in ("adamw", "muon")}
-    fixed = {"parameters (fp32; embedding bf16)": size(parameters), "gradients": size(parameters),
-             "AdamW": size(t for g in groups["adamw"] for t in [*g["m"], *g["v"]]), "Muon, this rank's share": size(t for g in groups["muon"] for t in (g["m"], g["v"])) / ranks,
-             "bf16 copies of the weights": 2 * weights, "mixed heads' weights": 2 * 3 * C * C * (config.n_layer + mtp) * config.iha, "teacher (bf16)": 2 * weights * chain,
-             "average of the weights (fp32)": 4 * weights * bool(config.ema_decay),
-             "head: its gradients, a chunk": (1 + mtp) * size([model.lm_head.weight]) + min(CHUNK_BYTES["cuda"], 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)}
+    groups = {kind: [g for g in MuonAdamW(model.named_parameters(), config.lr_scale).groups if g["kind"] == kind]
+              for kind in ("adamw", "muon")}
+    fixed = {
+        "parameters (fp32; embedding bf16)": size(parameters),
+        "gradients": size(parameters),
+        "AdamW": size(t for g in groups["adamw"] for t in [*g["m"], *g["v"]]),
+        "Muon, this rank's share": size(t for g in groups["muon"] for t in (g["m"], g["v"])) / ranks,
+        "bf16 copies of the weights": 2 * weights,
+        "mixed heads' weights": 2 * 3 * C * C * (config.n_layer + mtp) * config.iha,
+        "teacher (bf16)": 2 * weights * chain,
+        "average of the weights (fp32)": 4 * weights * bool(config.ema_decay),
+        "head: its gradients, a chunk": (
+            (1 + mtp) * size([model.lm_head.weight])
+            + min(CHUNK_BYTES["cuda"], 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)),
+    }
     return fixed, {"activations": T * C * ((COMPILED if config.compile else EAGER) * kept + 2 * again)}
 
 
@@ -160,41 +184,49 @@ def print_model(model):
     for part, count in parts.items():
         print(f"  {part:24} {count:>15,}")
     terms, teacher = forward_flops(model, True, mtp=True), sum(forward_flops(model, True, mtp=False).values())
-    print(f"model GFLOP per trained token: {3 * sum(terms.values()) / 1e9:.4f}, with the teacher's forward pass {(3 * sum(terms.values()) + teacher) / 1e9:.4f}")
+    print(f"model GFLOP per trained token: {3 * sum(terms.values()) / 1e9:.4f}, "
+          f"with the teacher's forward pass {(3 * sum(terms.values()) + teacher) / 1e9:.4f}")
     for term, flops in terms.items():
         print(f"  {term:24} {3 * flops / 1e9:>15.4f}")
 
 
 def print_cycles(config, sequences):
     epochs = config.epochs_until(config.cycles) * config.trajectories
-    print(f"population: {config.trajectories} x {config.cycles} = {config.trajectories * config.cycles} members, {epochs:g} epochs of {sequences:,} sequences in all")
+    print(f"population: {config.trajectories} x {config.cycles} = {config.trajectories * config.cycles} members, "
+          f"{epochs:g} epochs of {sequences:,} sequences in all")
     rows = cycles_of(config, sequences)
     for first, last, steps, tokens in rows:
         print(f"  cycles {first:>3} .. {last:>3}: {steps:>6} steps of {tokens:,} tokens")
     lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
-    ends = [rate_multipliers(config.schedule, *place_in_decay(config, lengths, c, s)) for c, s in ((0, 0), (config.cycles - 1, lengths[-1] - 1))]
+    ends = [rate_multipliers(config.schedule, *place_in_decay(config, lengths, c, s))
+            for c, s in ((0, 0), (config.cycles - 1, lengths[-1] - 1))]
     what = "the one decay" if config.restart == "none" else "a cycle"
-    print(f"  rates, first and last step of {what}: learning rate x {ends[0][0]:.4f} .. {ends[1][0]:.4f}, weight decay x {ends[0][1]:.4f} .. {ends[1][1]:.4f}")
+    print(f"  rates, first and last step of {what}: learning rate x {ends[0][0]:.4f} .. {ends[1][0]:.4f}, "
+          f"weight decay x {ends[0][1]:.4f} .. {ends[1][1]:.4f}")
     if config.cycles > 1 and config.restart == "noise":
         scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
         print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 120, initial_indent="  ", subsequent_indent=" " * 33))
     chain = config.distill_from < config.cycles
-    teacher = f"the {config.distill_teacher}" + f" so far, stored on {config.packings} packings" * (config.distill_teacher == "mixture")
+    teacher = (f"the {config.distill_teacher}"
+               + f" so far, stored on {config.packings} packings" * (config.distill_teacher == "mixture"))
     print(f"  teacher: {teacher + ', from cycle ' + str(config.distill_from) if chain else 'none'}")
 
 
 def print_cost(config, model, sequences, options):
     flops = flops_of(config, model, sequences)
-    print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, ${options.price:g} per GPU and hour:")
+    print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, "
+          f"${options.price:g} per GPU and hour:")
     student = student_flops(config, model, sequences, config.trajectories * config.cycles)
-    for script, count in [*flops.items(), ("in all", sum(flops.values())), (f"--student, {config.student_epochs:g} epochs, at most", student)]:
+    for script, count in [*flops.items(), ("in all", sum(flops.values())),
+                          (f"--student, {config.student_epochs:g} epochs, at most", student)]:
         hours = count / (options.ranks * options.peak_tflops * 1e12 * options.mfu) / 3600
         print(f"  {script:30} {count:>10.3e} FLOP {hours:>10.3g} h {hours * options.ranks * options.price:>10,.2f} dollars")
 
 
 def print_machine(config, model, options):
     groups = math.gcd(options.ranks, config.trajectories)
-    print(f"ranks: {options.ranks} in {groups} groups of {options.ranks // groups}; each group trains {config.trajectories // groups} of the trajectories, one after another")
+    print(f"ranks: {options.ranks} in {groups} groups of {options.ranks // groups}; "
+          f"each group trains {config.trajectories // groups} of the trajectories, one after another")
     fixed, per_sequence = memory_of(config, model, options.ranks // groups)
     print("memory per GPU in GiB, estimated:")
     for part, count in fixed.items():
@@ -203,16 +235,20 @@ def print_machine(config, model, options):
         print(f"  {part + ', per sequence':36} {count / GIB:>8.3g}")
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
     total = (sum(fixed.values()) + config.micro_batch * sum(per_sequence.values())) / GIB
-    fits = max((m for m in micro_batches(config, options.ranks) if sum(fixed.values()) + m * sum(per_sequence.values()) <= usable), default=0)
-    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
+    fits = max((m for m in micro_batches(config, options.ranks)
+                if sum(fixed.values()) + m * sum(per_sequence.values()) <= usable), default=0)
+    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, "
+          f"{usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
     member = 2 * sum(p.numel() for p in model.parameters())
     whole = memory_of(config, model, 1)[0]
     state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
     members = config.trajectories * (config.cycles if config.keep == "all" else min(config.cycles, 3))
     scores = config.trajectories * config.cycles * 4 * held_out_tokens(config)
     mixtures = config.trajectories * 2 * mixture_bytes(config)
-    print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; {2 * config.trajectories + 1} states of {state / 1e9:.3g} = "
-          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}" + f"; stored mixtures {mixtures / 1e9:,.4g}" * (mixtures > 0)
+    print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; "
+          f"{2 * config.trajectories + 1} states of {state / 1e9:.3g} = "
+          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}"
+          + f"; stored mixtures {mixtures / 1e9:,.4g}" * (mixtures > 0)
           + f"; --student {2 * mixture_bytes(student_config(config)) / 1e9:,.4g} while it is taught")
 
 

@@ -37,7 +37,8 @@ def loss_against_K(axes, priors):
         K = pick(priors, rule, "K")[0]
         errors = np.array(pick(priors, rule, "val_error")[0], dtype=float)          # nan where there is one document
         curve(axes, K, pick(priors, rule, "val_loss"), errors, color=color, marker="o", label=label)
-    axes.axhline(np.mean(pick(priors, "best", "val_loss")), color="tab:red", ls="--", label="best single member, chosen on the fitness set")
+    axes.axhline(np.mean(pick(priors, "best", "val_loss")), color="tab:red", ls="--",
+                 label="best single member, chosen on the fitness set")
     axes.set_xscale("log", base=2)
     K = pick(priors, "learned", "K")[0]
     axes.set_xticks(K, [str(k) for k in K])
@@ -48,9 +49,11 @@ def loss_against_cycle(axes, priors):
     axes.set_prop_cycle(color=["tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"])
     for t in sorted({m["trajectory"] for m in priors[0]["members"]}):
         mine = [[m for m in prior["members"] if m["trajectory"] == t] for prior in priors]
-        curve(axes, [m["cycle"] for m in mine[0]], [[m["val_loss"] for m in members] for members in mine], marker=".", label=f"member of trajectory {t}, alone")
+        curve(axes, [m["cycle"] for m in mine[0]], [[m["val_loss"] for m in members] for members in mine],
+              marker=".", label=f"member of trajectory {t}, alone")
     grown = [prior["growing"] for prior in priors]
-    curve(axes, [g["cycle"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown], color="tab:blue", marker="o", label="learned prior over all members so far")
+    curve(axes, [g["cycle"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown],
+          color="tab:blue", marker="o", label="learned prior over all members so far")
     if 0 < priors[0]["distill_from"] < len(grown[0]):
         axes.axvline(priors[0]["distill_from"] - 0.5, color="black", lw=0.8, ls=":", label="chain distillation from here")
     axes.set(xlabel="cycle", title="Each member alone, and their mixture")
@@ -68,20 +71,24 @@ def zoom(axes, priors, others=()):
 def weights_by_member(figure, axes, priors):
     members = priors[0]["members"]
     grid = np.full((max(m["trajectory"] for m in members) + 1, max(m["cycle"] for m in members) + 1), np.nan)
-    total = np.mean([np.bincount(chosen[-1], weights[-1], len(members)) for chosen, weights in zip(pick(priors, "learned", "members"), pick(priors, "learned", "weights"))], axis=0)
+    total = np.mean([np.bincount(chosen[-1], weights[-1], len(members)) for chosen, weights
+                     in zip(pick(priors, "learned", "members"), pick(priors, "learned", "weights"))], axis=0)
     for m, weight in zip(members, total):
         grid[m["trajectory"], m["cycle"]] = weight
     image = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
     figure.colorbar(image, ax=axes, label="weight")
     axes.set_yticks(range(len(grid)))
-    axes.set(xlabel="cycle", ylabel="trajectory", title="Weights of the learned prior over all members" + ", mean over seeds" * (len(priors) > 1))
+    axes.set(xlabel="cycle", ylabel="trajectory",
+             title="Weights of the learned prior over all members" + ", mean over seeds" * (len(priors) > 1))
 
 
 def loss_against_epochs(axes, priors, beside):
     grown = [prior["growing"] for prior in priors]
-    curve(axes, [g["epochs"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown], color="tab:blue", marker="o", label="this population, learned prior")
+    curve(axes, [g["epochs"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown],
+          color="tab:blue", marker="o", label="this population, learned prior")
     for (label, others), marker in zip(beside.items(), "s^Dv<>P*"):
-        curve(axes, [others[0]["growing"][-1]["epochs"]], [[other["growing"][-1]["val_loss"]] for other in others], color="black", marker=marker, ls="", label=label)
+        curve(axes, [others[0]["growing"][-1]["epochs"]], [[other["growing"][-1]["val_loss"]] for other in others],
+              color="black", marker=marker, ls="", label=label)
     axes.set(xlabel="epochs of training, all trajectories together", title="What training buys")
     zoom(axes, priors, [other["growing"][-1]["val_loss"] for others in beside.values() for other in others])
 
@@ -95,7 +102,8 @@ def draw(priors, path, beside):
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     best, mixed = (np.mean([losses[-1] for losses in pick(priors, rule, "val_loss")]) for rule in ("best", "learned"))
-    figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per token; the best one alone: {best:.3f}")
+    figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per token; "
+                    f"the best one alone: {best:.3f}")
     loss_against_K(a, priors)
     loss_against_cycle(b, priors)
     weights_by_member(figure, c, priors)
@@ -103,9 +111,11 @@ def draw(priors, path, beside):
     for axes in (a, b, d):
         axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False, fontsize=8)
-    bars = f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else "bars, first panel: standard error of the difference to the best member, over validation documents"
+    bars = (f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else
+            "bars, first panel: standard error of the difference to the best member, over validation documents")
     text = priors[0]["text"]
-    figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
+    figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, "
+                     f"SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     write_whole(path, lambda f: figure.savefig(f, format="png", dpi=130))
     plt.close(figure)
 
@@ -116,7 +126,8 @@ def main(argv=None):
     mine, beside = read_prior(config.run_dir), {}
     for folder in filter(None, actions.beside.split(",")):
         beside[Path(folder).name] = [read_prior(folder)]
-        if any(beside[Path(folder).name][0]["text"].get(k) != mine["text"].get(k) for k in ("text_sha256", "tokenizer", "val_tokens")):
+        if any(beside[Path(folder).name][0]["text"].get(k) != mine["text"].get(k)
+               for k in ("text_sha256", "tokenizer", "val_tokens")):
             refuse(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
     draw([mine], Path(config.run_dir) / "prior.png", beside)
     print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")

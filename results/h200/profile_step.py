@@ -33,7 +33,8 @@ def show(name, function, tokens=0):
     function()
     launched = 1e3 * (time.perf_counter() - began)
     torch.cuda.synchronize()
-    print(f"{name}: {ms:.1f} ms, launched within {launched:.0f}", f"{1e3 * tokens / ms:,.0f} tokens/s" if tokens else "", flush=True)
+    print(f"{name}: {ms:.1f} ms, launched within {launched:.0f}", f"{1e3 * tokens / ms:,.0f} tokens/s" if tokens else "",
+          flush=True)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
         function()
         torch.cuda.synchronize()
@@ -41,18 +42,22 @@ def show(name, function, tokens=0):
 
 
 def main():
-    config = from_args(["configs/1p8b.py", "--train_tokens=4000000", "--fitness_tokens=100000", "--batch_tokens=16384", "--batch_tokens_ends=16384", *sys.argv[1:]], __doc__)
+    config = from_args(["configs/1p8b.py", "--train_tokens=4000000", "--fitness_tokens=100000", "--batch_tokens=16384",
+                        "--batch_tokens_ends=16384", *sys.argv[1:]], __doc__)
     ours, batch = bench.Ours(config, True, None), bench.random_rows(config)[:config.micro_batch]
     tokens = batch[:, 1:].numel()
     show("labels, a micro-batch", lambda: train.label_loss(ours.model, batch).backward(), tokens)
     show("chain, a micro-batch", lambda: ours.loss_fn(ours.model, batch).backward(), tokens)
     show("clip and optimizer", lambda: train.apply_gradients(ours.model, ours.optimizer, 1.0, 1.0))
-    x, targets = torch.randn(1, 4096, config.n_embd, device="cuda", dtype=torch.bfloat16, requires_grad=True), torch.randint(config.vocab_size, (1, 4096), device="cuda")
+    x, targets = (torch.randn(1, 4096, config.n_embd, device="cuda", dtype=torch.bfloat16, requires_grad=True),
+                  torch.randint(config.vocab_size, (1, 4096), device="cuda"))
     for kind, capped_loss in (("eager", module.capped_loss), ("compiled", torch.compile(module.capped_loss, dynamic=False))):
         ours.model.capped_loss = capped_loss
         kl = lambda z, states: distill.distillation_kl(z, ours.model.logits(states).detach(), 1.2)
         both = lambda z, y, states: 0.55 * module.cross_entropy(z, y) + 0.45 * kl(z, states)
-        for name, loss in (("labels", functools.partial(ours.model.head_loss, x, targets)), ("chain", functools.partial(ours.model.head_loss, x, targets, both, x.detach().flatten(0, 1)))):
+        for name, loss in (
+                ("labels", functools.partial(ours.model.head_loss, x, targets)),
+                ("chain", functools.partial(ours.model.head_loss, x, targets, both, x.detach().flatten(0, 1)))):
             with torch.autocast("cuda", torch.bfloat16):
                 print(f"head of 4,096 tokens, {name}, {kind}: {milliseconds(lambda: loss().backward()):.1f} ms", flush=True)
 
