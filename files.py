@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
-import re
+import platform
 
 import torch
 
@@ -16,12 +16,17 @@ from config import refuse
 FORMAT = 1                  # of all files below; to be raised where an older reader would go wrong
 
 
+def writer(process):
+    """How temporary names end: the machine and the process that writes."""
+    return f".{platform.node()}.{process}"
+
+
 def write_whole(path, save):
     """
     Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk. Where that
     fails (a full disk): one line, exit code 2, and what was there before is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{writer(os.getpid())}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -41,9 +46,10 @@ def write_whole(path, save):
 
 
 def sweep(folder, pattern):
-    """Remove what killed writers left: temporary files of this pattern, of processes that are no more."""
+    """Remove what killed writers left: temporary files of this pattern, of processes that are no more on this machine."""
     for path in folder.glob(pattern):
-        if re.fullmatch(r"\..+\.\d+\.\d+", path.name) and not os.path.exists(f"/proc/{path.suffix[1:]}"):
+        process = path.suffix[1:]
+        if process.isdecimal() and path.name.endswith(writer(process)) and not os.path.exists(f"/proc/{process}"):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -119,10 +125,12 @@ def dense(w):
 
 
 def save_tensors(path, tensors, **about):
-    """A file of named tensors, and of what they are: plain values, as one JSON text."""
-    about = json.dumps({"format": FORMAT, **about, "sha256": digest(tensors)}, sort_keys=True)
+    """A file of named tensors, and of what they are: plain values, as one JSON text. Returns the tensors' SHA-256."""
+    sha256 = digest(tensors)
+    about = json.dumps({"format": FORMAT, **about, "sha256": sha256}, sort_keys=True)
     file = {"tensors": tensors, "about": about, "about_sha256": hashlib.sha256(about.encode()).hexdigest()}
     write_whole(path, lambda f: torch.save(file, f))
+    return sha256
 
 
 def load_tensors(path, check=True):

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import platform
@@ -114,18 +113,23 @@ class Run:
     def claim(self, world, begun):
         """
         For all ranks together, to go on from these states (trajectory -> about): lock the directory, and on every machine,
-        which may have a disk of its own, sweep what was left half written, cut metrics.jsonl back and write config.json.
+        which may have a disk of its own, sweep it, cut metrics.jsonl back and write config.json.
         """
         if world.rank == 0 and not self.locks:
             self.lock(self.path, "training")
         world.barrier(everyone=True)                # before any machine touches what may be another's run
-        for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*") if first_here() else ():
-            sweep(self.path, pattern)
-        world.barrier(everyone=True)                # before one writes what another would sweep
+        if first_here():
+            self.sweep()
+        world.barrier(everyone=True)                # before one writes what another of this name would sweep
         if first_here():
             self.cut_metrics(begun)
             self.write_config()
         world.barrier(everyone=True)
+
+    def sweep(self):
+        """Remove what killed writers left half written, on this machine."""
+        for pattern in (".*", "trajectory_*/.*", "scores/*/.*"):
+            sweep(self.path, pattern)
 
     def write_config(self):
         """config.json, where there is none."""
@@ -143,9 +147,8 @@ class Run:
         """For prior.py, which may run beside training."""
         if first_rank():
             self.lock(self.path / "scores", "scoring")
-            sweep(self.path, "scores/*/.*")
-            sweep(self.path, "scores/.*")
-            sweep(self.path, ".prior.json.*")
+        if first_here():
+            self.sweep()
 
     def begin(self, world, first, end):
         """
@@ -192,7 +195,8 @@ class Run:
         need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
         need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
         need += max(0, here * 2 * mixture_bytes(c) - sum(p.stat().st_size for p in self.path.glob("trajectory_*/mixture_*.pt")))
-        need += max(0, here * c.cycles - len([*self.path.glob("scores/val/*.npy")])) * 4 * (c.fitness_tokens + c.val_tokens)
+        need += max(0, here * c.cycles * 4 * (c.fitness_tokens + c.val_tokens)
+                    - sum(p.stat().st_size for p in self.path.glob("scores/*/*.pt")))
         free = shutil.disk_usage(self.there).free
         if need > free:
             refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: "
@@ -206,24 +210,27 @@ class Run:
     def member_path(self, t, c):
         return self.path / ("student.pt" if (t, c) == STUDENT else f"trajectory_{t:02d}/cycle_{c:03d}.pt")
 
+    def dropped_path(self, t, c):
+        return self.member_path(t, c).with_suffix(".dropped")
+
     def members(self):
         """The (t, c) of every member that is there, or that keep=last dropped once it was scored; in order."""
         return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles)
-                if self.member_path(t, c).exists() or self.scores_of(t, c).get("dropped")]
+                if self.member_path(t, c).exists() or self.dropped_path(t, c).exists()]
 
     def student(self):
         """[STUDENT] where there is one."""
         return [STUDENT] * self.member_path(*STUDENT).exists()
 
     def save_member(self, t, c, state_dict, **about):
-        """A member: the weights in bf16, and what they are."""
+        """A member: the weights in bf16, and what they are. Returns their SHA-256."""
         weights = {name: w.detach().to("cpu", torch.bfloat16, copy=True) for name, w in state_dict.items()}
-        save_tensors(self.member_path(t, c), weights, trajectory=t, cycle=c, identity=self.identity, **about)
+        return save_tensors(self.member_path(t, c), weights, trajectory=t, cycle=c, identity=self.identity, **about)
 
     def drop_member(self, t, c):
-        """The weights of a member that is scored go; its scores stay."""
+        """The weights of a member that is scored go; its scores stay, and an empty file in its place."""
         if self.member_path(t, c).exists() and not self.unscored(t, c):
-            write_json(self.score_paths(t, c)["of"], {**self.scores_of(t, c), "dropped": True})
+            write_whole(self.dropped_path(t, c), lambda f: None)
             self.member_path(t, c).unlink()
 
     def mend(self, t):
@@ -238,9 +245,10 @@ class Run:
         """
         path, mend = self.member_path(t, c), self.mend(t)
         if not path.exists():
-            dropped = self.scores_of(t, c).get("dropped")
             refuse(f"{path} is gone: " + (
-                "keep=last dropped it when it was scored; what needs it wants a run with keep=all" if dropped else
+                "keep=last dropped it when it was scored; restore its scores where they are gone, "
+                "what needs more of it wants a run with keep=all"
+                if self.dropped_path(t, c).exists() else
                 f"restore it, or delete {self.path}/trajectory_{t:02d} and train that again"))
         try:
             weights, about = load_tensors(path, check)
@@ -321,60 +329,47 @@ class Run:
         for path in self.path.glob(f"trajectory_{t:02d}/mixture_*.pt"):
             path.unlink()
 
-    # ---- scores
+    # ---- scores, a file for each member and split
 
-    def score_paths(self, t, c):
-        """split -> the file of one member's scores; "of" says whose they are."""
-        folder, name = self.path / "scores", "student" if (t, c) == STUDENT else f"{t:02d}_{c:03d}"
-        return {"fit": folder / "fit" / f"{name}.npy", "val": folder / "val" / f"{name}.npy", "of": folder / f"{name}.json"}
-
-    def scores_of(self, t, c):
-        """Whose scores they are ("weights_sha256") and their own SHA-256 by split; {} without scores."""
-        path = self.score_paths(t, c)["of"]
-        return read_json(path) if path.exists() else {}
+    def score_path(self, split, t, c):
+        name = "student" if (t, c) == STUDENT else f"{t:02d}_{c:03d}"
+        return self.path / "scores" / split / f"{name}.pt"
 
     def unscored(self, t, c):
-        """The splits of which the scores of this very member are not there."""
-        of, there = self.scores_of(t, c), self.member_path(t, c).exists()
-        if there and of and of["weights_sha256"] != self.read_member(t, c, check=False)[1]["sha256"]:
-            of = {}
-        return [split for split in ("fit", "val") if split not in of]
+        """The splits on which this very member, or one whose weights were dropped, has no scores."""
+        scored = {split: self.load_scores(split, t, c, check=False)[1].get("weights_sha256")
+                  for split in ("fit", "val") if self.score_path(split, t, c).exists()}
+        own = self.read_member(t, c, check=False)[1]["sha256"] if self.member_path(t, c).exists() else scored.get("fit")
+        return [split for split in ("fit", "val") if split not in scored or scored[split] != own]
 
-    def save_scores(self, t, c, scores):
-        """
-        scores: split -> (tokens,) float32 log-probabilities; another split's that are there stay. Whose they are is written
-        last, and makes them valid.
-        """
-        paths, of = self.score_paths(t, c), self.scores_of(t, c)
-        own = self.read_member(t, c, check=False)[1]["sha256"]
-        of = of if of.get("weights_sha256") == own else {"weights_sha256": own}
+    def save_scores(self, t, c, scores, weights_sha256):
+        """scores: split -> (tokens,) float32 log-probabilities under the weights of this SHA-256."""
         for split, log_p in scores.items():
             if not np.isfinite(log_p).all():
                 refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: {self.mend(t)}")
-            np.save(array := io.BytesIO(), log_p)           # numpy's own writing does not notice a full disk
-            write_whole(paths[split], lambda f: f.write(array.getbuffer()))
-            of[split] = hashlib.sha256(log_p).hexdigest()
-        write_json(paths["of"], of)
+            save_tensors(self.score_path(split, t, c), {"log_p": torch.from_numpy(log_p)}, weights_sha256=weights_sha256)
+
+    def load_scores(self, split, t, c, check=True):
+        path = self.score_path(split, t, c)
+        try:
+            return load_tensors(path, check)
+        except Damaged as e:
+            refuse(f"{path} {e}: " + ("delete it and run prior.py again" if self.member_path(t, c).exists() else
+                                      "restore it, the weights that it is of are gone"))
 
     def read_scores(self, split, t, c, tokens):
-        """(tokens,) float32, mapped from disk."""
-        path = self.score_paths(t, c)[split]
-        try:
-            scores = np.load(path, mmap_mode="r")
-            whole = (scores.dtype == np.float32 and scores.shape == (tokens,)
-                     and hashlib.sha256(scores).hexdigest() == self.scores_of(t, c).get(split))
-        except Exception:       # numpy raises nearly anything on damaged bytes
-            whole = False
-        if not whole:
-            refuse(f"{path} is gone or damaged, its SHA-256 is another: delete {path.parent.parent} and run prior.py again")
-        return scores
+        """((tokens,) float32, mapped from disk; the SHA-256 of the weights whose they are)."""
+        tensors, about = self.load_scores(split, t, c)
+        if "log_p" not in tensors or tensors["log_p"].shape != (tokens,):
+            refuse(f"{self.score_path(split, t, c)} holds no scores of {tokens} tokens: delete it and run prior.py again")
+        return tensors["log_p"].numpy(), about["weights_sha256"]
 
     def read_score_files(self, t, c):
-        return {kind: path.read_bytes() for kind, path in self.score_paths(t, c).items()}
+        return {split: self.score_path(split, t, c).read_bytes() for split in ("fit", "val")}
 
     def write_score_files(self, t, c, files):
-        for kind, path in self.score_paths(t, c).items():
-            write_whole(path, lambda f: f.write(files[kind]))
+        for split, content in files.items():
+            write_whole(self.score_path(split, t, c), lambda f: f.write(content))
 
     # ---- metrics
 
@@ -425,9 +420,6 @@ class SlowrunFolder(Run):
                    f"model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
         if next(self.path.glob("trajectory_*"), None):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
-
-    def members(self):
-        return [(t, c) for t, c in super().members() if self.member_path(t, c).exists()]
 
     def member_path(self, t, c):
         return self.folder / f"model_{t * self.config.cycles + c}.pt"

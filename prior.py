@@ -6,9 +6,9 @@ One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
 Of others:    --members=FOLDER weighs the public Slowrun script's snapshots, model_0.pt .., instead of the run's own
 
-Scores every member (on the fitness set the loop did, at its cycle's end), fits, and writes run_dir/prior.json: members
-and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the members and weights; the loss
-after each cycle. All choices are made on the fitness set; validation text only reports.
+Scores every member on what it has no scores for yet (the loop makes those on the fitness set), fits, and writes
+run_dir/prior.json: members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the
+members and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """
 import math
 import os
@@ -195,16 +195,17 @@ def paired_error(difference, sizes):
 
 def load_member(model, run, t, c):
     """
-    A member's weights into a model. Its MTP head has no use here and is left.
-    Exits with code 2 where the rest does not fit.
+    A member's weights into a model, whose MTP head has no use here and is left; returns their SHA-256.
+    Exits with code 2 where they do not fit.
     """
-    weights, own = run.read_member(t, c)[0], model.state_dict()
+    (weights, about), own = run.read_member(t, c), model.state_dict()
     shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
     for name in sorted(n for n in {*own, *weights} if not n.startswith("mtp_")):
         if shape(weights, name) != shape(own, name):
             refuse(f"{run.member_path(t, c)} is of another model or tokenizer: "
                    f"{name} is {shape(weights, name)} there and {shape(own, name)} here; use its config")
     model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")}, strict=False)
+    return about["sha256"]
 
 
 def score_members(config, data, run, world):
@@ -226,9 +227,9 @@ def score_members(config, data, run, world):
         print(f"scoring on {world.device.type}, {activate_attention(world.device)}", flush=True)
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
-        load_member(model, run, *member)
+        sha256 = load_member(model, run, *member)
         scores = loader.score_sets(model, data, config.micro_batch, run.unscored(*member))
-        run.save_scores(*member, scores)
+        run.save_scores(*member, scores, sha256)
         run.log(kind="score", trajectory=member[0], cycle=member[1],
                 **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
     world.barrier(everyone=True)
@@ -274,8 +275,9 @@ def print_table(config, result):
 def weigh(config, data, run, members):
     """The contents of prior.json, from the scores of the members and, where it comes first, a student."""
     students, members = [m for m in members if m == STUDENT], [m for m in members if m != STUDENT]
-    log_p = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students]
-             for split in ("fit", "val")}
+    scores = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students]
+              for split in ("fit", "val")}
+    log_p = {split: [log_p for log_p, _ in of] for split, of in scores.items()}
     fit = torch.from_numpy(np.stack(log_p["fit"][:len(members)]))                   # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
@@ -287,8 +289,8 @@ def weigh(config, data, run, members):
     rows = iter(evaluate(sum(mixtures.values(), []), best, log_p, data))        # in one pass over each held-out set
     losses = {kind: [next(rows) for _ in some] for kind, some in mixtures.items()}
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
-    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=run.scores_of(t, c)["weights_sha256"], **row)
-                         for (t, c), row in zip(members, losses["members"])]
+    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
+                         for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])]
     result["growing"] = [dict(cycle=cycle, members=len(chosen),
                               epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
                          for (cycle, chosen, _), row in zip(grown, losses["growing"])]

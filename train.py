@@ -6,8 +6,9 @@ One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
 
 Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir: config.json,
-metrics.jsonl, and per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from. Run again, it does
-only what is missing; stopped by Ctrl-C or SIGTERM it finishes its step and saves that state first.
+metrics.jsonl, per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from, and the members' scores
+on the fitness set. Run again, it does only what is missing; stopped by Ctrl-C or SIGTERM it finishes its step and saves
+that state first.
 """
 import contextlib
 import gc
@@ -230,11 +231,13 @@ def save_state(launch, trajectory):
 
 @contextlib.contextmanager
 def as_saved(model):
-    """Inside, the weights are what a member keeps of them, bf16."""
+    """Inside, the weights are rounded to bf16, as a member keeps them."""
     weights = {name: w.clone() for name, w in model.state_dict().items()}
     model.load_state_dict({name: w.bfloat16() for name, w in weights.items()})
-    yield
-    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(weights)
 
 
 def keep_member(launch, trajectory):
@@ -252,8 +255,8 @@ def keep_member(launch, trajectory):
             refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, "
                    "start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
-        run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-        run.save_scores(t, cycle, scores)
+        sha256 = run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
+        run.save_scores(t, cycle, scores, sha256)
     save_state(launch, trajectory)
     if config.keep == "last" and lead:
         for old in range(cycle - 1):                # two stay: the older resume state may need its teacher

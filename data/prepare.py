@@ -102,14 +102,14 @@ def source_documents(source):
         return manual_documents()
     files = []
     for path in map(Path, filter(None, source.split(","))):
-        found = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        found = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else [path]
         inside = sorted(p for p in found if p.suffix in KINDS)
         if not path.exists():
             refuse(f"data: {path} does not exist; name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
         if not inside:
             refuse(f"data: {path} is no .txt, .jsonl or .parquet file, nor a folder of them")
         if len(inside) < len(found):
-            print(f"data: {len(found) - len(inside)} files of other kinds in {path} are left out")
+            print(f"data: {path}: files of other kinds left out: {len(found) - len(inside)}")
         files += inside
     if not files:
         refuse(f"data={source!r} names no file: name .txt, .jsonl or .parquet files, or folders of them, separated by commas")

@@ -43,7 +43,7 @@ def uniform_over_first(folder, flags, seed, counts):
                         f"--data_dir={ROOT / 'data/manual'}"], "")
     data = loader.load(config)
     population = Run(config, data.fingerprint)
-    log_p = [population.read_scores("val", *m, data.val[:, 1:].size) for m in population.members()]
+    log_p = [population.read_scores("val", *m, data.val[:, 1:].size)[0] for m in population.members()]
     mixtures = [(torch.arange(n), torch.full((n,), 1 / n, dtype=torch.float64)) for n in counts]
     nats, _ = mixture_losses(mixtures, log_p, data.token_bytes[data.val[:, 1:].ravel()], data.val_documents)
     return (nats.sum(dim=1) / len(log_p[0])).tolist()

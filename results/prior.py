@@ -158,7 +158,8 @@ def page(label, config, options):
     data = loader.load(config)
     run = Run(config, data.fingerprint)
     members = run.members()
-    fit, val = (torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members]))
+    fit, val = (torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size)[0]
+                                            for m in members]))
                 for split in ("fit", "val"))
     documents = torch.from_numpy(data.fit_documents)
     Ks = sorted(({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)})

@@ -242,7 +242,7 @@ def mean_error(values):
 def scores(job, root):
     """{split: (members, tokens) log-probabilities, the student's last}, of a finished job."""
     config, data, run = opened(job, root)
-    return {split: torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size)
+    return {split: torch.from_numpy(np.stack([run.read_scores(split, *m, getattr(data, split)[:, 1:].size)[0]
                                               for m in run.members() + run.student()])) for split in ("fit", "val")}
 
 

@@ -159,7 +159,8 @@ def kill_when(children, moment):
 def left(folder):
     """What must be equal: bytes by name of members, scores and prior.json; and every step's loss, each step once."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-             if p.suffix in (".npy", ".json") and p.name != "config.json" or p.name.startswith("cycle_")}
+             if p.suffix == ".json" and p.name != "config.json"
+             or p.suffix == ".pt" and (p.name.startswith("cycle_") or "scores" in p.parts)}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = sorted((r["trajectory"], r["step"], r["loss"], r["grad_norm"]) for r in lines if r["kind"] == "step")
     assert len({s[:2] for s in steps}) == len(steps), "a step is logged twice"

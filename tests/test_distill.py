@@ -19,7 +19,7 @@ import train
 import world
 from config import CHOICES, from_args
 from data import loader, prepare
-from files import read_json, write_json
+from files import read_json, write_json, writer
 from model import GPT
 from optim import MuonAdamW
 from population import STUDENT, Run
@@ -402,7 +402,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
     assert len(chosen) > 1
-    (tmp_path / "run" / ".student.pt.0.999999999").touch()      # a killed writer's
+    (tmp_path / "run" / f".student.pt{writer(999999999)}").touch()      # a killed writer's
     student(argv)
     assert not [*tmp_path.glob("run/.student.pt.*"), *tmp_path.glob("run/student/*/mixture_*")]
     out = capsys.readouterr().out

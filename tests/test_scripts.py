@@ -2,7 +2,6 @@
 The product as a user meets it: scripts end to end, run.sh and torchrun, and bad input (one line, exit code 2, nothing
 changed).
 """
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ import train
 from config import from_args
 from data import loader, prepare
 from model import GPT
-from files import read_json, write_json
+from files import load_tensors, read_json, save_tensors, write_json
 from population import Run
 from tests.conftest import ROOT, error_line
 from tools import generate, plot
@@ -138,7 +137,7 @@ def test_a_member_that_changed_is_scored_again(finished, tmp_path, monkeypatch):
     population = Run(config, loader.load(config).fingerprint)
     path = population.member_path(1, 3)
     kept = path.read_bytes()
-    scores = lambda: [(folder / "out" / "scores" / split / "01_003.npy").read_bytes() for split in ("fit", "val")]
+    scores = lambda: [(folder / "out" / "scores" / split / "01_003.pt").read_bytes() for split in ("fit", "val")]
     before = scores()
     weights, about = population.read_member(1, 3)
     population.save_member(1, 3, {n: w * 1.01 for n, w in weights.items()}, epochs=about["epochs"], fit_loss=about["fit_loss"])
@@ -155,15 +154,13 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
     monkeypatch.chdir(folder)
     path = folder / "out" / "prior.json"
     kept, scores = path.read_bytes(), {p: p.read_bytes() for p in (folder / "out" / "scores" / "val").iterdir()}
-    of = {p: p.read_bytes() for p in (folder / "out" / "scores").glob("*.json")}
     for p in scores:
-        noise = -np.random.default_rng(len(p.name)).exponential(3, np.load(p).shape).astype(np.float32)
-        np.save(p, noise)
-        whose = p.parent.parent / f"{p.stem}.json"
-        write_json(whose, {**read_json(whose), "val": hashlib.sha256(noise).hexdigest()})
+        tensors, about = load_tensors(p)
+        noise = torch.empty_like(tensors["log_p"]).exponential_(1 / 3).neg()
+        save_tensors(p, {"log_p": noise}, weights_sha256=about["weights_sha256"])
     prior.main(argv)
     before, after = json.loads(kept), json.loads(path.read_bytes())
-    for p, content in (scores | of).items():
+    for p, content in scores.items():
         p.write_bytes(content)
     path.write_bytes(kept)
     assert before["answers"][0]["val_loss"] != after["answers"][0]["val_loss"]
@@ -177,15 +174,12 @@ def test_an_unfinished_population_is_weighed_as_it_is(finished, monkeypatch, cap
     monkeypatch.chdir(folder)
     path, kept = folder / "out" / "prior.json", (folder / "out" / "prior.json").read_bytes()
     hidden = (folder / "out" / "trajectory_01" / "cycle_003.pt").rename(folder / "hidden.pt")
-    # with its scores it would count, as keep=last has it
-    scores = (folder / "out" / "scores" / "01_003.json").rename(folder / "hidden.json")
     try:
         prior.main(argv)
         assert "7 of 8 members" in capsys.readouterr().out and len(json.loads(path.read_text())["members"]) == 7
         plot.main(argv)
     finally:
         hidden.rename(folder / "out" / "trajectory_01" / "cycle_003.pt")
-        scores.rename(folder / "out" / "scores" / "01_003.json")
         path.write_bytes(kept)
 
 
@@ -247,8 +241,7 @@ def test_members_of_the_public_script_are_weighed_where_they_lie(slowrun, finish
     # an MTP head of another kind is no matter
     torch.save({**changed, "module.mtp_proj.weight": torch.zeros(3, 3)}, folder / "model_5.pt")
     prior.main([*argv, f"--members={folder}"])              # the one that changed is scored again
-    assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {
-        "01_001.npy", "01_001.json"}
+    assert {p.name for p, was in tree(tmp_path / "foreign" / "scores").items() if scores[p] != was} == {"01_001.pt"}
     capsys.readouterr()
     generate.main([*argv, f"--members={folder}", "--tokens=3", "--K=2"])
     plot.main(argv)
@@ -376,20 +369,20 @@ def test_members_of_another_tokenizer_or_fitness_set(key, value, finished, monke
         path.write_bytes(kept)
 
 
-@pytest.mark.parametrize("content", [b"junk", b"", b"PK\x03\x04", np.float32(np.nan), np.float32(500)])
+@pytest.mark.parametrize("content", [b"junk", b"", b"PK\x03\x04", np.nan, 500.0])
 def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
-    path = folder / "out" / "scores" / "fit" / "01_002.npy"
+    path = folder / "out" / "scores" / "fit" / "01_002.pt"
     kept = path.read_bytes()
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        scores = np.load(path)
-        scores[5] = content
-        np.save(path, scores)
+        file = torch.load(path)
+        file["tensors"]["log_p"][5] = content
+        torch.save(file, path)
     try:
-        assert "01_002.npy" in refused(lambda: prior.main(argv), capsys)
+        assert "01_002.pt" in refused(lambda: prior.main(argv), capsys)
     finally:
         path.write_bytes(kept)
 

@@ -20,7 +20,7 @@ import train
 import world
 from config import from_args
 from data import loader
-from files import Damaged, load_tensors, save_tensors, write_json
+from files import Damaged, load_tensors, save_tensors, write_json, writer
 from population import Run
 from tests import kill
 from tests.conftest import ROOT, error_line
@@ -165,7 +165,7 @@ def test_machines_with_disks_of_their_own(begun):
                 assert kill.ended(children[1]) is None
             return True
         assert kill.kill_when(children, moment)
-        for name in (".config.json.0.999999999", ".metrics.jsonl.1.999999999"):
+        for name in (f".config.json{writer(999999999)}", f".metrics.jsonl{writer(999999999)}"):
             (homes[1] / "run" / name).touch()
     assert kill.finish(start()) == [0, 0], log.read_text()[-2000:]
     for t, home in enumerate(homes):
@@ -211,7 +211,7 @@ def limit(size):
     ("metrics.jsonl", kill.SCRIPTS, 3_000_000),
     ("cycle_000.pt", kill.SCRIPTS, 20_000),
     ("resume_00000002.pt", kill.SCRIPTS, 200_000),
-    ("00_000.npy", (prior,), 1000),
+    ("00_000.pt", (prior,), 1000),
     ("prior.json", (prior,), 2000),
 ])
 def test_a_full_disk(file, scripts, size, begun, reference):
@@ -289,14 +289,14 @@ def test_no_whole_state_is_refused(begun, reference, capsys):
 def test_flipped_scores_and_results_are_named(split, begun, reference, capsys):
     argv, folder, _, _ = begun
     shutil.copytree(reference[0] / "whole", folder)
-    for path in (folder / "scores" / split / "00_001.npy", folder / "scores" / "00_001.json"):
-        kept = path.read_bytes()
-        for bit in (8 * (len(kept) - 40), 70):              # in the numbers; in numpy's head of them
-            path.write_bytes(flipped(kept, bit))
-            with pytest.raises(SystemExit) as stop:
-                prior.main(argv)
-            path.write_bytes(kept)
-            assert stop.value.code == 2 and "00_001" in error_line(capsys.readouterr().err)
+    path = folder / "scores" / split / "00_001.pt"
+    numbers, kept = load_tensors(path)[0]["log_p"].numpy().tobytes(), path.read_bytes()
+    for at in (kept.index(numbers) + 40, kept.index(b"weights_sha256") + 20):
+        path.write_bytes(flipped(kept, 8 * at))
+        with pytest.raises(SystemExit) as stop:
+            prior.main(argv)
+        path.write_bytes(kept)
+        assert stop.value.code == 2 and "00_001.pt is damaged" in error_line(capsys.readouterr().err)
     (folder / "prior.json").write_bytes((folder / "prior.json").read_bytes().replace(b'"K": 1', b'"K": 2', 1))
     with pytest.raises(SystemExit):
         population.read_prior(folder)
@@ -379,7 +379,7 @@ def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "trajectory_00/resume_00000009.pt", "config.json",
-                                  "prior.json", "scores/00_001.json"])
+                                  "prior.json", "scores/fit/00_001.pt"])
 def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
     argv, folder, _, _ = begun
     shutil.copytree(reference[0] / "whole", folder)
@@ -391,7 +391,6 @@ def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
         tensors, about = load_tensors(path)
         save_tensors(path, {n: w.clone() for n, w in tensors.items()},
                      **{k: v for k, v in about.items() if k not in ("format", "sha256")})
-        shutil.rmtree(folder / "scores")
         for other in set(folder.glob("trajectory_00/resume_*")) - {path}:
             other.unlink()
     monkeypatch.setattr(files, "FORMAT", 1)
@@ -404,16 +403,20 @@ def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
 
 # --------------------------------------------------------------------------------------------- disk, strangers
 
-def test_keep_last(begun, reference):
+def test_keep_last(begun, reference, capsys):
     """Two members of a trajectory keep their weights, all their scores, and the prior is the same."""
     argv, folder, log, whole = begun
     assert kill.finish(kill.start([*argv, "--keep=last"], log)) == [0], log.read_text()[-2000:]
-    assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*"))] == ["cycle_001.pt", "cycle_002.pt"]
+    assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*.pt"))] == ["cycle_001.pt", "cycle_002.pt"]
     found = kill.left(folder)
-    assert len(whole) - len(found) == 1 and all(
-        found[name] == content for name, content in whole.items() if "cycle_000" not in name and name != "scores/00_000.json")
-    assert (json.loads(found["scores/00_000.json"])["dropped"] is True
-            and "dropped" not in json.loads(whole["scores/00_000.json"]))
+    assert whole.keys() - found.keys() == {"trajectory_00/cycle_000.pt"} and all(whole[name] == found[name] for name in found)
+    lost = folder / "scores" / "val" / "00_000.pt"
+    lost.write_bytes(flipped(lost.read_bytes(), 8 * 1200))
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:             # nothing can make its scores again
+            prior.main([*argv, "--keep=last"])
+        assert stop.value.code == 2 and "restore" in capsys.readouterr().err
+        lost.unlink(missing_ok=True)
 
 
 def test_keep_last_drops_no_member_without_scores(begun, reference):

@@ -94,7 +94,7 @@ def main(argv=None):
     picked = choose(options, read_prior(config.run_dir), run)
     gone = [member for _, members, _ in picked for member in members if not run.member_path(*member).exists()]
     kept = [m for m in run.members() if run.member_path(*m).exists()]
-    if gone and kept and all(run.scores_of(*member) for member in gone):
+    if gone and kept and all(run.dropped_path(*member).exists() for member in gone):
         return print(f"no text: keep=last dropped the weights of {len(gone)} of the members asked for; "
                      f"--member={kept[-1][0]},{kept[-1][1]} samples one that stayed")
     encode, decode, _ = get_tokenizer(config.tokenizer)

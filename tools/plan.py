@@ -96,7 +96,7 @@ def sequences_per_epoch(config):
 
 
 def held_out_tokens(config):
-    """Targets that prior.py scores, of both sets."""
+    """Targets on which every member is scored, of both sets."""
     return sum(tokens // (config.sequence_len + 1) * config.sequence_len
                for tokens in (config.fitness_tokens, config.val_tokens))
 
