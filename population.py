@@ -246,8 +246,8 @@ class Run:
         path, mend = self.member_path(t, c), self.mend(t)
         if not path.exists():
             refuse(f"{path} is gone: " + (
-                "keep=last dropped it when it was scored; restore its scores where they are gone, "
-                "what needs more of it wants a run with keep=all"
+                "keep=last dropped it when it was scored; where its scores are gone, restore them, or delete "
+                f"{self.dropped_path(t, c)} to go on without; what needs more of it wants a run with keep=all"
                 if self.dropped_path(t, c).exists() else
                 f"restore it, or delete {self.path}/trajectory_{t:02d} and train that again"))
         try:
@@ -355,7 +355,7 @@ class Run:
             return load_tensors(path, check)
         except Damaged as e:
             refuse(f"{path} {e}: " + ("delete it and run prior.py again" if self.member_path(t, c).exists() else
-                                      "restore it, the weights that it is of are gone"))
+                                      f"restore it, or delete {self.dropped_path(t, c)} to go on without this member"))
 
     def read_scores(self, split, t, c, tokens):
         """((tokens,) float32, mapped from disk; the SHA-256 of the weights whose they are)."""

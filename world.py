@@ -44,10 +44,11 @@ def cannot_share(config, size):
     """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
     if config.micro_batch in micro_batches(config, size):
         return None
+    fewer = [n for n in range(1, size) if config.micro_batch in micro_batches(config, n)]
     return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, "
             f"sequences of {config.sequence_len}, cannot be shared by {size // math.gcd(size, config.trajectories)} ranks "
             f"per trajectory in micro-batches of micro_batch={config.micro_batch}; "
-            f"{smaller_micro_batch(config, size) or 'start fewer processes, or raise them'}")
+            f"{smaller_micro_batch(config, size) or (f'start {fewer[-1]} processes' if fewer else 'raise them')}")
 
 
 def processes(config):
@@ -187,9 +188,10 @@ def join_world(config):
 def next_command(script, argv):
     """How to run a script, on the same arguments (argv None: the process's own)."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    launcher, local = "python", os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    local, active = os.environ.get("LOCAL_WORLD_SIZE", ranks), shutil.which("python") == sys.executable
+    launcher = "python" if active else shlex.quote(sys.executable)      # "python" may be another environment's
     if ranks != "1" and script.endswith(".py"):
-        torchrun = "torchrun" if shutil.which("torchrun") else f"{sys.executable} -m torch.distributed.run"
+        torchrun = "torchrun" if active and shutil.which("torchrun") else f"{launcher} -m torch.distributed.run"
         launcher = f"{torchrun}{' --standalone' * (local == ranks)} --nproc_per_node={local}"
     return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
@@ -218,8 +220,8 @@ def one_line_errors(config):
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         speak()
-        refuse(f"rank {os.environ.get('RANK')} lost another one, which stopped or hangs: see its own last line; "
-               "what was saved stays, start all again", code=1)
+        refuse(f"rank {os.environ.get('RANK')} lost another one, which stopped or hangs: mend what its own last line says, "
+               "then start all again; what was saved stays", code=1)
 
 
 class StopSignals:

@@ -109,7 +109,8 @@ def source_documents(source):
         if not inside:
             refuse(f"data: {path} is no .txt, .jsonl or .parquet file, nor a folder of them")
         if len(inside) < len(found):
-            print(f"data: {path}: files of other kinds left out: {len(found) - len(inside)}")
+            kinds = sorted({p.suffix or p.name for p in found} - {*KINDS})
+            print(f"data: {path}: {len(found) - len(inside)} files left out, of other kinds: {', '.join(kinds)}")
         files += inside
     if not files:
         refuse(f"data={source!r} names no file: name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
@@ -194,7 +195,9 @@ def prepare(config):
                f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; "
                "lower them (and fitness_tokens), or add text")
     write(config, splits, token_bytes, source)
-    print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}")
+    used = sum(len(starts) for _, starts in splits.values())
+    print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}, "
+          f"of {used:,} of {len(documents):,} documents" + "; --train_tokens takes more" * (used < len(documents)))
 
 
 def main(argv=None):

@@ -165,7 +165,7 @@ def test_bad_input(script, wrong, words, place, capsys):
     (dict(WORLD_SIZE="many"), ["WORLD_SIZE=many", "torchrun"]),
     (dict(RANK="1"), ["RANK=1", "torchrun"]),
     (dict(RANK="-1"), ["RANK=-1"]),
-    (dict(WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1"), ["3 ranks", "fewer processes"]),
+    (dict(WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1"), ["3 ranks", "start 2 processes"]),
 ])
 def test_bad_environment(environment, words, place, monkeypatch, capsys):
     for name, value in environment.items():
