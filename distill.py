@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from config import first_rank, from_args, refuse, speak, take_actions
 from data import loader
-from files import sha256_of
+from files import sha256_of, sweep
 from model import GPT, chunks, cross_entropy
 from population import STORED, STUDENT, Run, read_prior, whole_mixture
 from train import run_cycles
@@ -298,7 +298,7 @@ def teach_student(config, argv):
         if lead:
             weights, about = own.read_member(0, 0)
             with StopSignals():
-                run.sweep()
+                sweep(run.path, ".student.pt.*")
                 run.save_member(*STUDENT, weights, epochs=prior["growing"][-1]["epochs"] + config.student_epochs,
                                 fit_loss=about["fit_loss"], **student.identity)
                 own.drop_mixtures(0)

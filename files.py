@@ -13,12 +13,12 @@ import torch
 
 from config import refuse
 
-FORMAT = 1                  # of all files below; to be raised where an older reader would go wrong
+FORMAT = 2                  # of all files below; to be raised where an older reader would go wrong
 
 
 def writer(process):
     """How temporary names end: the machine and the process that writes."""
-    return f".{platform.node()}.{process}"
+    return f".{platform.node().replace('.', '_')}.{process}"
 
 
 def write_whole(path, save):
@@ -45,11 +45,15 @@ def write_whole(path, save):
             temporary.unlink()
 
 
-def sweep(folder, pattern):
-    """Remove what killed writers left: temporary files of this pattern, of processes that are no more on this machine."""
+def sweep(folder, pattern, others=False):
+    """
+    Remove what killed writers left: temporary files of this pattern, of processes that are no more on this machine;
+    others: and all of other machines.
+    """
     for path in folder.glob(pattern):
         process = path.suffix[1:]
-        if process.isdecimal() and path.name.endswith(writer(process)) and not os.path.exists(f"/proc/{process}"):
+        gone = not os.path.exists(f"/proc/{process}") if path.name.endswith(writer(process)) else others
+        if process.isdecimal() and gone:
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -119,17 +119,14 @@ class Run:
             self.lock(self.path, "training")
         world.barrier(everyone=True)                # before any machine touches what may be another's run
         if first_here():
-            self.sweep()
-        world.barrier(everyone=True)                # before one writes what another of this name would sweep
+            sweep(self.path, "scores/*/.*")
+            for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*"):
+                sweep(self.path, pattern, others=True)          # nobody else trains here
+        world.barrier(everyone=True)                # before one writes what another would sweep
         if first_here():
             self.cut_metrics(begun)
             self.write_config()
         world.barrier(everyone=True)
-
-    def sweep(self):
-        """Remove what killed writers left half written, on this machine."""
-        for pattern in (".*", "trajectory_*/.*", "scores/*/.*"):
-            sweep(self.path, pattern)
 
     def write_config(self):
         """config.json, where there is none."""
@@ -147,8 +144,12 @@ class Run:
         """For prior.py, which may run beside training."""
         if first_rank():
             self.lock(self.path / "scores", "scoring")
+            if next(self.path.glob("scores/*.json"), None):
+                refuse(f"{self.path}/scores was written by an older version of this code: move it away and run this again, "
+                       "or, where keep=last dropped members, go on with that version")
         if first_here():
-            self.sweep()
+            sweep(self.path, "scores/*/.*")
+            sweep(self.path, ".prior.json.*")
 
     def begin(self, world, first, end):
         """
@@ -229,7 +230,7 @@ class Run:
 
     def drop_member(self, t, c):
         """The weights of a member that is scored go; its scores stay, and an empty file in its place."""
-        if self.member_path(t, c).exists() and not self.unscored(t, c):
+        if self.member_path(t, c).exists() and not self.unscored(t, c, check=True):
             write_whole(self.dropped_path(t, c), lambda f: None)
             self.member_path(t, c).unlink()
 
@@ -335,9 +336,9 @@ class Run:
         name = "student" if (t, c) == STUDENT else f"{t:02d}_{c:03d}"
         return self.path / "scores" / split / f"{name}.pt"
 
-    def unscored(self, t, c):
+    def unscored(self, t, c, check=False):
         """The splits on which this very member, or one whose weights were dropped, has no scores."""
-        scored = {split: self.load_scores(split, t, c, check=False)[1].get("weights_sha256")
+        scored = {split: self.read_scores(split, t, c, check=check)[1]
                   for split in ("fit", "val") if self.score_path(split, t, c).exists()}
         own = self.read_member(t, c, check=False)[1]["sha256"] if self.member_path(t, c).exists() else scored.get("fit")
         return [split for split in ("fit", "val") if split not in scored or scored[split] != own]
@@ -347,24 +348,25 @@ class Run:
         for split, log_p in scores.items():
             if not np.isfinite(log_p).all():
                 refuse(f"{self.member_path(t, c)} gives probabilities that are no numbers: {self.mend(t)}")
-            save_tensors(self.score_path(split, t, c), {"log_p": torch.from_numpy(log_p)}, weights_sha256=weights_sha256)
+            save_tensors(self.score_path(split, t, c), {"log_p": torch.from_numpy(log_p)}, split=split,
+                         weights_sha256=weights_sha256)
 
-    def load_scores(self, split, t, c, check=True):
+    def read_scores(self, split, t, c, tokens=None, check=True):
+        """((tokens,) float32, mapped from disk; the SHA-256 of the weights whose they are)."""
         path = self.score_path(split, t, c)
         try:
-            return load_tensors(path, check)
+            tensors, about = load_tensors(path, check)
+            if about.get("split") != split or tokens not in (None, len(tensors["log_p"])):
+                raise Damaged("holds other scores")
         except Damaged as e:
             refuse(f"{path} {e}: " + ("delete it and run prior.py again" if self.member_path(t, c).exists() else
                                       f"restore it, or delete {self.dropped_path(t, c)} to go on without this member"))
-
-    def read_scores(self, split, t, c, tokens):
-        """((tokens,) float32, mapped from disk; the SHA-256 of the weights whose they are)."""
-        tensors, about = self.load_scores(split, t, c)
-        if "log_p" not in tensors or tensors["log_p"].shape != (tokens,):
-            refuse(f"{self.score_path(split, t, c)} holds no scores of {tokens} tokens: delete it and run prior.py again")
         return tensors["log_p"].numpy(), about["weights_sha256"]
 
     def read_score_files(self, t, c):
+        """Their contents, checked here, where they can be mended, and not where they are sent to."""
+        for split in ("fit", "val"):
+            self.read_scores(split, t, c)
         return {split: self.score_path(split, t, c).read_bytes() for split in ("fit", "val")}
 
     def write_score_files(self, t, c, files):

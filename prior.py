@@ -227,8 +227,11 @@ def score_members(config, data, run, world):
         print(f"scoring on {world.device.type}, {activate_attention(world.device)}", flush=True)
     model = GPT(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
+        splits = run.unscored(*member)
+        if not splits:                              # training beside this was faster
+            continue
         sha256 = load_member(model, run, *member)
-        scores = loader.score_sets(model, data, config.micro_batch, run.unscored(*member))
+        scores = loader.score_sets(model, data, config.micro_batch, splits)
         run.save_scores(*member, scores, sha256)
         run.log(kind="score", trajectory=member[0], cycle=member[1],
                 **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})

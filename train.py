@@ -7,8 +7,8 @@ Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
 
 Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir: config.json,
 metrics.jsonl, per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from, and the members' scores
-on the fitness set. Run again, it does only what is missing; stopped by Ctrl-C or SIGTERM it finishes its step and saves
-that state first.
+on the fitness set (with keep=last on both). Run again, it does only what is missing; stopped by Ctrl-C or SIGTERM it
+finishes its step and saves that state first.
 """
 import contextlib
 import gc

@@ -188,7 +188,8 @@ def join_world(config):
 def next_command(script, argv):
     """How to run a script, on the same arguments (argv None: the process's own)."""
     ranks = os.environ.get("WORLD_SIZE", "1")
-    local, active = os.environ.get("LOCAL_WORLD_SIZE", ranks), shutil.which("python") == sys.executable
+    local = os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    active = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
     launcher = "python" if active else shlex.quote(sys.executable)      # "python" may be another environment's
     if ranks != "1" and script.endswith(".py"):
         torchrun = "torchrun" if active and shutil.which("torchrun") else f"{launcher} -m torch.distributed.run"

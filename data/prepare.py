@@ -102,15 +102,15 @@ def source_documents(source):
         return manual_documents()
     files = []
     for path in map(Path, filter(None, source.split(","))):
-        found = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else [path]
+        found = [p for p in path.rglob("*") if p.is_file() or not p.exists()] if path.is_dir() else [path]
         inside = sorted(p for p in found if p.suffix in KINDS)
         if not path.exists():
             refuse(f"data: {path} does not exist; name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
         if not inside:
             refuse(f"data: {path} is no .txt, .jsonl or .parquet file, nor a folder of them")
         if len(inside) < len(found):
-            kinds = sorted({p.suffix or p.name for p in found} - {*KINDS})
-            print(f"data: {path}: {len(found) - len(inside)} files left out, of other kinds: {', '.join(kinds)}")
+            kinds = ", ".join(sorted({p.suffix for p in found} - {*KINDS, ""})[:9]) or "no ending"
+            print(f"data: {path}: {len(found) - len(inside)} files left out, of other kinds ({kinds})")
         files += inside
     if not files:
         refuse(f"data={source!r} names no file: name .txt, .jsonl or .parquet files, or folders of them, separated by commas")

@@ -1,8 +1,8 @@
 """
 Kills a population hundreds of times, in each phase of its making: python -m tests.soak [KILLS] > results/soak.md
-(240 by default: five to ten minutes on two cores; not part of the suite). Each kill is a SIGKILL to every process, at a random moment
-of a chosen phase; then the scripts are started again. Whenever a population is done, its members, scores, prior.json
-and logged steps are compared with those of an uninterrupted one, byte by byte, and the next is begun.
+(240 by default: five to ten minutes on two cores; not part of the suite). Each kill is a SIGKILL to every process, at a
+random moment of a chosen phase; then the scripts are started again. Whenever a population is done, its members, scores,
+prior.json and logged steps are compared with those of an uninterrupted one, byte by byte, and the next is begun.
 """
 import collections
 import os

@@ -109,7 +109,7 @@ def test_documents_of_local_files(tmp_path, capsys):
     (tmp_path / "sub" / "notes.md").write_text("five")
     capsys.readouterr()
     found = prepare.source_documents(str(tmp_path))
-    assert "four" in found and "five" not in found and "1 files left out, of other kinds: .md" in capsys.readouterr().out
+    assert "four" in found and "five" not in found and "1 files left out, of other kinds (.md)" in capsys.readouterr().out
 
 
 def test_local_text_becomes_the_tokens_it_is(tmp_path, micro):

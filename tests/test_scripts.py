@@ -157,7 +157,7 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
     for p in scores:
         tensors, about = load_tensors(p)
         noise = torch.empty_like(tensors["log_p"]).exponential_(1 / 3).neg()
-        save_tensors(p, {"log_p": noise}, weights_sha256=about["weights_sha256"])
+        save_tensors(p, {"log_p": noise}, split="val", weights_sha256=about["weights_sha256"])
     prior.main(argv)
     before, after = json.loads(kept), json.loads(path.read_bytes())
     for p, content in scores.items():

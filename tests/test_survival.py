@@ -166,7 +166,7 @@ def test_machines_with_disks_of_their_own(begun):
                 assert kill.ended(children[1]) is None
             return True
         assert kill.kill_when(children, moment)
-        for name in (f".config.json{writer(999999999)}", f".metrics.jsonl{writer(999999999)}"):
+        for name in (f".config.json{writer(999999999)}", f".metrics.jsonl{writer(999999999)}", ".config.json.elsewhere.1"):
             (homes[1] / "run" / name).touch()
     assert kill.finish(start()) == [0, 0], log.read_text()[-2000:]
     for t, home in enumerate(homes):
@@ -384,7 +384,8 @@ def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
 def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
     argv, folder, _, _ = begun
     shutil.copytree(reference[0] / "whole", folder)
-    monkeypatch.setattr(files, "FORMAT", 2)
+    newer, ours = files.FORMAT + 1, files.FORMAT
+    monkeypatch.setattr(files, "FORMAT", newer)
     path = folder / file
     if path.suffix == ".json":
         write_json(path, {k: v for k, v in files.read_json(path).items() if k != "format"})
@@ -394,7 +395,7 @@ def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
                      **{k: v for k, v in about.items() if k not in ("format", "sha256")})
         for other in set(folder.glob("trajectory_00/resume_*")) - {path}:
             other.unlink()
-    monkeypatch.setattr(files, "FORMAT", 1)
+    monkeypatch.setattr(files, "FORMAT", ours)
     from tools import plot
     script = train if "resume" in file else plot if file == "prior.json" else prior
     with pytest.raises(SystemExit) as stop:
@@ -411,6 +412,11 @@ def test_keep_last(begun, reference, capsys):
     assert [p.name for p in sorted(folder.glob("trajectory_00/cycle_*.pt"))] == ["cycle_001.pt", "cycle_002.pt"]
     found = kill.left(folder)
     assert whole.keys() - found.keys() == {"trajectory_00/cycle_000.pt"} and all(whole[name] == found[name] for name in found)
+    (folder / "scores" / "00_000.json").touch()
+    with pytest.raises(SystemExit):
+        prior.main([*argv, "--keep=last"])
+    assert "older version" in error_line(capsys.readouterr().err)
+    (folder / "scores" / "00_000.json").unlink()
     lost = folder / "scores" / "val" / "00_000.pt"
     lost.write_bytes(flipped(lost.read_bytes(), 8 * 1200))
     for _ in range(2):
@@ -418,6 +424,17 @@ def test_keep_last(begun, reference, capsys):
             prior.main([*argv, "--keep=last"])
         assert stop.value.code == 2 and "restore" in capsys.readouterr().err
         lost.unlink(missing_ok=True)
+
+
+def test_keep_last_drops_no_member_whose_scores_are_damaged(begun, reference):
+    argv, folder, log, whole = begun
+    assert kill.finish(kill.start([*argv, "--keep=last"], log, scripts=(train,))) == [0]
+    path = folder / "scores" / "val" / "00_000.pt"
+    path.write_bytes(flipped(path.read_bytes(), 8 * 1200))
+    assert kill.finish(kill.start([*argv, "--keep=last"], log, scripts=(distill,))) == [2]
+    assert "00_000.pt is damaged" in log.read_text() and (folder / "trajectory_00" / "cycle_000.pt").exists()
+    path.unlink()
+    assert kill.finish(kill.start([*argv, "--keep=last"], log)) == [0] and kill.difference(whole, folder) == []
 
 
 def test_keep_last_drops_no_member_without_scores(begun, reference):
@@ -432,7 +449,10 @@ def test_prior_may_run_beside_training(begun):
     argv, folder, log, whole = begun
     first = kill.start(argv, log)
     assert kill.within("distillation step", first, 0)(), log.read_text()[-3000:]
+    written_elsewhere = folder / "scores" / "fit" / ".00_001.pt.elsewhere.1"        # may still be written
+    written_elsewhere.touch()
     assert kill.finish(kill.start(argv, log, scripts=(prior,))) == [0] and "of 3 members" in log.read_text()
+    written_elsewhere.unlink()
     assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
 
 
