@@ -197,7 +197,7 @@ def prepare(config):
     write(config, splits, token_bytes, source)
     used = sum(len(starts) for _, starts in splits.values())
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}, "
-          f"of {used:,} of {len(documents):,} documents" + "; --train_tokens takes more" * (used < len(documents)))
+          f"from {used:,} of {len(documents):,} documents" + "; --train_tokens takes more" * (used < len(documents)))
 
 
 def main(argv=None):
