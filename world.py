@@ -40,23 +40,28 @@ def smaller_micro_batch(config, size):
     return f"try --micro_batch={fits[-1]}" if fits else None
 
 
+def fitting(config, most):
+    """The numbers of ranks, up to `most`, that can share the batches of this config."""
+    return [size for size in range(1, most + 1) if config.micro_batch in micro_batches(config, size)]
+
+
 def cannot_share(config, size):
     """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
-    if config.micro_batch in micro_batches(config, size):
+    fits = fitting(config, size)
+    if size in fits:
         return None
-    fewer = [n for n in range(1, size) if config.micro_batch in micro_batches(config, n)]
     return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, "
             f"sequences of {config.sequence_len}, cannot be shared by {size // math.gcd(size, config.trajectories)} ranks "
             f"per trajectory in micro-batches of micro_batch={config.micro_batch}; "
-            f"{smaller_micro_batch(config, size) or (f'start {fewer[-1]} processes' if fewer else 'raise them')}")
+            f"{smaller_micro_batch(config, size) or (f'start {fits[-1]} processes' if fits else 'raise them')}")
 
 
 def processes(config):
     """How many processes to start on this machine: one per GPU, else one per trajectory up to the cores; fewer where
     those could not share a batch. Exits with code 2 where even one cannot."""
     most = torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
-    fitting = [size for size in range(1, most + 1) if not cannot_share(config, size)]
-    return fitting[-1] if fitting else refuse(cannot_share(config, 1))
+    fits = fitting(config, most)
+    return fits[-1] if fits else refuse(cannot_share(config, 1))
 
 
 # ------------------------------------------------------------------------------------------- the ranks
