@@ -159,6 +159,7 @@ class Run:
         if world.rank == 0 and self.path.exists():
             self.lock(self.path, "training")        # before any state is read, or another run could go past it
         world.barrier(everyone=True)
+        self.check_disks(world)
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
         behind = sorted(sum(world.gather(behind), []))
@@ -171,9 +172,6 @@ class Run:
                        "restore its resume_*.pt, or move the folder away to train it again")
         found = world.gather({t: state[1] if state else {"step": 0, "cycles_done": 0} for t, state in states.items()})
         begun = {t: about for of_rank in found for t, about in of_rank.items()}
-        if any(about["step"] != begun[t]["step"] for of_rank in found for t, about in of_rank.items()):
-            refuse(f"run_dir={self.path}: the ranks of a trajectory see different resume states: "
-                   "they want one folder, on a disk that all of them see", common=True)
         self.claim(world, begun)
         for t, state in states.items():
             differ = (differences(state[1]["setup"], setup(self.config, world))
@@ -182,6 +180,16 @@ class Run:
                 print(f"note: trajectory {t} goes on under another set-up ({differ}): "
                       "not bit for bit what it would have been", file=sys.stderr)
         return states
+
+    def check_disks(self, world):
+        """Exits with code 2 where machines have disks of their own, and a trajectory's states are not where it would go on."""
+        newest = world.gather([max((p.name for p in self.states(t)), default="") for t in range(self.config.trajectories)])
+        for t in range(self.config.trajectories):
+            first = t % world.groups * world.data_size
+            group = [of_rank[t] for of_rank in newest[first:first + world.data_size]]
+            if min(group) < max(of_rank[t] for of_rank in newest):
+                refuse(f"run_dir={self.path}: not all ranks that would go on with trajectory {t} see its newest state: start "
+                       "the machines that trained it (torchrun orders them by name), or share the folder", common=True)
 
     def check_room(self, world, parameters):
         """

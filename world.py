@@ -192,13 +192,15 @@ def join_world(config):
 
 def next_command(script, argv):
     """How to run a script, on the same arguments (argv None: the process's own)."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
+    ranks, nodes = os.environ.get("WORLD_SIZE", "1"), os.environ.get("GROUP_WORLD_SIZE", "1")
     local = os.environ.get("LOCAL_WORLD_SIZE", ranks)
     active = os.path.dirname(shutil.which("python") or "") == os.path.dirname(sys.executable)
     launcher = "python" if active else shlex.quote(sys.executable)      # "python" may be another environment's
     if ranks != "1" and script.endswith(".py"):
         torchrun = "torchrun" if active and shutil.which("torchrun") else f"{launcher} -m torch.distributed.run"
-        launcher = f"{torchrun}{' --standalone' * (local == ranks)} --nproc_per_node={local}"
+        where = ("--standalone" if nodes == "1" else
+                 f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --rdzv_id=q0")     # on every node
+        launcher = f"{torchrun} {where} --nproc_per_node={local}"
     return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 

@@ -171,6 +171,10 @@ def test_machines_with_disks_of_their_own(begun):
     assert kill.finish(start()) == [0, 0], log.read_text()[-2000:]
     for t, home in enumerate(homes):
         assert [s[:2] for s in kill.left(home / "run")["steps"]] == [(t, s) for s in range(1, 10)] and kill.debris(home) == []
+    before, log_before = [kill.left(home / "run") for home in homes], len(log.read_text())
+    homes.reverse()                                 # the machines come back in another order
+    assert kill.finish(start()) == [2, 2] and kill.left(homes[1] / "run") == before[0]
+    assert "trajectory 0" in (line := error_line(log.read_text()[log_before:])) and "machines" in line
 
 
 def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):

@@ -21,7 +21,7 @@ from files import load_tensors, write_whole
 from population import Run
 from tests import kill
 from tests.conftest import ROOT, error_line
-from world import World, cannot_share, join_world, one_line_errors, processes
+from world import World, cannot_share, join_world, next_command, one_line_errors, processes
 
 RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "") for name in ("1p8b", "1p8b_960")}
 
@@ -480,6 +480,16 @@ def test_a_world_of_one_needs_no_launcher(micro):
     assert (world.size, world.trajectories, world.data_size, world.lead) == (1, [0, 1], 1, True)
     world.barrier(everyone=True)
     world.close()
+
+
+def test_the_next_command_starts_the_same_ranks(monkeypatch):
+    for ranks, local, nodes, words in ((1, 1, 1, "python"), (8, 8, 1, "--standalone --nproc_per_node=8"),
+                                       (40, 8, 5, "--nnodes=5 ")):
+        for name, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", local), ("GROUP_WORLD_SIZE", nodes)):
+            monkeypatch.setenv(name, str(value))
+        command = next_command("prior.py", ["configs/tiny.py", "--seed=1"])
+        assert words in command and command.endswith("prior.py configs/tiny.py --seed=1"), command
+        assert ("nproc_per_node=8" in command) == (ranks > 1) and ("standalone" in command) == (ranks == 8)
 
 
 def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
