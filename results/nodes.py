@@ -24,8 +24,9 @@ from results.demo import commit                         # noqa: E402
 from results.rehearse import LOOPS, SMALL               # noqa: E402
 
 # as SMALL, but with batches of 32 sequences (24 at the ends) for 8 ranks to share, and no dropout, which ranks draw their own of
-FLAGS = [*SMALL, *LOOPS, "--n_embd=64", "--batch_tokens=4096", "--batch_tokens_ends=3072", "--micro_batch=1", "--dropout=0",
-         "--cycles=4", "--epochs_per_cycle=1", "--distill_from=2", "--resume_every=2"]
+OWN = ["--n_embd=64", "--batch_tokens=4096", "--batch_tokens_ends=3072", "--micro_batch=1", "--dropout=0", "--cycles=4",
+       "--epochs_per_cycle=1", "--distill_from=2", "--resume_every=2"]
+FLAGS = list({flag.split("=")[0]: flag for flag in [*SMALL, *LOOPS, *OWN]}.values())        # the last of a name
 SHAPES = {"1p8b": 1, "1p8b_960": 5}         # config -> nodes of 8 ranks
 
 
