@@ -6,6 +6,7 @@ Of its own: --ranks=8 (0: the most up to 8 that can share the batches)  --mfu=0.
             --peak_tflops=989 (bf16 dense; an H100's)  --price=3 (dollars per GPU and hour)  --gpu_gb=80
 """
 import math
+import signal
 import textwrap
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW
 from population import mixture_bytes
 from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
-from world import cannot_share, micro_batches
+from world import cannot_share, fitting, micro_batches
 
 ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
@@ -255,7 +256,7 @@ def print_machine(config, model, options):
 def main(argv=None):
     options, argv = take_actions(argv, **ACTIONS)
     config = from_args(argv, __doc__)
-    options.ranks = options.ranks or max((n for n in range(1, 9) if not cannot_share(config, n)), default=1)
+    options.ranks = options.ranks or [1, *fitting(config, 8)][-1]
     for name, value in vars(options).items():
         if not 0 < value < 1e9 or name == "mfu" and value > 1:
             refuse(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
@@ -270,4 +271,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # piped into head
     main()
