@@ -50,7 +50,8 @@ def first_here():
 
 DEFAULTS = {f.name: f.default for f in FIELDS.values() if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
-STORED = 64              # a stored mixture's probabilities of a token
+SPLITS = "fit", "val"   # the held-out sets: for the prior, and to report
+STORED = 64             # a stored mixture's probabilities of a token
 
 
 def mixture_bytes(config):
@@ -347,9 +348,9 @@ class Run:
     def unscored(self, t, c, check=False):
         """The splits on which this very member, or one whose weights were dropped, has no scores."""
         scored = {split: self.read_scores(split, t, c, check=check)[1]
-                  for split in ("fit", "val") if self.score_path(split, t, c).exists()}
+                  for split in SPLITS if self.score_path(split, t, c).exists()}
         own = self.read_member(t, c, check=False)[1]["sha256"] if self.member_path(t, c).exists() else scored.get("fit")
-        return [split for split in ("fit", "val") if split not in scored or scored[split] != own]
+        return [split for split in SPLITS if split not in scored or scored[split] != own]
 
     def save_scores(self, t, c, scores, weights_sha256):
         """scores: split -> (tokens,) float32 log-probabilities under the weights of this SHA-256."""
@@ -373,9 +374,9 @@ class Run:
 
     def read_score_files(self, t, c):
         """Their contents, checked here, where they can be mended, and not where they are sent to."""
-        for split in ("fit", "val"):
+        for split in SPLITS:
             self.read_scores(split, t, c)
-        return {split: self.score_path(split, t, c).read_bytes() for split in ("fit", "val")}
+        return {split: self.score_path(split, t, c).read_bytes() for split in SPLITS}
 
     def write_score_files(self, t, c, files):
         for split, content in files.items():

@@ -20,7 +20,7 @@ from config import from_args, refuse, speak, take_actions
 from data import loader
 from model import GPT, activate_attention
 from files import write_json
-from population import STUDENT, open_run, whole_mixture
+from population import SPLITS, STUDENT, open_run, whole_mixture
 from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
@@ -252,7 +252,7 @@ def evaluate(mixtures, reference, log_p, data):
     its difference to the `reference`-th over validation documents. log_p: split -> a list of (tokens,), one a member.
     """
     nats, bits = {}, {}
-    for split in ("fit", "val"):
+    for split in SPLITS:
         targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
         nats[split], bits[split] = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
     losses = {split: (n.sum(dim=1) / len(log_p[split][0])).tolist() for split, n in nats.items()}
@@ -279,7 +279,7 @@ def weigh(config, data, run, members):
     """The contents of prior.json, from the scores of the members and, where it comes first, a student."""
     students, members = [m for m in members if m == STUDENT], [m for m in members if m != STUDENT]
     scores = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students]
-              for split in ("fit", "val")}
+              for split in SPLITS}
     log_p = {split: [log_p for log_p, _ in of] for split, of in scores.items()}
     fit = torch.from_numpy(np.stack(log_p["fit"][:len(members)]))                   # members, tokens
     rules, gap = answers_for(fit)

@@ -25,7 +25,7 @@ from config import from_args, refuse
 from data import loader
 from model import GPT, activate_attention
 from optim import MuonAdamW
-from population import Run, setup
+from population import SPLITS, Run, setup
 from world import STOPPED, StopSignals, World, join_world, next_command, one_line_errors, say_next
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
@@ -249,7 +249,7 @@ def keep_member(launch, trajectory):
     t, cycle, model = trajectory.t, trajectory.cycles_done - 1, trajectory.model
     if lead:
         with as_saved(model):
-            scores = loader.score_sets(model, data, config.micro_batch, ("fit", "val") if config.keep == "last" else ("fit",))
+            scores = loader.score_sets(model, data, config.micro_batch, SPLITS if config.keep == "last" else ("fit",))
         fit_loss = -float(scores["fit"].mean())
         if not math.isfinite(fit_loss):
             refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, "
