@@ -40,7 +40,7 @@ def arguments(folder, **overrides):
     """
     values = {**MICRO, "trajectories": 1, "cycles": 3, "distill_from": 1, "epochs_per_cycle": 0.3, "resume_every": 2,
               "train_tokens": 1700, "fitness_tokens": 300, "val_tokens": 400, "data": folder / "words.txt",
-              "data_dir": folder / "data", **overrides}
+              "data_dir": folder / "data", "run_dir": folder / "run", **overrides}
     return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
 
 
