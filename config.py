@@ -20,7 +20,7 @@ VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it
 
 
 SILENCE = 5             # seconds a silent rank waits before it exits, so that the rank that says why ends first
-prints = False          # whether a rank other than 0 may print its errors: the first of each group of ranks may
+prints = False          # whether a rank that is not its machine's first may print its errors: the first of each group may
 
 
 def first_rank():
@@ -28,8 +28,13 @@ def first_rank():
     return os.environ.get("RANK", "0") == "0"
 
 
+def first_here():
+    """Whether this is the first of the processes on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def speak(yes=True):
-    """Let this rank, too, print its errors, not only rank 0."""
+    """Let this rank, too, print its errors, not only the first on its machine."""
     global prints
     prints = yes
 
@@ -37,9 +42,9 @@ def speak(yes=True):
 def refuse(message, common=False, code=2) -> NoReturn:
     """
     One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way).
-    common: every rank comes here, and rank 0 speaks for all.
+    common: every rank comes here, and rank 0 speaks for all; else one on each machine, which may be the only one to see it.
     """
-    if first_rank() or prints and not common:
+    if first_rank() or not common and (prints or first_here()):
         tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)     # on its own line, whatever bars there are
     else:
         time.sleep(SILENCE)         # torchrun ends all ranks as soon as one has ended: the one that speaks comes first

@@ -16,13 +16,14 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import FIELDS, first_rank, from_args, refuse
+from config import FIELDS, first_here, first_rank, from_args, refuse
 from files import (Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sha256_of, sweep,
                    write_json, write_whole)
 from world import processes
@@ -43,14 +44,10 @@ def setup(config, world):
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
-def first_here():
-    """Whether this is the first rank on its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 DEFAULTS = {f.name: f.default for f in FIELDS.values() if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
 SPLITS = "fit", "val"   # the held-out sets: for the prior, and to report
+LAG = 60                # seconds until another machine sees what was written on a shared disk
 STORED = 64             # a stored mixture's probabilities of a token
 
 
@@ -68,7 +65,7 @@ class Run:
     """
 
     def __init__(self, config, data_fingerprint, mend="name another --run_dir, or move it away", **more):
-        self.config, self.path, self.locks = config, Path(config.run_dir), []
+        self.config, self.path, self.locks = config, Path(config.run_dir), {}       # folder -> the open file whose lock is held
         # through JSON and back, so that what is compared is what a file can hold
         self.identity = json.loads(json.dumps({**config.identity(), "data_fingerprint": data_fingerprint, **more}))
         self.config_path = self.path / "config.json"
@@ -91,34 +88,59 @@ class Run:
         return differences({**DEFAULTS, **identity} if isinstance(identity, dict) else identity, self.identity, leave)
 
     def lock(self, folder, doing):
-        """Refuse a second process that does the same; the lock goes with this process, however it ends."""
+        """Why this process may not be the one that does it, if so; the lock goes with the process, however it ends."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.locks.append(open(folder / ".lock", "a"))
+            self.locks[folder] = open(folder / ".lock", "a")
         except OSError as e:
-            refuse(f"run_dir={self.path}: cannot write to {folder}: {e.strerror}; mend it, or name another --run_dir")
+            return f"run_dir={self.path}: cannot write to {folder}: {e.strerror}; mend it, or name another --run_dir"
         try:
-            fcntl.flock(self.locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            refuse(f"run_dir={self.path}: another process is {doing} it: wait for it or stop it, or name another --run_dir")
+            return f"run_dir={self.path}: another process is {doing} it: wait for it or stop it, or name another --run_dir"
         except OSError:
             pass                # a file system without locks
+
+    def lock_training(self, world, create):
+        """
+        For all ranks together: lock the directory (rank 0) and every trajectory's folder (its ranks' first), as far as they
+        are there, or all (create). Exits with code 2 where another process has one.
+        """
+        own = [self.path] * (world.rank == 0) + [self.folder(t) for t in world.trajectories] * world.lead
+        reasons = [self.lock(folder, "training") for folder in own if folder not in self.locks and (create or folder.exists())]
+        for reason in filter(None, sum(world.gather(reasons), [])):
+            refuse(reason, common=True)
+
+    def check_group(self, world):
+        """Exits with code 2 where the ranks of a group, on several machines, do not see one disk."""
+        folder = self.folder(world.trajectories[0])
+        if world.lead:              # what only this run writes
+            self.locks[folder].truncate(0)
+            print(time.time_ns(), platform.node(), os.getpid(), file=self.locks[folder], flush=True)
+        read = lambda: (folder / ".lock").read_text() if (folder / ".lock").exists() else None
+        written = world.gather(read())[world.rank - world.data_rank]
+        until = time.monotonic() + LAG
+        while read() != written and time.monotonic() < until:
+            time.sleep(0.5)
+        if any(world.gather(read() != written)):
+            refuse(f"run_dir={self.path}: {world.data_size} ranks are to train a trajectory together, on machines whose disks "
+                   "differ: name a --run_dir that all of them see, or start so many processes that every machine has "
+                   "trajectories of its own", common=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         while self.locks:
-            self.locks.pop().close()
+            self.locks.popitem()[1].close()
 
     def claim(self, world, begun):
         """
         For all ranks together, to go on from these states (trajectory -> about): lock the directory, and on every machine,
         which may have a disk of its own, sweep it, cut metrics.jsonl back and write config.json.
         """
-        if world.rank == 0 and not self.locks:
-            self.lock(self.path, "training")
-        world.barrier(everyone=True)                # before any machine touches what may be another's run
+        self.lock_training(world, create=True)      # before any machine touches what may be another's run
+        self.check_group(world)
         if first_here():
             sweep(self.path, "scores/*/.*")
             for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*"):
@@ -144,7 +166,9 @@ class Run:
     def claim_scores(self):
         """For prior.py, which may run beside training."""
         if first_rank():
-            self.lock(self.path / "scores", "scoring")
+            busy = self.lock(self.path / "scores", "scoring")
+            if busy:
+                refuse(busy)
             if next(self.path.glob("scores/*.json"), None):
                 refuse(f"{self.path}/scores was written by an older version of this code: move it away and run this again, "
                        "or, where keep=last dropped members, go on with that version")
@@ -157,9 +181,7 @@ class Run:
         Claim the directory for cycles first .. end - 1. The states to go on from, trajectory -> (tensors, about) or None.
         Exits with code 2 where a trajectory has not had the cycles before.
         """
-        if world.rank == 0 and self.path.exists():
-            self.lock(self.path, "training")        # before any state is read, or another run could go past it
-        world.barrier(everyone=True)
+        self.lock_training(world, create=False)     # before any state is read, or another run could go past it
         self.check_disks(world)
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
@@ -183,14 +205,17 @@ class Run:
         return states
 
     def check_disks(self, world):
-        """Exits with code 2 where machines have disks of their own, and a trajectory's states are not where it would go on."""
+        """Exits with code 2 where a trajectory's newest state is on another machine than its ranks would look."""
         newest = world.gather([max((p.name for p in self.states(t)), default="") for t in range(self.config.trajectories)])
+        machines = world.gather(platform.node())
         for t in range(self.config.trajectories):
             first = t % world.groups * world.data_size
-            group = [of_rank[t] for of_rank in newest[first:first + world.data_size]]
-            if min(group) < max(of_rank[t] for of_rank in newest):
-                refuse(f"run_dir={self.path}: not all ranks that would go on with trajectory {t} see its newest state: start "
-                       "the machines that trained it (torchrun orders them by name), or share the folder", common=True)
+            name, rank = max((of_rank[t], rank) for rank, of_rank in enumerate(newest))
+            lacks = [r for r in range(first, first + world.data_size) if newest[r][t] < name]
+            if lacks:
+                refuse(f"{self.folder(t)}/{name} is on {machines[rank]} and not on {machines[lacks[0]]}, whose rank {lacks[0]} "
+                       "would go on with it: start as many ranks, on the same machines, as trained it (torchrun orders "
+                       "machines by name), or copy the folder", common=True)
 
     def check_room(self, world, parameters):
         """
@@ -216,6 +241,9 @@ class Run:
                    + ", or lower --packings" * (mixture_bytes(c) > 0))
 
     # ---- members
+
+    def folder(self, t):
+        return self.path / f"trajectory_{t:02d}"
 
     def member_path(self, t, c):
         return self.path / ("student.pt" if (t, c) == STUDENT else f"trajectory_{t:02d}/cycle_{c:03d}.pt")
@@ -246,7 +274,7 @@ class Run:
     def mend(self, t):
         """What to do about a damaged member."""
         return ("delete it and run distill.py --student again" if t == STUDENT[0] else
-                f"move it away and go without it, or delete {self.path}/trajectory_{t:02d} and train that again")
+                f"move it away and go without it, or delete {self.folder(t)} and train that again")
 
     def read_member(self, t, c, check=True):
         """
@@ -259,7 +287,7 @@ class Run:
                 "keep=last dropped it when it was scored; where its scores are gone, restore them, or delete "
                 f"{self.dropped_path(t, c)} to go on without; what needs more of it wants a run with keep=all"
                 if self.dropped_path(t, c).exists() else
-                f"restore it, or delete {self.path}/trajectory_{t:02d} and train that again"))
+                f"restore it, or delete {self.folder(t)} and train that again"))
         try:
             weights, about = load_tensors(path, check)
         except Damaged as e:
@@ -273,12 +301,12 @@ class Run:
 
     def states(self, t):
         """Paths, oldest first."""
-        return sorted(p for p in (self.path / f"trajectory_{t:02d}").glob("resume_*.pt")
+        return sorted(p for p in self.folder(t).glob("resume_*.pt")
                       if re.fullmatch(r"resume_\d{8}\.pt", p.name))
 
     def save_resume(self, t, tensors, **about):
         """about: at least `step`. Older states but one go, and newer ones, which could not be used."""
-        path = self.path / f"trajectory_{t:02d}" / f"resume_{about['step']:08d}.pt"
+        path = self.folder(t) / f"resume_{about['step']:08d}.pt"
         save_tensors(path, tensors, trajectory=t, identity=self.identity, **about)
         kept = [p for p in self.states(t) if p <= path][-2:]
         for old in set(self.states(t)) - set(kept):
@@ -303,12 +331,12 @@ class Run:
                 print(f"note: {reasons[-1]}; looking for an older one", file=sys.stderr)
         if reasons:
             refuse(f"{reasons[0]}, and no older one is whole: "
-                   f"restore one, or delete {self.path}/trajectory_{t:02d} and train it again")
+                   f"restore one, or delete {self.folder(t)} and train it again")
 
     # ---- the mixture of the first n members, as far as it is stored to teach; the newest two stay
 
     def mixture_path(self, t, n, packing, part):
-        return self.path / f"trajectory_{t:02d}" / f"mixture_{n:03d}_{packing}_{part:02d}.pt"
+        return self.folder(t) / f"mixture_{n:03d}_{packing}_{part:02d}.pt"
 
     def has_mixture(self, t, n, packing, part, made_from):
         """Whether it is there, and this one."""
@@ -336,7 +364,7 @@ class Run:
 
     def drop_mixtures(self, t):
         """What is stored of a trajectory that no mixture teaches any more."""
-        for path in self.path.glob(f"trajectory_{t:02d}/mixture_*.pt"):
+        for path in self.folder(t).glob("mixture_*.pt"):
             path.unlink()
 
     # ---- scores, a file for each member and split
@@ -422,9 +450,9 @@ class SlowrunFolder(Run):
 
     def __init__(self, config, data_fingerprint, folder):
         super().__init__(config, data_fingerprint)
-        self.folder, expected = Path(folder), config.trajectories * config.cycles
+        self.snapshots, expected = Path(folder), config.trajectories * config.cycles
         there = sorted(int(m[1]) for m in (re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name)
-                                           for p in self.folder.glob("model_*.pt")) if m)
+                                           for p in self.snapshots.glob("model_*.pt")) if m)
         if not there or there[-1] >= expected:
             refuse(f"members={folder} holds {f'model_{there[-1]}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; "
                    f"trajectories={config.trajectories} x cycles={config.cycles} expect "
@@ -433,7 +461,7 @@ class SlowrunFolder(Run):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
 
     def member_path(self, t, c):
-        return self.folder / f"model_{t * self.config.cycles + c}.pt"
+        return self.snapshots / f"model_{t * self.config.cycles + c}.pt"
 
     def mend(self, t):
         return "fetch it again, or move it away and go without it"

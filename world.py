@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from config import first_rank, refuse, speak
 
+JOIN = timedelta(minutes=10)        # so long may the first rank that starts wait for the last
 HANG = timedelta(hours=1)           # so long may ranks of a group wait for one of them: a member written, a step
 STOPPED = 75                        # exit code of a run that was asked to stop, and saved (EX_TEMPFAIL: try again later)
 
@@ -180,7 +181,7 @@ def join_world(config):
     world = World(rank, size, device, list(range(group, config.trajectories, groups)), groups, data_rank, data_size)
     if size > 1:
         backend = dict(backend="nccl", device_id=device) if kind == "cuda" else dict(backend="gloo")
-        dist.init_process_group(**backend, timeout=HANG)
+        dist.init_process_group(**backend, timeout=JOIN)
         world.data_group, _ = dist.new_subgroups_by_enumeration(
             [list(range(i, i + data_size)) for i in range(0, size, data_size)], timeout=HANG)
         world.everyone = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -198,10 +199,9 @@ def next_command(script, argv):
     launcher = "python" if active else shlex.quote(sys.executable)      # "python" may be another environment's
     if ranks != "1" and script.endswith(".py"):
         torchrun = "torchrun" if active and shutil.which("torchrun") else f"{launcher} -m torch.distributed.run"
-        where = ("--standalone" if nodes == "1" else
-                 f"--nnodes={nodes} --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 --rdzv_id=q0")     # on every node
-        launcher = f"{torchrun} {where} --nproc_per_node={local}"
-    return f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+        launcher = f"{torchrun} {'--standalone' if nodes == '1' else f'--nnodes={nodes}'} --nproc_per_node={local}"
+    return (f"{launcher} {script} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+            + "    # on every node, with the same --rdzv flags" * (nodes != "1" and script.endswith(".py")))
 
 
 def say_next(script, argv):

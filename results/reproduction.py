@@ -110,9 +110,10 @@ def reproduction():
 With 5 trajectories on 5 nodes each node is one group of ranks, so the run directory may be on a shared disk or on one disk per node: members and
 resume states stay on the node that wrote them, `prior.py` scores them there and sends the scores to the first node, which holds `prior.json`.
 `data_dir` must be on every node (copy the two token files), and so must the ranks of tiktoken if the tokens' byte counts are not beside them.
-torchrun orders the nodes by their hosts' names, so the same hosts train the same trajectories after a restart; others are refused where disks are
-their own. Where a node fails, the others finish their trajectories before they end; asked to stop (SIGTERM to each torchrun), they save and the run can
-be started again at once. All of this was tried with five launches of 8 ranks on one machine ([nodes.md](nodes.md)); more than one machine is untried.""", ""]
+torchrun orders the nodes by their hosts' names, so that after a restart the same hosts train the same trajectories; where disks are their own, a
+trajectory whose state is on another one is refused. Where a rank fails, its node ends; the others finish their trajectories first, or, where that node
+held the rendezvous, stop and save. Then start all nodes again (SIGTERM to each torchrun makes the rest save sooner). Launches of 8 ranks, five
+at once, were tried on one machine, stopped and with a rank killed ([nodes.md](nodes.md)); more than one machine is untried.""", ""]
 
 
 def main():

@@ -125,11 +125,12 @@ def test_a_silent_rank_lets_the_first_one_speak(monkeypatch, capsys):
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setattr("config.prints", False)
-    for rank, waited in (("0", []), ("1", [SILENCE])):
+    for rank, local, waited in (("0", "0", []), ("8", "0", []), ("1", "1", [SILENCE])):          # 8: another machine's first
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
         with pytest.raises(SystemExit) as stop:
             from_args([TINY, "--cylces=3"], "usage")
-        assert stop.value.code == 2 and waits == waited and ("cylces" in capsys.readouterr().err) == (rank == "0")
+        assert stop.value.code == 2 and waits == waited and ("cylces" in capsys.readouterr().err) == (local == "0")
 
 
 def test_bad_config_files_are_refused(tmp_path, capsys):

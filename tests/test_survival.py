@@ -1,4 +1,5 @@
 """Killed, stopped, starved, damaged: nothing finished is lost, and what goes on goes on bit for bit."""
+import fcntl
 import hashlib
 import json
 import os
@@ -154,7 +155,7 @@ def test_machines_with_disks_of_their_own(begun):
     argv, folder, log, _ = begun
     homes = [folder / "0", folder / "1"]
     def apart(rank):
-        population.first_here = lambda: True
+        population.first_here, population.LAG = lambda: True, 0
         homes[rank].mkdir(parents=True, exist_ok=True)
         os.chdir(homes[rank])
     start = lambda: kill.start([*argv, "--trajectories=2", "--run_dir=run"], log, 2, apart, scripts=(train, distill))
@@ -174,7 +175,9 @@ def test_machines_with_disks_of_their_own(begun):
     before, log_before = [kill.left(home / "run") for home in homes], len(log.read_text())
     homes.reverse()                                 # the machines come back in another order
     assert kill.finish(start()) == [2, 2] and kill.left(homes[1] / "run") == before[0]
-    assert "trajectory 0" in (line := error_line(log.read_text()[log_before:])) and "machines" in line
+    assert "trajectory_00/resume_00000009.pt" in error_line(log.read_text()[log_before:])
+    assert kill.finish(kill.start([*argv, "--trajectories=1", "--run_dir=new"], log, 2, apart, scripts=(train,))) == [2, 2]
+    assert "disks differ" in log.read_text() and not [*folder.rglob("new/*.json")]      # two ranks for one trajectory
 
 
 def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):
@@ -381,6 +384,10 @@ def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
     assert kill.finish(kill.start(argv, tmp_path / "second")) == [2]
     assert "another process is training" in error_line((tmp_path / "second").read_text())
     assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
+    with open(folder / "trajectory_00" / ".lock") as other:         # another group of ranks, whose first rank is gone
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert kill.finish(kill.start(argv, tmp_path / "third")) == [2]
+    assert "another process is training" in error_line((tmp_path / "third").read_text())
 
 
 @pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "trajectory_00/resume_00000009.pt", "config.json",

@@ -484,12 +484,12 @@ def test_a_world_of_one_needs_no_launcher(micro):
 
 def test_the_next_command_starts_the_same_ranks(monkeypatch):
     for ranks, local, nodes, words in ((1, 1, 1, "python"), (8, 8, 1, "--standalone --nproc_per_node=8"),
-                                       (40, 8, 5, "--nnodes=5 ")):
+                                       (40, 8, 5, "--nnodes=5 --nproc_per_node=8")):
         for name, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", local), ("GROUP_WORLD_SIZE", nodes)):
             monkeypatch.setenv(name, str(value))
         command = next_command("prior.py", ["configs/tiny.py", "--seed=1"])
-        assert words in command and command.endswith("prior.py configs/tiny.py --seed=1"), command
-        assert ("nproc_per_node=8" in command) == (ranks > 1) and ("standalone" in command) == (ranks == 8)
+        assert words in command and command.split("    #")[0].endswith("prior.py configs/tiny.py --seed=1"), command
+        assert ("nproc_per_node=8" in command) == (ranks > 1) and ("rdzv" in command) == (nodes > 1)
 
 
 def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
