@@ -117,6 +117,7 @@ class Run:
         if world.lead:              # what only this run writes
             self.locks[folder].truncate(0)
             print(time.time_ns(), platform.node(), os.getpid(), file=self.locks[folder], flush=True)
+            os.fsync(self.locks[folder])
         read = lambda: (folder / ".lock").read_text() if (folder / ".lock").exists() else None
         written = world.gather(read())[world.rank - world.data_rank]
         until = time.monotonic() + LAG
