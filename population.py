@@ -47,7 +47,7 @@ def setup(config, world):
 DEFAULTS = {f.name: f.default for f in FIELDS.values() if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 STUDENT = -1, 0         # stands for (t, c) of a student of the whole population
 SPLITS = "fit", "val"   # the held-out sets: for the prior, and to report
-LAG = 60                # seconds until another machine sees what was written on a shared disk
+LAG = 120               # seconds until another machine sees what was written on a shared disk
 STORED = 64             # a stored mixture's probabilities of a token
 
 
@@ -61,7 +61,7 @@ class Run:
     """
     The run directory of a config. Exits with code 2 where it belongs to another config or other data (data_fingerprint
     None: any will do), or cannot be written. `mend` ends that message, `more` joins the identity that is compared. Nothing
-    is written before claim(), whose lock is held until the end of a `with`. t and c are trajectory and cycle.
+    is written before it is locked, until the end of a `with`. t and c are trajectory and cycle.
     """
 
     def __init__(self, config, data_fingerprint, mend="name another --run_dir, or move it away", **more):
@@ -93,37 +93,38 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.locks[folder] = open(folder / ".lock", "a")
         except OSError as e:
-            return f"run_dir={self.path}: cannot write to {folder}: {e.strerror}; mend it, or name another --run_dir"
+            return (f"run_dir={self.path}: cannot write to {folder} on {platform.node()}: {e.strerror}; "
+                    "mend it, or name another --run_dir")
         try:
             fcntl.flock(self.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return f"run_dir={self.path}: another process is {doing} it: wait for it or stop it, or name another --run_dir"
+            return (f"run_dir={self.path}: another process is {doing} {folder} on {platform.node()}: "
+                    "wait for it or stop it, or name another --run_dir")
         except OSError:
             pass                # a file system without locks
 
-    def lock_training(self, world, create):
-        """
-        For all ranks together: lock the directory (rank 0) and every trajectory's folder (its ranks' first), as far as they
-        are there, or all (create). Exits with code 2 where another process has one.
-        """
-        own = [self.path] * (world.rank == 0) + [self.folder(t) for t in world.trajectories] * world.lead
-        reasons = [self.lock(folder, "training") for folder in own if folder not in self.locks and (create or folder.exists())]
+    def lock_folders(self, world, folders):
+        """For all ranks together: lock these, each rank its own. Exits with code 2 where another process trains there."""
+        reasons = [self.lock(folder, "training") for folder in folders if folder not in self.locks]
         for reason in filter(None, sum(world.gather(reasons), [])):
             refuse(reason, common=True)
 
     def check_group(self, world):
         """Exits with code 2 where the ranks of a group, on several machines, do not see one disk."""
-        folder = self.folder(world.trajectories[0])
-        if world.lead:              # what only this run writes
-            self.locks[folder].truncate(0)
-            print(time.time_ns(), platform.node(), os.getpid(), file=self.locks[folder], flush=True)
-            os.fsync(self.locks[folder])
-        read = lambda: (folder / ".lock").read_text() if (folder / ".lock").exists() else None
-        written = world.gather(read())[world.rank - world.data_rank]
+        path, mark = self.folder(world.trajectories[0]) / ".mark", f"{time.time_ns()} {platform.node()} {os.getpid()}\n"
+        if world.lead:
+            write_whole(path, lambda f: f.write(mark.encode()))
+        mark = world.gather(mark)[world.rank - world.data_rank]         # the lead's
+
+        def seen():
+            try:
+                return path.read_text() == mark
+            except OSError:
+                return False
         until = time.monotonic() + LAG
-        while read() != written and time.monotonic() < until:
+        while not seen() and time.monotonic() < until:
             time.sleep(0.5)
-        if any(world.gather(read() != written)):
+        if not all(world.gather(seen())):
             refuse(f"run_dir={self.path}: {world.data_size} ranks are to train a trajectory together, on machines whose disks "
                    "differ: name a --run_dir that all of them see, or start so many processes that every machine has "
                    "trajectories of its own", common=True)
@@ -137,11 +138,9 @@ class Run:
 
     def claim(self, world, begun):
         """
-        For all ranks together, to go on from these states (trajectory -> about): lock the directory, and on every machine,
-        which may have a disk of its own, sweep it, cut metrics.jsonl back and write config.json.
+        For all ranks together, once it is locked, to go on from these states (trajectory -> about): on every machine, which
+        may have a disk of its own, sweep it, cut metrics.jsonl back and write config.json.
         """
-        self.lock_training(world, create=True)      # before any machine touches what may be another's run
-        self.check_group(world)
         if first_here():
             sweep(self.path, "scores/*/.*")
             for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*"):
@@ -182,7 +181,8 @@ class Run:
         Claim the directory for cycles first .. end - 1. The states to go on from, trajectory -> (tensors, about) or None.
         Exits with code 2 where a trajectory has not had the cycles before.
         """
-        self.lock_training(world, create=False)     # before any state is read, or another run could go past it
+        own = [self.path] * (world.rank == 0) + [self.folder(t) for t in world.trajectories] * world.lead
+        self.lock_folders(world, [folder for folder in own if folder.exists()])     # before any state is read
         self.check_disks(world)
         states = {t: self.read_resume(t) for t in world.trajectories}
         behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
@@ -196,6 +196,8 @@ class Run:
                        "restore its resume_*.pt, or move the folder away to train it again")
         found = world.gather({t: state[1] if state else {"step": 0, "cycles_done": 0} for t, state in states.items()})
         begun = {t: about for of_rank in found for t, about in of_rank.items()}
+        self.lock_folders(world, own)               # before any machine touches what may be another's run
+        self.check_group(world)
         self.claim(world, begun)
         for t, state in states.items():
             differ = (differences(state[1]["setup"], setup(self.config, world))
@@ -458,8 +460,12 @@ class SlowrunFolder(Run):
             refuse(f"members={folder} holds {f'model_{there[-1]}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; "
                    f"trajectories={config.trajectories} x cycles={config.cycles} expect "
                    f"model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
-        if next(self.path.glob("trajectory_*"), None):
+        if next(self.path.glob("trajectory_*/cycle_*"), None):
             refuse(f"run_dir={self.path} has members of its own: name another --run_dir for the scores of {folder}")
+
+    def claim(self, world, begun):
+        self.lock_folders(world, [self.path] * (world.rank == 0))
+        super().claim(world, begun)
 
     def member_path(self, t, c):
         return self.snapshots / f"model_{t * self.config.cycles + c}.pt"

@@ -169,7 +169,7 @@ def left(folder):
 
 def debris(folder):
     """Temporary files."""
-    return [p for p in folder.rglob(".*") if p.name != ".lock"]
+    return [p for p in folder.rglob(".*") if p.name not in (".lock", ".mark")]
 
 
 def difference(reference, folder):

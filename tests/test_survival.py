@@ -176,6 +176,9 @@ def test_machines_with_disks_of_their_own(begun):
     homes.reverse()                                 # the machines come back in another order
     assert kill.finish(start()) == [2, 2] and kill.left(homes[1] / "run") == before[0]
     assert "trajectory_00/resume_00000009.pt" in error_line(log.read_text()[log_before:])
+    for home in homes:                              # each with a copy of what another run left
+        (home / "new" / "trajectory_00").mkdir(parents=True)
+        (home / "new" / "trajectory_00" / ".mark").write_text("of another run")
     assert kill.finish(kill.start([*argv, "--trajectories=1", "--run_dir=new"], log, 2, apart, scripts=(train,))) == [2, 2]
     assert "disks differ" in log.read_text() and not [*folder.rglob("new/*.json")]      # two ranks for one trajectory
 
