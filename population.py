@@ -61,7 +61,7 @@ class Run:
     """
     The run directory of a config. Exits with code 2 where it belongs to another config or other data (data_fingerprint
     None: any will do), or cannot be written. `mend` ends that message, `more` joins the identity that is compared. Nothing
-    is written before it is locked, until the end of a `with`. t and c are trajectory and cycle.
+    is written before it is locked; locks are held until the end of a `with`. t and c are trajectory and cycle.
     """
 
     def __init__(self, config, data_fingerprint, mend="name another --run_dir, or move it away", **more):
@@ -211,14 +211,13 @@ class Run:
 
     def check_disks(self, world):
         """Exits with code 2 where a trajectory's newest state is on another machine than its ranks would look."""
-        newest = world.gather([max((p.name for p in self.states(t)), default="") for t in range(self.config.trajectories)])
-        machines = world.gather(platform.node())
+        names = [max((p.name for p in self.states(t)), default="") for t in range(self.config.trajectories)]
+        seen = world.gather((platform.node(), names, world.trajectories))
         for t in range(self.config.trajectories):
-            first = t % world.groups * world.data_size
-            name, rank = max((of_rank[t], rank) for rank, of_rank in enumerate(newest))
-            lacks = [r for r in range(first, first + world.data_size) if newest[r][t] < name]
+            name, machine = max((names[t], machine) for machine, names, _ in seen)
+            lacks = [(rank, machine) for rank, (machine, names, own) in enumerate(seen) if t in own and names[t] < name]
             if lacks:
-                refuse(f"{self.folder(t)}/{name} is on {machines[rank]} and not on {machines[lacks[0]]}, whose rank {lacks[0]} "
+                refuse(f"{self.folder(t)}/{name} is on {machine} and not on {lacks[0][1]}, whose rank {lacks[0][0]} "
                        "would go on with it: start as many ranks, on the same machines, as trained it (torchrun orders "
                        "machines by name), or copy the folder", common=True)
 
@@ -251,7 +250,7 @@ class Run:
         return self.path / f"trajectory_{t:02d}"
 
     def member_path(self, t, c):
-        return self.path / ("student.pt" if (t, c) == STUDENT else f"trajectory_{t:02d}/cycle_{c:03d}.pt")
+        return self.path / "student.pt" if (t, c) == STUDENT else self.folder(t) / f"cycle_{c:03d}.pt"
 
     def dropped_path(self, t, c):
         return self.member_path(t, c).with_suffix(".dropped")
