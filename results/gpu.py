@@ -1,0 +1,63 @@
+"""
+What results/performance.md lacks, in one command on a machine with a GPU: python results/gpu.py [SLOWRUN_FOLDER]
+The checks of tests/on_gpu.py, a profile, and tools/bench.py's tables of configs/124m.py and configs/1p8b.py, with a clone
+of the public repository beside its steps; on several GPUs their exchange, too. Each part prints into
+results/gpu/DEVICE/PART.txt as it goes, so that one that is cut off leaves what it had. Exits 1 where a part failed.
+Has not run yet; the largest parts want 80 GB.
+"""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from config import refuse                               # noqa: E402
+from results.demo import commit                         # noqa: E402
+
+RANDOM = ["--train_tokens=4000000", "--fitness_tokens=100000"]          # bench draws its tokens, no files are read
+A_RANK = ["--batch_tokens=65536", "--batch_tokens_ends=65536"]          # has so many where 8 share a trajectory
+SMALL, LARGE = ["configs/124m.py", *RANDOM, "--micro_batch=16"], ["configs/1p8b.py", *RANDOM, *A_RANK, "--rounds=3"]
+
+
+def parts(slowrun, gpus):
+    """name -> arguments of python; what is missed most comes first, what may take longest last."""
+    bench = ["-m", "tools.bench"]
+    found = {
+        "124m": [*bench, *SMALL, "--steps=train,distill", *slowrun],
+        "on_gpu": ["-m", "tests.on_gpu"],
+        "1p8b": [*bench, *LARGE, "--steps=train,distill,score"],
+        "1p8b_micro_batch_4": [*bench, *LARGE, "--steps=train", "--micro_batch=4"],
+        "1p8b_profile": ["results/h200/profile_step.py"],
+    }
+    if gpus > 1:
+        found[f"1p8b_on_{gpus}"] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *bench,
+                                    "configs/1p8b.py", *RANDOM, "--trajectories=1", "--steps=train,distill"]
+    # the public script's 70 applications are one graph, which may compile for long
+    found["1p8b_memory"] = [*bench, *LARGE, "--steps=train,distill", "--memory=1", *slowrun]
+    return found
+
+
+def main():
+    if not torch.cuda.is_available():
+        refuse("results/gpu.py wants a GPU, and torch sees none here")
+    device, failed = torch.cuda.get_device_name(), []
+    folder = ROOT / "results" / "gpu" / device.replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, arguments in parts([f"--slowrun={a}" for a in sys.argv[1:2]], torch.cuda.device_count()).items():
+        began = time.monotonic()
+        with open(folder / f"{name}.txt", "w") as log:
+            print(f"python {' '.join(arguments)}, commit {commit()}, {device} x {torch.cuda.device_count()}, "
+                  f"torch {torch.__version__}, Python {sys.version.split()[0]}\n", file=log, flush=True)
+            done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                  stdout=log, stderr=subprocess.STDOUT)
+        print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s, {log.name}", flush=True)
+        failed += [name] * (done.returncode != 0)
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
