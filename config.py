@@ -185,7 +185,7 @@ def typed(key, value):
     elif kind is float and type(value) is int or type(value) is str and kind is not str:
         try:
             value = kind(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if type(value) is not kind or value == "":
         refuse(f"{key}={value!r}: wants {WORDS[kind]}")

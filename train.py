@@ -59,10 +59,15 @@ def tokens_per_step(config, cycle):
     return config.batch_tokens if middle else config.batch_tokens_ends
 
 
-def cycle_length(config, cycle, sequences_per_epoch):
-    """Steps of a cycle."""
-    tokens = config.cycle_epochs(cycle) * sequences_per_epoch * config.sequence_len
-    return max(1, round(tokens / tokens_per_step(config, cycle)))
+def cycle_lengths(config, sequences_per_epoch):
+    """Steps of every cycle. Exits with code 2 where the end of one is too short for an average of its weights."""
+    epoch = sequences_per_epoch * config.sequence_len
+    lengths = [max(1, round(config.cycle_epochs(c) * epoch / tokens_per_step(config, c))) for c in range(config.cycles)]
+    shortest = min(lengths)
+    if config.ema_decay and shortest - 1 - config.ema_every < EMA_FROM * shortest:
+        refuse(f"ema_every={config.ema_every}: the end of a cycle of {shortest} steps "
+               "holds no two updates of the average; lower it", common=True)
+    return lengths
 
 
 def place_in_decay(config, lengths, cycle, step):
@@ -341,10 +346,7 @@ def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
     """
     data = loader.load(config)
     run = Run(config, data.fingerprint, **identity)
-    lengths = [cycle_length(config, c, data.sequences_per_epoch) for c in range(config.cycles)]
-    if config.ema_decay and (1 - EMA_FROM) * min(lengths) < 2 * config.ema_every:
-        refuse(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps "
-               "holds no two updates of the average; lower it", common=True)
+    lengths = cycle_lengths(config, data.sequences_per_epoch)
     world = join_world(config)
     with run, StopSignals() as stop:
         states = run.begin(world, first, end)      # trajectory -> (tensors, about) or None

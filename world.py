@@ -60,7 +60,7 @@ def cannot_share(config, size):
 def processes(config):
     """How many processes to start on this machine: one per GPU, else one per trajectory up to the cores; fewer where
     those could not share a batch. Exits with code 2 where even one cannot."""
-    most = torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
+    most = torch.cuda.device_count() or min(config.trajectories, len(os.sched_getaffinity(0)))
     fits = fitting(config, most)
     return fits[-1] if fits else refuse(cannot_share(config, 1))
 

@@ -55,6 +55,7 @@ def text_of(row, number, source):
 
 
 def parquet_documents(path):
+    """Its column text, a list. Exits with code 2 where there is none, or the file is damaged."""
     source = dict(path="parquet", data_files=glob.escape(str(path)), split="train")
     try:
         return [text_of(row, number, source) for number, row in enumerate(open_stream(**source))]

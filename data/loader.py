@@ -70,6 +70,17 @@ def split_fitness(tokens, starts, fitness_tokens):
     return tokens[:end], tokens[end:], starts[last + 1:] - end
 
 
+def split_train(config, tokens, starts):
+    """split_fitness() of the train file, and the sequences of an epoch. Exits with code 2 where none is left."""
+    fitness, train, starts = split_fitness(tokens, starts, config.fitness_tokens)
+    per_epoch = sequences_per_epoch(train, config.sequence_len, config.epoch_multiple)
+    if not per_epoch:
+        refuse(f"train_tokens={config.train_tokens}: the fitness set takes {len(fitness)}, whole documents until at least "
+               f"fitness_tokens={config.fitness_tokens}, which leaves {len(train)}; an epoch wants epoch_multiple="
+               f"{config.epoch_multiple} sequences of {config.sequence_len + 1}: raise train_tokens, or give shorter documents")
+    return fitness, train, starts, per_epoch
+
+
 def fingerprint(splits):
     """SHA-256 of the tokens and document starts of both files: {"val": (tokens, starts), "train": ...}."""
     digest = hashlib.sha256()
@@ -99,11 +110,7 @@ def load(config):
     if text_source(config).get("fingerprint", found) != found:
         refuse(f"the files in data_dir={config.data_dir} are not what data.prepare wrote, their SHA-256 is another: "
                "delete them and run python -m data.prepare again")
-    fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
-    per_epoch = sequences_per_epoch(train, config.sequence_len, config.epoch_multiple)
-    if not per_epoch:
-        refuse(f"train_tokens={config.train_tokens}: {len(train)} tokens are left beside the fitness set, an epoch wants "
-               f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}; raise train_tokens")
+    fitness, train, starts, per_epoch = split_train(config, *splits["train"])
     T = config.sequence_len
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
     return Data(train, starts, fit, val, documents_of(fit, splits["train"][1]), documents_of(val, splits["val"][1]),

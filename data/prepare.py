@@ -24,7 +24,7 @@ import torch
 
 from config import from_args, refuse, take_actions
 from data import fineweb
-from data.loader import file_name, fingerprint, load, text_source
+from data.loader import file_name, fingerprint, load, split_train, text_source
 from data.tokenizer import get_tokenizer, install_ranks
 from population import Run
 
@@ -60,8 +60,9 @@ def manual_documents(target_size=800):
 
 
 def read_text(path):
+    """A file's text, not only white space. Exits with code 2 where it is none."""
     try:
-        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        text = path.read_text("utf-8-sig")                      # any line ending becomes \n
     except OSError as e:
         refuse(f"data: cannot read {path}: {e.strerror}; name .txt, .jsonl or .parquet files, or folders of them")
     except UnicodeDecodeError as e:
@@ -91,7 +92,7 @@ def file_documents(path):
             try:
                 documents.append(json.loads(line)["text"])
                 documents[-1].encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 refuse(f"data: {path} line {number} is no JSON object with a text in its column 'text'; "
                        "mend or remove the line")
     return [document for document in documents if document.strip()]
@@ -100,6 +101,10 @@ def file_documents(path):
 def source_documents(source):
     if source == "manual":
         return manual_documents()
+    """
+    The documents of data=manual, or of files and folders separated by commas, each file once.
+    Exits with code 2 where there are none.
+    """
     files = []
     for path in map(Path, filter(None, source.split(","))):
         found = [p for p in path.rglob("*") if p.is_file() or not p.exists()] if path.is_dir() else [path]
@@ -114,7 +119,7 @@ def source_documents(source):
         files += inside
     if not files:
         refuse(f"data={source!r} names no file: name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
-    return [document for path in files for document in file_documents(path)]
+    return [document for path in dict.fromkeys(p.resolve() for p in files) for document in file_documents(path)]
 
 
 def take(documents, budget):
@@ -177,6 +182,8 @@ def prepare(config):
     if config.data == "manual":
         source["python"] = platform.python_version()
     print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {source['text_sha256']}")
+    if len(set(documents)) < len(documents):
+        print(f"note: {len(documents) - len(set(documents))} of them repeat another, so that held-out text may be trained on, too")
     if ".json" in there:
         theirs = text_source(config)
         differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted"
@@ -192,8 +199,9 @@ def prepare(config):
     if len(splits["train"][0]) < config.train_tokens:
         have = sum(len(tokens) for tokens, _ in splits.values())
         refuse(f"data={config.data} is too short: val_tokens={config.val_tokens} + train_tokens={config.train_tokens} want "
-               f"{config.val_tokens + config.train_tokens} tokens, the text has {have}; "
-               "lower them (and fitness_tokens), or add text")
+               f"{config.val_tokens + config.train_tokens} tokens, its {len(documents)} documents give {have} (each split "
+               "drops the rest of its last one): lower them (and fitness_tokens), add text, or give shorter documents")
+    split_train(config, *splits["train"])
     write(config, splits, token_bytes, source)
     used = sum(len(starts) for _, starts in splits.values())
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}, "

@@ -207,6 +207,8 @@ def main(argv=None):
              f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit()}.",
              f"Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256')}. "
                  "Losses in nats per token.", ""]
+    if loader.load(config).fit_documents.max() == 0:
+        refuse("the fitness set is one document, which has no halves to choose on and to judge on: give shorter documents")
     for label, of in runs or [(config.run_dir, config)]:
         lines += page(label, of, options)
     (ROOT / "results" / f"prior_{name}.md").write_text("\n".join(lines))

@@ -578,8 +578,8 @@ def report(root, texts):
                   "what has no row above is not yet run.", ""]
     lines += [f"- {label(job)}: `{command_of(job)}`" for job in reported(texts[0], SEEDS[0], alpha).values()]
     lines += ["", "## At 1.8B parameters, on paper", "",
-              "A mixture takes no more passes than the predecessor's only with packings "
-                  "up to the distilled epochs of a cycle, 2: every member teaches once on every packing.",
+              "A mixture takes about as many passes as the predecessor with as many packings "
+                  "as a distilled cycle has epochs, 2: every member, the earliest too, teaches once on every packing.",
               f"{4 * STORED} bytes a token, two mixtures of each trajectory on disk at a time.", "", *on_paper()]
     (ROOT / "results" / "teachers.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

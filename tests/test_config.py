@@ -153,6 +153,29 @@ def test_every_config_is_valid(path):
     assert config.run_dir == f"runs/{path.stem}"
 
 
+RECORD = dict(              # slowrun.md, written out once more
+    data="fineweb", tokenizer="gpt2", train_tokens=100_000_000, val_tokens=10_000_000, fitness_tokens=132_000, epoch_multiple=16,
+    n_layer=30, n_head=16, n_embd=2048, sequence_len=2048, window_pattern="SSSL", iha=True, dropout=0.1, mtp_weight=0.3,
+    loop_start=15, loop_end=25, loop_extra=4, loop_from=0, restart="noise", schedule="cycle", ema_decay=0, ema_share=1,
+    momentum_warmup=0, lr_scale=0.25, batch_tokens=524_288, batch_tokens_ends=393_216, seed=42, packings=0,
+    epochs_per_cycle=2, first_cycle_epochs=None, distill_from=8, distill_teacher="predecessor", distill_alpha=0.45,
+    distill_temperature=1.2, trajectories=5, cycles=96, keep="all")
+
+
+@pytest.mark.parametrize("name, other", [
+    ("1p8b_960", {}),
+    ("1p8b", dict(trajectories=2, cycles=64)),
+    ("baseline", dict(trajectories=8, cycles=1, epochs_per_cycle=32, schedule="cosine", loop_from=0.5, distill_from=1,
+                      batch_tokens_ends=524_288, ema_decay=0.95)),
+    ("record11", dict(trajectories=1, cycles=20, restart="fresh", first_cycle_epochs=16, epochs_per_cycle=32, loop_from=0.5,
+                      schedule="warmdown", momentum_warmup=300, ema_decay=0.95, ema_share=0.4, batch_tokens_ends=524_288,
+                      distill_from=1, distill_alpha=0.7, distill_temperature=1)),
+])
+def test_the_recipes_are_the_published_ones(name, other):
+    config = vars(from_args([str(ROOT / "configs" / f"{name}.py")], ""))
+    assert {key: config[key] for key in RECORD} == {**RECORD, **other}
+
+
 def test_single_is_tiny_without_a_population():
     tiny, single = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")) for name in ("tiny", "single"))
     assert {k for k in tiny if tiny[k] != single[k]} == {

@@ -66,7 +66,9 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, 
 
 
 def test_the_fitness_set_is_whole_documents_cut_to_its_sequences(micro):
-    for wanted in (700, 1000, 1400):
+    prepare.main(micro())
+    starts = loader.read_tokens(from_args(micro(), ""), "train")[1]
+    for wanted in (700, 1000, 1400, int(starts[starts > 700][0])):             # the last one ends with a document
         argv = micro(fitness_tokens=wanted)
         prepare.main(argv)
         config = from_args(argv, "")
@@ -102,17 +104,18 @@ def test_documents_of_local_files(tmp_path, capsys):
     assert documents("lines.txt", "one\ntwo\n") == ["one", "two"]
     assert documents("blank.txt", "one\nmore\n \t\ntwo\n\n\n\nthree\n") == ["one\nmore", "two", "three\n"]
     assert documents("crlf.txt", "one\r\n\r\ntwo") == ["one", "two"]
+    assert documents("cr.txt", "one\r\rtwo") == ["one", "two"]
     assert documents("rows.jsonl", '{"text": "a\\nb", "id": 1}\n\n{"text": "c"}\n') == ["a\nb", "c"]
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "deep.txt").write_text("four")
-    assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3
+    assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3       # each file once
     (tmp_path / "sub" / "notes.md").write_text("five")
     capsys.readouterr()
     found = prepare.source_documents(str(tmp_path))
     assert "four" in found and "five" not in found and "1 files left out, of other kinds (.md)" in capsys.readouterr().out
 
 
-def test_local_text_becomes_the_tokens_it_is(tmp_path, micro):
+def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):
     texts = [f"document {i}: " + "xyzü" * i for i in range(60)]
     (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     argv = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000)
@@ -120,7 +123,7 @@ def test_local_text_becomes_the_tokens_it_is(tmp_path, micro):
     config = from_args(argv, "")
     val, train = (separate(*loader.read_tokens(config, split)) for split in ("val", "train"))
     assert all(d in texts for d in [*val[:-1], *train[:-1]]) and any(d.startswith(val[-1]) for d in texts)
-    assert not set(val[:-1]) & set(train[:-1]) and len(val) > 5
+    assert not set(val[:-1]) & set(train[:-1]) and len(val) > 5 and "repeat another" not in capsys.readouterr().out
     assert val[:-1] != texts[:len(val) - 1]                     # shuffled
     again = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000, data_dir=tmp_path / "again")
     prepare.main(again)                                         # by a fixed seed
@@ -201,6 +204,8 @@ def test_scores_are_in_order_complete_and_unpadded():
     (b"\xff\xfe\xfa", {}, ["UTF-8"]),
     (b"too short\n", {}, ["too short", "4800", "10"]),
     (b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100), ["train_tokens", "epoch_multiple"]),
+    (b"x" * 9000, {}, ["1 documents", "shorter"]),                              # all of it is the validation set's
+    (b"x" * 9000 + b"\n" + b"y" * 9000, {}, ["fitness set", "shorter"]),        # and here the fitness set's
 ])
 def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, tmp_path, micro, capsys):
     if content is not None:
@@ -210,7 +215,7 @@ def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, t
         prepare.main(micro(**overrides))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(name in err for name in names), err
-    assert "epoch_multiple" in names or not (tmp_path / "data").exists()
+    assert not (tmp_path / "data").exists()
 
 
 def test_bad_rows_folders_and_files_are_refused(tmp_path, micro, capsys):

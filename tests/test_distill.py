@@ -106,6 +106,31 @@ def test_a_mixture_is_stored_as_three_members_make_it(micro, monkeypatch):
             assert torch.equal(ids[..., :3], exact.topk(3).indices)
 
 
+def test_what_a_mixture_did_not_store_is_spread_as_the_newest_member_spreads_it(micro, monkeypatch):
+    monkeypatch.setattr(distill, "STORED", 64)
+    config, sequences, models = from_args(micro(), ""), np.random.default_rng(0).integers(0, 257, (3, 33)), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(GPT(config).init_weights().eval())
+        with torch.no_grad():
+            models[-1].lm_head.weight.normal_(0, 0.15)                  # flat: half of it is not among 64 tokens
+    first = distill.mix_in(models[0], sequences, None, 1.0, 2)
+    second = distill.mix_in(models[1], sequences, first, 0.3, 2)
+    new = models[1](torch.from_numpy(sequences[:, :-1])).detach().double().softmax(-1)
+    old = torch.zeros_like(new)
+    for place in np.ndindex(3, 32):
+        p, ids = (x[place] for x in distill.unpack(first["p"], first["ids"]))
+        left = torch.ones(257, dtype=bool)
+        left[ids] = False
+        old[place][ids] = p.double()
+        old[place][left] = (1 - p.double().sum()) * new[place][left] / new[place][left].sum()
+        assert 0.3 < 1 - p.sum() < 0.8
+    exact = 0.7 * old + 0.3 * new
+    p, ids = distill.unpack(second["p"], second["ids"])
+    assert torch.allclose(p.double(), exact.gather(-1, ids), rtol=2e-3, atol=1e-6)
+    assert torch.allclose(p.double(), exact.topk(64).values, rtol=2e-3, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ packings
 
 def test_packings_come_again_and_every_sequence_has_its_number():
@@ -319,8 +344,8 @@ def test_fresh_cycles_are_models_of_their_own(ready, tmp_path):
     model.init_weights()
     optimizer = MuonAdamW(model.named_parameters(), config.lr_scale, momentum_warmup=3)
     batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42)
-    length = train.cycle_length(config, 1, data.sequences_per_epoch)
-    batches.position, average = 4 * train.cycle_length(config, 0, data.sequences_per_epoch), None
+    first, length = train.cycle_lengths(config, data.sequences_per_epoch)
+    batches.position, average = 4 * first, None
     for s in range(length):
         train.seed_step(42, length + s, 0)
         train.train_step(model, optimizer, [(b,) for b in batches.take(4)[0].split(2)],
@@ -403,6 +428,11 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
     assert len(chosen) > 1
+    steps, step, alphas, distilled_loss = [], train.train_step, set(), distill.distilled_loss
+    monkeypatch.setattr(train, "train_step", lambda model, optimizer, batches, loss_fn, rates: (
+        steps.append((rates, model.config.dropout)), step(model, optimizer, batches, loss_fn, rates))[1])
+    monkeypatch.setattr(distill, "distilled_loss", lambda model, batch, alpha, *rest: (
+        alphas.add(alpha), distilled_loss(model, batch, alpha, *rest))[1])
     (tmp_path / "run" / f".student.pt{writer(999999999)}").touch()      # a killed writer's
     student(argv)
     assert not [*tmp_path.glob("run/.student.pt.*"), *tmp_path.glob("run/student/*/mixture_*")]
@@ -414,6 +444,8 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     best = before["members"][best]["trajectory"], before["members"][best]["cycle"]
     weights = run.read_member(*best)[0]
     assert all(torch.equal(started[0][n].bfloat16(), weights[n]) for n in weights)
+    cosine = [0.5 * (1 + math.cos(math.pi * s / len(steps))) for s in range(len(steps))]        # to 0, without dropout
+    assert steps == [((pytest.approx(lr), 1.0), 0.0) for lr in cosine] and alphas == {0.85}
     # the stored teacher is the learned prior's mixture
     batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42, distill.PACKINGS)
     text = batches.pack(batches.order_of(1))

@@ -62,6 +62,7 @@ def test_no_position_sees_a_later_one():
     later[:, 9] = (later[:, 9] + 1) % 50
     a, b = model(idx), model(later)
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9], b[:, 9])
+    assert torch.allclose(model(idx[:, :11]), a[:, :11], atol=1e-5)             # windows do not shrink with the text
 
 
 def test_a_short_window_ends_half_a_sequence_back():

@@ -5,8 +5,11 @@ import torch
 from config import from_args
 from data import prepare
 from model import GPT
+from results.reproduction import FIGURES
 from tests.conftest import ROOT, error_line
 from tools import plan
+from train import cycle_lengths
+from world import cannot_share
 
 
 def of(name, *flags):
@@ -48,6 +51,9 @@ def test_the_memory_is_the_estimate_of_the_record():
     assert average == 0
     assert {part: count / GIB for part, count in fixed.items()} == pytest.approx(wanted, abs=0.1)
     assert per_sequence["activations"] / GIB == pytest.approx(16.2, abs=0.05) and head < 5 * GIB
+    assert fixed["mixed heads' weights"] == 2 * 3 * 2048 ** 2 * 31
+    without_mtp = plan.memory_of(*of("1p8b", "--compile=False", "--mtp_weight=0")[:2], 1)[0]["head: its gradients, a chunk"]
+    assert head - without_mtp == 4 * 50_304 * 2048                     # its loss has gradients of its own
     assert plan.memory_of(config, model, 4)[0]["Muon, this rank's share"] * 4 == fixed["Muon, this rank's share"]
     checkpointed = plan.memory_of(of("1p8b", "--compile=False", "--checkpoint=True")[0], model, 1)[1]["activations"]
     assert checkpointed / per_sequence["activations"] == pytest.approx(31 / 71, abs=0.03)
@@ -141,6 +147,8 @@ def test_what_is_printed(capsys):
     assert hours == pytest.approx(53.3 * 8.462 / 8.357, rel=0.01)       # 53 h of training at 55 % of the peak, and the scoring
     [dollars] = [float(line.split()[6].replace(",", "")) for line in out.splitlines() if line.startswith("  in all")]
     assert dollars == pytest.approx(hours * 8 * 2, rel=0.01)
+    plan.main([str(ROOT / "configs" / "1p8b.py"), "--keep=last"])
+    assert "6 members of 3.74" in capsys.readouterr().out               # three of a trajectory, while the oldest goes
     plan.main([str(ROOT / "configs" / "1p8b.py"), "--epochs=4", "--gpu_gb=24"])
     out = capsys.readouterr().out
     assert "4 epochs" in out and "none fits" in out and "noise" not in out and "the one decay" in out
@@ -150,6 +158,13 @@ def test_what_is_printed(capsys):
 def test_every_config_has_a_plan(config, capsys):
     plan.main([str(ROOT / "configs" / f"{config}.py")])
     assert "members" in capsys.readouterr().out
+
+
+def test_the_published_figures_have_runs_that_start():
+    for _, _, runs, _, gpus, _ in FIGURES:
+        for name, flags in runs:
+            config = from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")
+            assert cannot_share(config, gpus) is None and min(cycle_lengths(config, 48_736)) > 1, (name, flags)
 
 
 def test_looping_is_counted_by_decay_and_the_average_weighs():

@@ -170,6 +170,11 @@ def test_answers_follow_their_rules():
         members, weights = rules["topk"][K - 1]
         assert all(w[members].min() >= w[i] for i in range(11) if i not in members)
         assert torch.allclose(weights, w[members] / w[members].sum())
+        idle = [i for i in members.tolist() if w[i] == 0]
+        assert idle == [i for i in losses.argsort().tolist() if w[i] == 0][:len(idle)]
+        members, weights = rules["learned"][K - 1]
+        idle = [i for i, weight in zip(members.tolist(), weights) if weight == 0]
+        assert idle == [i for i in losses.argsort().tolist() if i not in members[weights > 0]][:len(idle)]
         if K >= support:
             members, weights = rules["learned"][K - 1]
             assert loss(weights, log_p[members]) == pytest.approx(loss(w, log_p), abs=1e-7)
@@ -184,12 +189,13 @@ def test_the_growing_mixture_uses_what_is_there():
 
 def test_mixture_losses_against_the_plain_formula():
     log_p = log_probabilities(5, 20_000)                        # several blocks
+    log_p[:, 7] = -200                                          # the public script's floor holds here
     r = np.random.default_rng(0)
     sizes, documents = r.integers(0, 4, 20_000).astype(np.uint8), np.sort(r.integers(0, 30, 20_000))
     mixtures = [answer for answers in answers_for(log_p)[0].values() for answer in answers]
     nats, bits = mixture_losses(mixtures, list(log_p.numpy()), sizes, documents)
     for (members, w), row, b in zip(mixtures, nats, bits):
-        each = -(w @ log_p[members].double().exp()).log()
+        each = -(w @ log_p[members].double().exp()).clamp(min=1e-12).log()
         assert row.tolist() == pytest.approx([each[documents == d].sum().item() for d in range(30)], rel=1e-12)
         assert b == pytest.approx(each[torch.from_numpy(sizes > 0)].sum().item() / (math.log(2) * sizes.sum(dtype=int)),
                                   rel=1e-12)

@@ -104,6 +104,8 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
         assert a["val_error"] is None if len(size) < 2 else a["val_error"] == pytest.approx(
             np.sqrt((residual ** 2).sum() * len(size) / (len(size) - 1)) / size.sum(), abs=1e-6)
         assert a["val_perplexity"] == pytest.approx(math.exp(a["val_loss"]))
+        size_of = (data.val[:, 1:].ravel() < 256).astype(int)           # bytes of every target: the separator has none
+        assert a["val_bits_per_byte"] == pytest.approx((of(a) * size_of).sum() / (math.log(2) * size_of.sum()), rel=1e-5)
 
 
 def test_everything_again_changes_no_file(finished, monkeypatch):

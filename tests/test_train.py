@@ -17,7 +17,7 @@ from config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from files import load_tensors, write_whole
+from files import load_tensors, read_json, write_whole
 from population import Run
 from tests import kill
 from tests.conftest import ROOT, error_line
@@ -44,10 +44,11 @@ def test_noise_falls_by_half_a_cosine():
 @pytest.mark.parametrize("name, large", [("1p8b", range(16, 48)), ("1p8b_960", range(24, 72))])
 def test_the_record_batches_and_cycle_lengths(name, large):
     config = RECIPES[name]
+    lengths = train.cycle_lengths(config, 48_736)
     for cycle in range(config.cycles):
         inside = cycle in large
         assert train.tokens_per_step(config, cycle) == (524_288 if inside else 393_216)
-        assert train.cycle_length(config, cycle, 48_736) == (381 if inside else 508)
+        assert lengths[cycle] == (381 if inside else 508)
 
 
 def test_one_cycle_takes_the_middle_batch():
@@ -222,6 +223,8 @@ def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
             and [d for _, d in seen] == pytest.approx([0.7 + 0.3 * (1 - m) / 0.92 for m in lr]))
     run = Run(config, data.fingerprint)
     assert [run.read_member(0, c)[1]["epochs"] for c in range(3)] == [1.25, 1.75, 2.25]
+    prior.main(argv)
+    assert [g["epochs"] for g in read_json(tmp_path / "run" / "prior.json")["growing"]] == [1.25, 1.75, 2.25]
     # the same training without a snapshot on the way ends at the same weights
     train.main(ready(trajectories=1, cycles=1, distill_from=1,
                      epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
@@ -236,25 +239,28 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
         kept.append({n: w.double().clone() for n, w in model.state_dict().items()})
         return result
     monkeypatch.setattr(train, "train_step", record)
-    argv = ready(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=6, ema_decay=0.75, ema_every=2)
+    L = 40                                      # steps: two updates fit into the last tenth
+    epochs = L * 4 / loader.load(from_args(ready(), "")).sequences_per_epoch
+    argv = ready(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=epochs, ema_decay=0.75, ema_every=3)
     train.main(argv)
-    config, L = from_args(argv, ""), len(kept) // 2
+    config = from_args(argv, "")
     kept = kept[L:]                             # the second cycle knows nothing of the first's average
     average = None
-    for s in range(L):                          # the last tenth, every second step, the last one included
-        if s >= 0.9 * L and (L - 1 - s) % 2 == 0:
+    for s in range(L):                          # the last tenth, every third step, the last one included
+        if s >= 0.9 * L and (L - 1 - s) % 3 == 0:
             average = kept[s] if average is None else {n: 0.75 * average[n] + 0.25 * w for n, w in kept[s].items()}
     run = Run(config, loader.load(config).fingerprint)
     member, about = run.read_member(0, 1)
-    assert L > 30 and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
+    assert len(kept) == L and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
     for name, w in model_of(run.read_resume(0)).items():
         assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[name], w.bfloat16())
     model = GPT(config)
     model.load_state_dict(member)
     assert -loader.score(model, loader.load(config).fit, 4).mean() == pytest.approx(about["fit_loss"], abs=1e-5)
     with pytest.raises(SystemExit) as stop:
-        train.main(ready(trajectories=1, cycles=1, distill_from=1, ema_decay=0.75, run_dir=tmp_path / "other"))
-    assert stop.value.code == 2 and "ema_every=10" in error_line(capsys.readouterr().err) and not (tmp_path / "other").exists()
+        train.main(ready(trajectories=1, cycles=1, distill_from=1, epochs_per_cycle=epochs, ema_decay=0.75, ema_every=4,
+                         run_dir=tmp_path / "other"))
+    assert stop.value.code == 2 and "ema_every=4" in error_line(capsys.readouterr().err) and not (tmp_path / "other").exists()
 
 
 def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
@@ -311,7 +317,7 @@ def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tm
     distill.main(argv)
     config = from_args(argv, "")
     run, data = Run(config, loader.load(config).fingerprint), loader.load(config)
-    steps, rest = divmod(len(teachers), train.cycle_length(config, 2, data.sequences_per_epoch) * 2)        # two micro-batches
+    steps, rest = divmod(len(teachers), train.cycle_lengths(config, data.sequences_per_epoch)[2] * 2)        # two micro-batches
     assert (steps, rest) == (2, 0)
     for i, (weight, alpha, temperature, training, grad) in enumerate(teachers):
         predecessor = run.read_member(0, 1 + i // (len(teachers) // 2))[0]["lm_head.weight"].float()
@@ -372,6 +378,26 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
     run_all(argv)                                   # nothing is done twice
     assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
+
+
+def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
+    settings = dict(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=6, restart="fresh", schedule="warmdown",
+                    momentum_warmup=5, ema_decay=0.75, ema_every=1, ema_share=0.4)
+    train.main(ready(run_dir=tmp_path / "whole", **settings))
+    argv, died, save = ready(run_dir=tmp_path / "pieces", resume_every=1, **settings), set(), Run.save_resume
+    class Stop(Exception):
+        pass
+    def dying(run, t, tensors, **about):
+        save(run, t, tensors, **about)
+        if any(name.startswith("average.") for name in tensors) and about["step"] not in died:
+            died.add(about["step"])
+            raise Stop
+    monkeypatch.setattr(Run, "save_resume", dying)
+    for _ in range(20):
+        with contextlib.suppress(Stop):
+            train.main(argv)
+            break
+    assert len(died) >= 4 and members(tmp_path / "pieces") == members(tmp_path / "whole")
 
 
 def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
@@ -449,6 +475,9 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
     def record(rank, size):
         def step(model, optimizer, micro_batches, *rest):
             seen.setdefault((size, rank), []).append(torch.cat([rows for rows, _ in micro_batches]))
+            for rows, numbers in micro_batches:             # each with its own number, by which a stored mixture is found
+                packings, places = zip(*(divmod(n, order.per_packing) for n in numbers.tolist()))
+                assert rows.tolist() == [order.pack(order.order_of(p + 1))[i].tolist() for p, i in zip(packings, places)]
             return torch.zeros(()), torch.zeros(())
         monkeypatch.setattr(train, "train_step", step)
         monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size))
@@ -457,12 +486,18 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
     # each of these runs starts anew, and there are no other ranks to ask
     for name in ("save_member", "save_scores", "save_resume", "check_group"):
         monkeypatch.setattr(Run, name, lambda *a, **k: None)
+    data = loader.load(from_args(argv, ""))
+    order = loader.Batches(data.train, data.doc_starts, 32, 4, 42)
+    drawn, seed_step = {}, train.seed_step
+    monkeypatch.setattr(train, "seed_step", lambda seed, step, rank: (
+        drawn.setdefault((seed, step), set()).add(rank), seed_step(seed, step, rank)))
     for rank, size in ((0, 1), (0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4)):
             record(rank, size)
     for size in (2, 4):
         for step, whole in enumerate(seen[1, 0]):
             parts = torch.cat([seen[size, rank][step] for rank in range(size)])
             assert sorted(parts.tolist()) == sorted(whole.tolist())
+    assert all(ranks == {0, 1, 2, 3} for ranks in drawn.values())               # every rank its own dropout
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):

@@ -18,7 +18,7 @@ from distill import student_config
 from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW
 from population import mixture_bytes
-from train import cycle_length, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
+from train import cycle_lengths, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
 from world import cannot_share, fitting, micro_batches
 
 ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
@@ -92,8 +92,10 @@ def sequences_per_epoch(config):
     """As the data has it where it is prepared, else from the token counts alone."""
     if (Path(config.data_dir) / loader.file_name(config, "_train.pt")).exists():
         return loader.load(config).sequences_per_epoch
-    return ((config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1)
-            // config.epoch_multiple * config.epoch_multiple)
+    n = ((config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1)
+         // config.epoch_multiple * config.epoch_multiple)
+    return n or refuse(f"train_tokens={config.train_tokens}: what fitness_tokens={config.fitness_tokens} leaves does not hold "
+                       f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}; raise train_tokens")
 
 
 def held_out_tokens(config):
@@ -105,8 +107,8 @@ def held_out_tokens(config):
 def cycles_of(config, sequences):
     """[(first, last, steps, tokens of a step)] of runs of like cycles."""
     rows = []
-    for cycle in range(config.cycles):
-        like = cycle_length(config, cycle, sequences), tokens_per_step(config, cycle)
+    for cycle, length in enumerate(cycle_lengths(config, sequences)):
+        like = length, tokens_per_step(config, cycle)
         if rows and rows[-1][2:] == like:
             rows[-1] = (rows[-1][0], cycle, *like)
         else:
@@ -116,7 +118,7 @@ def cycles_of(config, sequences):
 
 def flops_of(config, model, sequences):
     """{script: model FLOPs in all}."""
-    lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
+    lengths = cycle_lengths(config, sequences)
     flops = {"train.py": 0, "distill.py": 0}
     per_token = {(looping, teacher): step_flops(model, looping, teacher)
                  for looping in (False, True) for teacher in (False, True)}
@@ -198,7 +200,7 @@ def print_cycles(config, sequences):
     rows = cycles_of(config, sequences)
     for first, last, steps, tokens in rows:
         print(f"  cycles {first:>3} .. {last:>3}: {steps:>6} steps of {tokens:,} tokens")
-    lengths = [cycle_length(config, c, sequences) for c in range(config.cycles)]
+    lengths = cycle_lengths(config, sequences)
     ends = [rate_multipliers(config.schedule, *place_in_decay(config, lengths, c, s))
             for c, s in ((0, 0), (config.cycles - 1, lengths[-1] - 1))]
     what = "the one decay" if config.restart == "none" else "a cycle"

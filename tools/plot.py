@@ -3,6 +3,7 @@ The picture of a population: python -m tools.plot CONFIG [--name=value ...] [--b
 Reads run_dir/prior.json, writes run_dir/prior.png: loss against K for each rule, each member's loss and the mixture's
 after each cycle, the weights, and loss against training epochs, beside the finished runs of other configs.
 """
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -86,7 +87,7 @@ def loss_against_epochs(axes, priors, beside):
     grown = [prior["growing"] for prior in priors]
     curve(axes, [g["epochs"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown],
           color="tab:blue", marker="o", label="this population, learned prior")
-    for (label, others), marker in zip(beside.items(), "s^Dv<>P*"):
+    for (label, others), marker in zip(beside.items(), itertools.cycle("s^Dv<>P*")):
         curve(axes, [others[0]["growing"][-1]["epochs"]], [[other["growing"][-1]["val_loss"]] for other in others],
               color="black", marker=marker, ls="", label=label)
     axes.set(xlabel="epochs of training, all trajectories together", title="What training buys")
@@ -124,9 +125,12 @@ def main(argv=None):
     actions, argv = take_actions(argv, beside="")
     config = from_args(argv, __doc__)
     mine, beside = read_prior(config.run_dir), {}
-    for folder in filter(None, actions.beside.split(",")):
-        beside[Path(folder).name] = [read_prior(folder)]
-        if any(beside[Path(folder).name][0]["text"].get(k) != mine["text"].get(k)
+    folders = list(filter(None, actions.beside.split(",")))
+    short = len({Path(folder).name for folder in folders}) == len(folders)
+    for folder in folders:
+        other = read_prior(folder)
+        beside[Path(folder).name if short else folder] = [other]
+        if any(other["text"].get(k) != mine["text"].get(k)
                for k in ("text_sha256", "tokenizer", "val_tokens")):
             refuse(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
     draw([mine], Path(config.run_dir) / "prior.png", beside)
