@@ -1,54 +1,18 @@
 """
 Every knob, once: its name, its unit, its rule. A config file assigns names (it is Python, and is executed), the command
-line overrides them with --name=value, the last one wins. Whatever is wrong is refused here, in one line, before
-anything else happens.
+line overrides them with --name=value, the last one wins. Whatever is wrong is refused here, before anything else happens.
 """
 import dataclasses
 import difflib
 import os
 import sys
-import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NoReturn
 
-from tqdm import tqdm
-
+from errors import refuse
 from model import GPTConfig
 
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
-
-
-SILENCE = 5             # seconds a silent rank waits before it exits, so that the rank that says why ends first
-prints = False          # whether a rank that is not its machine's first may print its errors: the first of each group may
-
-
-def first_rank():
-    """Whether this is the first of the processes that torchrun started, or the only one; known before they have met."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def first_here():
-    """Whether this is the first of the processes on its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def speak(yes=True):
-    """Let this rank, too, print its errors, not only the first on its machine."""
-    global prints
-    prints = yes
-
-
-def refuse(message, common=False, code=2) -> NoReturn:
-    """
-    One line on standard error, exit code 2 (bad input) or 1 (it went wrong on the way).
-    common: every rank comes here, and rank 0 speaks for all; else one on each machine, which may be the only one to see it.
-    """
-    if first_rank() or not common and (prints or first_here()):
-        tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)     # on its own line, whatever bars there are
-    else:
-        time.sleep(SILENCE)         # torchrun ends all ranks as soon as one has ended: the one that speaks comes first
-    raise SystemExit(code)
 
 
 def free(**default):
@@ -226,18 +190,15 @@ def take_actions(argv, **defaults):
         name, equals, text = arg[2:].partition("=")
         if not arg.startswith("--") or name not in defaults:
             rest.append(arg)
-            continue
-        if defaults[name] is False:             # a flag
-            if equals:
-                refuse(f"{arg}: write --{name} alone")
-            values[name] = True
-            continue
-        if not equals or text == defaults[name] == "":
+        elif defaults[name] is False:           # a flag
+            values[name] = True if not equals else refuse(f"{arg}: write --{name} alone")
+        elif not equals or text == defaults[name] == "":
             refuse(f"{arg} has no value: write --{name}=VALUE")
-        try:
-            values[name] = type(defaults[name])(text)
-        except ValueError:
-            refuse(f"{name}={text!r}: wants a value such as {defaults[name]!r}")
+        else:
+            try:
+                values[name] = type(defaults[name])(text)
+            except ValueError:
+                refuse(f"{name}={text!r}: wants a value such as {defaults[name]!r}")
     return SimpleNamespace(**values), rest
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from config import first_rank, from_args, refuse, speak, take_actions
+from config import from_args, take_actions
 from data import loader
+from errors import first_rank, refuse, speak
 from files import sha256_of, sweep
 from model import GPT, chunks, cross_entropy
 from population import STORED, STUDENT, Run, read_prior, whole_mixture
@@ -96,13 +97,16 @@ class OneMember:
     def __init__(self, config, choose):
         self.config, self.choose, self.teacher = config, choose, None
 
+    def weights(self, run, t, cycle):
+        """The state dict of who teaches this cycle."""
+        chosen = self.choose(run, t, cycle)
+        assert 0 <= chosen < cycle, f"cycle {chosen} cannot teach cycle {cycle}"
+        return run.read_member(t, chosen)[0]
+
     def __call__(self, launch, trajectory):
-        run, c = launch.run, self.config
+        c = self.config
         self.teacher = self.teacher or frozen(c, launch.world.device)
-        chosen = self.choose(run, trajectory.t, trajectory.cycles_done)
-        assert 0 <= chosen < trajectory.cycles_done, f"cycle {chosen} cannot teach cycle {trajectory.cycles_done}"
-        weights, _ = run.read_member(trajectory.t, chosen)
-        self.teacher.load_state_dict(weights)
+        self.teacher.load_state_dict(self.weights(launch.run, trajectory.t, trajectory.cycles_done))
         return lambda student, batch, numbers: chain_loss(student, self.teacher, batch, c.distill_alpha, c.distill_temperature)
 
 
@@ -209,7 +213,7 @@ class Mixture:
                     place = parts[first + world.data_rank]
                     if not run.has_mixture(t, n, *place, made_from(n, place)):
                         run.save_mixture(t, n, *place, mix(*place), made_from(n, place))
-                stop.agreed = world.any_asked(stop.asked)
+                stop.agreed = world.mean(stop.asked)[0] > 0
                 if stop.agreed:
                     return
 
@@ -221,7 +225,7 @@ class Mixture:
         fit = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
 
         def mix(packing, part):
-            sequences = batches.pack(batches.order_of(packing))[part * PART:(part + 1) * PART]
+            sequences = batches.pack(packing)[part * PART:(part + 1) * PART]
             if n == 1:
                 return {**mix_in(self.model, sequences, None, 1.0, self.config.micro_batch), "fit": fit}
             speak()                                             # any rank may be the one to find the file damaged
@@ -274,14 +278,9 @@ class Student(Mixture):
         return weights[-1] / sum(weights)
 
     def __call__(self, launch, trajectory):
-        if trajectory.step == 0:
-            self.begin(trajectory.model)
+        if trajectory.step == 0 and self.identity["student_from"] == "best":        # its first weights
+            trajectory.model.load_state_dict(self.source.read_member(self.best["trajectory"], self.best["cycle"])[0])
         return super().__call__(launch, trajectory)
-
-    def begin(self, model):
-        """The student's first weights."""
-        if self.identity["student_from"] == "best":
-            model.load_state_dict(self.source.read_member(self.best["trajectory"], self.best["cycle"])[0])
 
 
 def teach_student(config, argv):

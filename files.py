@@ -11,7 +11,7 @@ import platform
 
 import torch
 
-from config import refuse
+from errors import refuse
 
 FORMAT = 2                  # of all files below; to be raised where an older reader would go wrong
 

@@ -113,8 +113,8 @@ class Attention(nn.Module):
             W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W                 # 3, H, H @ 3, H, D * C
         return W.view(-1, self.c_q.in_features), self.c_proj.weight.to(dtype)
 
-    def forward(self, x, weights, ve, rope, window):
-        qkv, proj = weights
+    def forward(self, x, qkv, proj, ve, rope, window):
+        """x (B, T, C) normed; qkv (3C, C) and proj (C, C) as weights() gives them; ve (B, T, C) or None; rope = (cos, sin)."""
         qk, v = F.linear(x, qkv).view(*x.shape[:2], 3, self.n_head, -1).split([2, 1], dim=2)    # B, T, 2 and 1, H, D
         q, k, v = *norm(rotary(qk, *rope)).unbind(2), v.squeeze(2)                              # B, T, H, D
         if ve is not None:
@@ -126,6 +126,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU: (B, T, C) to (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
@@ -139,7 +141,7 @@ class MLP(nn.Module):
         return self.c_gate.weight.to(dtype), self.c_fc.weight.to(dtype), self.c_proj.weight.to(dtype)
 
     def forward(self, x, gate, fc, proj):
-        x = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, fc), proj)         # SwiGLU
+        x = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, fc), proj)
         return F.dropout(x, self.dropout, self.training)
 
 
@@ -153,19 +155,20 @@ class Block(nn.Module):
         """Its matrices in the compute dtype, made once per forward pass however often the block is applied."""
         return *self.attn.weights(dtype), *self.mlp.weights(dtype)
 
-    def forward(self, x, weights, ve, rope, window, mix=None, skip=None):
+    def forward(self, x, weights, ve, rope, window, stream=None, skip=None):
         """
-        In order: x + s e where skip = (s, e), e from the encoder; r x + a x0 where mix = (r, a, x0);
+        In order: x + s e where skip = (s, e), e from the encoder; r x + a x0 where stream = (r, a, x0);
         x + attention; x + MLP.
         """
+        qkv, proj, *mlp = weights
         if skip:
             s, e = skip
             x = x + s * e
-        if mix:
-            r, a, x0 = mix
+        if stream:
+            r, a, x0 = stream
             x = r * x + a * x0
-        x = x + self.attn(norm(x), weights[:2], ve, rope, window)
-        return x + self.mlp(norm(x), *weights[2:])
+        x = x + self.attn(norm(x), qkv, proj, ve, rope, window)
+        return x + self.mlp(norm(x), *mlp)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -317,10 +320,10 @@ class GPT(nn.Module):
                 weights[i] = self.transformer.h[i].weights(x.dtype)
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
-            mix = self.resid_lambdas[i], self.x0_lambdas[i], x0
+            stream = self.resid_lambdas[i], self.x0_lambdas[i], x0
             # U-Net: decoder i pairs with L-1-i
             skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else None
-            inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, mix, skip
+            inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, stream, skip
             if self.checkpointing and again and torch.is_grad_enabled():
                 x = checkpoint(self.transformer.h[i], *inputs, use_reentrant=False)
             else:

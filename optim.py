@@ -109,11 +109,6 @@ class MuonAdamW:
         for tensor in [t for g in self.groups for key in ("m", "v", "steps") for t in g.get(key, [])]:
             tensor.zero_()
 
-    def zero_grad(self):
-        """In place: gradients stay what DDP reduces."""
-        for p in (p for g in self.groups for p in g["params"] if p.grad is not None):
-            p.grad.zero_()
-
     @torch.no_grad()
     def step(self, lr_multiplier, wd_multiplier):
         self.steps += 1
@@ -124,11 +119,13 @@ class MuonAdamW:
             self.sending.pop().wait()
 
     def adamw(self, g, lr, decay):
+        """torch's own step of one group, decoupled decay."""
         adamw(g["params"], [p.grad for p in g["params"]], g["m"], g["v"], [], g["steps"],
               fused=True, amsgrad=False, maximize=False,
               beta1=g["betas"][0], beta2=g["betas"][1], lr=lr, weight_decay=decay, eps=g["eps"])
 
     def muon(self, g, lr, decay):
+        """Step this rank's share of one group, matrices of one shape, and begin to send each to the other ranks."""
         rows, cols = g["params"][0].shape
         lr = lr * max(1, rows / cols) ** 0.5                    # tall matrices step further
         left = max(0, 1 - (self.steps - 1) / self.momentum_warmup) if self.momentum_warmup else 0
@@ -166,6 +163,7 @@ class MuonAdamW:
         return dict(steps=self.steps, moments=moments)
 
     def load_state_dict(self, state):
+        """Of state_dict(); every rank takes its own share. AssertionError where it is of other parameters."""
         self.steps, own = state["steps"], self.moments()
         assert {n for g in self.groups for n in g["names"]} == state["moments"].keys(), "moments of other parameters"
         for count in [count for g in self.groups for count in g.get("steps", [])]:

@@ -18,12 +18,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from config import FIELDS, first_here, first_rank, from_args, refuse
+from config import FIELDS, from_args
+from errors import first_here, first_rank, refuse
 from files import (Damaged, dense, differences, load, load_tensors, read_json, save_tensors, sha256_of, sweep,
                    write_json, write_whole)
 from world import processes
@@ -57,6 +59,9 @@ def mixture_bytes(config):
     return taught * config.packings * (config.train_tokens - config.fitness_tokens) * 4 * STORED
 
 
+State = namedtuple("State", "tensors about")        # to go on from: name -> tensor on disk, and plain values
+
+
 class Run:
     """
     The run directory of a config. Exits with code 2 where it belongs to another config or other data (data_fingerprint
@@ -86,163 +91,6 @@ class Run:
         Settings that older code did not have count as today's defaults.
         """
         return differences({**DEFAULTS, **identity} if isinstance(identity, dict) else identity, self.identity, leave)
-
-    def lock(self, folder, doing):
-        """Why this process may not be the one that does it, if so; the lock goes with the process, however it ends."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.locks[folder] = open(folder / ".lock", "a")
-        except OSError as e:
-            return (f"run_dir={self.path}: cannot write to {folder} on {platform.node()}: {e.strerror}; "
-                    "mend it, or name another --run_dir")
-        try:
-            fcntl.flock(self.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return (f"run_dir={self.path}: another process is {doing} {folder} on {platform.node()}: "
-                    "wait for it or stop it, or name another --run_dir")
-        except OSError:
-            pass                # a file system without locks
-
-    def lock_folders(self, world, folders):
-        """For all ranks together: lock these, each rank its own. Exits with code 2 where another process trains there."""
-        reasons = [self.lock(folder, "training") for folder in folders if folder not in self.locks]
-        for reason in filter(None, sum(world.gather(reasons), [])):
-            refuse(reason, common=True)
-
-    def check_group(self, world):
-        """Exits with code 2 where the ranks of a group, on several machines, do not see one disk."""
-        if world.data_size == 1:
-            return
-        path, mark = self.folder(world.trajectories[0]) / ".mark", f"{time.time_ns()} {platform.node()} {os.getpid()}\n"
-        if world.lead:
-            write_whole(path, lambda f: f.write(mark.encode()))
-        mark = world.gather(mark)[world.rank - world.data_rank]         # the lead's
-
-        def seen():
-            try:
-                return path.read_text() == mark
-            except OSError:
-                return False
-        until = time.monotonic() + LAG
-        while not seen() and time.monotonic() < until:
-            time.sleep(0.5)
-        if not all(world.gather(seen())):
-            refuse(f"run_dir={self.path}: {world.data_size} ranks are to train a trajectory together, on machines whose disks "
-                   "differ: name a --run_dir that all of them see, or start so many processes that every machine has "
-                   "trajectories of its own", common=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        while self.locks:
-            self.locks.popitem()[1].close()
-
-    def claim(self, world, begun):
-        """
-        For all ranks together, once it is locked, to go on from these states (trajectory -> about): on every machine, which
-        may have a disk of its own, sweep it, cut metrics.jsonl back and write config.json.
-        """
-        if first_here():
-            sweep(self.path, "scores/*/.*")
-            for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*"):
-                sweep(self.path, pattern, others=True)          # nobody else trains here
-        world.barrier(everyone=True)                # before one writes what another would sweep
-        if first_here():
-            self.cut_metrics(begun)
-            self.write_config()
-        world.barrier(everyone=True)
-
-    def write_config(self):
-        """config.json, where there is none."""
-        code = code_version()
-        if self.config_path.exists():
-            theirs = read_json(self.config_path).get("code")
-            if theirs != code:
-                print(f"note: {self.path} was begun by code {theirs}, this is {code}; what is there stays, "
-                      "for a fresh start name another --run_dir", file=sys.stderr)
-            return
-        write_json(self.config_path, {"identity": self.identity, "config": vars(self.config),
-                                      "code": code, "torch": torch.__version__})
-
-    def claim_scores(self):
-        """For prior.py, which may run beside training."""
-        if first_rank():
-            busy = self.lock(self.path / "scores", "scoring")
-            if busy:
-                refuse(busy)
-            if next(self.path.glob("scores/*.json"), None):
-                refuse(f"{self.path}/scores was written by an older version of this code: move it away and run this again, "
-                       "or, where keep=last dropped members, go on with that version")
-        if first_here():
-            sweep(self.path, "scores/*/.*")
-            sweep(self.path, ".prior.json.*")
-
-    def begin(self, world, first, end):
-        """
-        Claim the directory for cycles first .. end - 1. The states to go on from, trajectory -> (tensors, about) or None.
-        Exits with code 2 where a trajectory has not had the cycles before.
-        """
-        own = [self.path] * (world.rank == 0) + [self.folder(t) for t in world.trajectories] * world.lead
-        self.lock_folders(world, [folder for folder in own if folder.exists()])     # before any state is read
-        self.check_disks(world)
-        states = {t: self.read_resume(t) for t in world.trajectories}
-        behind = [t for t, state in states.items() if first > (state[1]["cycles_done"] if state else 0)]
-        behind = sorted(sum(world.gather(behind), []))
-        if behind:
-            refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: "
-                   "run train.py on this config first", common=True)
-        for t, state in states.items():
-            if not state and any(self.member_path(t, c).exists() for c in range(1, self.config.cycles)):
-                refuse(f"trajectory_{t:02d} of {self.path} has members but no state to go on from: "
-                       "restore its resume_*.pt, or move the folder away to train it again")
-        found = world.gather({t: state[1] if state else {"step": 0, "cycles_done": 0} for t, state in states.items()})
-        begun = {t: about for of_rank in found for t, about in of_rank.items()}
-        self.lock_folders(world, own)               # before any machine touches what may be another's run
-        self.check_group(world)
-        self.claim(world, begun)
-        for t, state in states.items():
-            differ = (differences(state[1]["setup"], setup(self.config, world))
-                      if state and state[1]["cycles_done"] < end else "")
-            if differ and world.lead:
-                print(f"note: trajectory {t} goes on under another set-up ({differ}): "
-                      "not bit for bit what it would have been", file=sys.stderr)
-        return states
-
-    def check_disks(self, world):
-        """Exits with code 2 where a trajectory's newest state is on another machine than its ranks would look."""
-        names = [max((p.name for p in self.states(t)), default="") for t in range(self.config.trajectories)]
-        seen = world.gather((platform.node(), names, world.trajectories))
-        for t in range(self.config.trajectories):
-            name, machine = max((names[t], machine) for machine, names, _ in seen)
-            lacks = [(rank, machine) for rank, (machine, names, own) in enumerate(seen) if t in own and names[t] < name]
-            if lacks:
-                refuse(f"{self.folder(t)}/{name} is on {machine} and not on {lacks[0][1]}, whose rank {lacks[0][0]} "
-                       "would go on with it: start as many ranks, on the same machines, as trained it (torchrun orders "
-                       "machines by name), or copy the folder", common=True)
-
-    def check_room(self, world, parameters):
-        """
-        Exits with code 2 where the disk has no room for what this machine will still write,
-        of a model of so many parameters.
-        """
-        # a member: bf16; a state: fp32 weights, two moments, their average
-        c, member, state = self.config, 2 * parameters, (16 if self.config.ema_decay else 12) * parameters
-        # trajectories trained on this machine
-        here = len(world.trajectories) * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) // world.data_size)
-        members = here * (c.cycles if c.keep == "all" else min(c.cycles, 3))
-        need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
-        need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
-        need += max(0, here * 2 * mixture_bytes(c) - sum(p.stat().st_size for p in self.path.glob("trajectory_*/mixture_*.pt")))
-        need += max(0, here * c.cycles * 4 * (c.fitness_tokens + c.val_tokens)
-                    - sum(p.stat().st_size for p in self.path.glob("scores/*/*.pt")))
-        free = shutil.disk_usage(self.there).free
-        if need > free:
-            refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: "
-                   "make room, name another --run_dir"
-                   + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (
-                       c.keep == "all" and c.distill_teacher == "predecessor")
-                   + ", or lower --packings" * (mixture_bytes(c) > 0))
 
     # ---- members
 
@@ -317,7 +165,7 @@ class Run:
             old.unlink()
 
     def read_resume(self, t):
-        """(tensors, about) of the newest state that is whole, None where there is none. Says which ones it passes over."""
+        """The newest State that is whole, None where there is none. Says which ones it passes over."""
         reasons = []
         for path in reversed(self.states(t)):
             try:
@@ -329,7 +177,7 @@ class Run:
                             for key in ("step", "position", "cycles_done", "cycle_step"))
                         or not isinstance(about.get("setup"), dict)):
                     raise Damaged("is no resume state")
-                return tensors, about
+                return State(tensors, about)
             except Damaged as e:
                 reasons.append(f"{path} {e}")
                 print(f"note: {reasons[-1]}; looking for an older one", file=sys.stderr)
@@ -404,16 +252,6 @@ class Run:
                                       f"restore it, or delete {self.dropped_path(t, c)} to go on without this member"))
         return tensors["log_p"].numpy(), about["weights_sha256"]
 
-    def read_score_files(self, t, c):
-        """Their contents, checked here, where they can be mended, and not where they are sent to."""
-        for split in SPLITS:
-            self.read_scores(split, t, c)
-        return {split: self.score_path(split, t, c).read_bytes() for split in SPLITS}
-
-    def write_score_files(self, t, c, files):
-        for split, content in files.items():
-            write_whole(self.score_path(split, t, c), lambda f: f.write(content))
-
     # ---- metrics
 
     def log(self, **record):
@@ -444,6 +282,159 @@ class Run:
         kept = [line for line in lines if stays(line)]
         if kept != lines:
             write_whole(path, lambda f: f.writelines(kept))
+
+    # ---- who may write here, and whether there is room
+
+    def lock(self, folder, doing):
+        """Why this process may not be the one that does it, if so; the lock goes with the process, however it ends."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.locks[folder] = open(folder / ".lock", "a")
+        except OSError as e:
+            return (f"run_dir={self.path}: cannot write to {folder} on {platform.node()}: {e.strerror}; "
+                    "mend it, or name another --run_dir")
+        try:
+            fcntl.flock(self.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return (f"run_dir={self.path}: another process is {doing} {folder} on {platform.node()}: "
+                    "wait for it or stop it, or name another --run_dir")
+        except OSError:
+            pass                # a file system without locks
+
+    def lock_folders(self, world, folders):
+        """For all ranks together: lock these, each rank its own. Exits with code 2 where another process trains there."""
+        reasons = [self.lock(folder, "training") for folder in folders if folder not in self.locks]
+        for reason in filter(None, sum(world.gather(reasons), [])):
+            refuse(reason, common=True)
+
+    def check_group(self, world):
+        """Exits with code 2 where the ranks of a group, on several machines, do not see one disk."""
+        if world.data_size == 1:
+            return
+        path, mark = self.folder(world.trajectories[0]) / ".mark", f"{time.time_ns()} {platform.node()} {os.getpid()}\n"
+        if world.lead:
+            write_whole(path, lambda f: f.write(mark.encode()))
+        mark = world.gather(mark)[world.rank - world.data_rank]         # the lead's
+
+        until = time.monotonic() + LAG
+        while not (seen := path.exists() and path.read_text() == mark) and time.monotonic() < until:
+            time.sleep(0.5)
+        if not all(world.gather(seen)):
+            refuse(f"run_dir={self.path}: {world.data_size} ranks are to train a trajectory together, on machines whose disks "
+                   "differ: name a --run_dir that all of them see, or start so many processes that every machine has "
+                   "trajectories of its own", common=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        while self.locks:
+            self.locks.popitem()[1].close()
+
+    def claim(self, world, begun):
+        """
+        For all ranks together, once it is locked, to go on from these states (trajectory -> about): on every machine, which
+        may have a disk of its own, sweep it, cut metrics.jsonl back and write config.json.
+        """
+        if first_here():
+            sweep(self.path, "scores/*/.*")
+            for pattern in (".config.json.*", ".metrics.jsonl.*", "trajectory_*/.*"):
+                sweep(self.path, pattern, others=True)          # nobody else trains here
+        world.barrier(everyone=True)                # before one writes what another would sweep
+        if first_here():
+            self.cut_metrics(begun)
+            self.write_config()
+        world.barrier(everyone=True)
+
+    def write_config(self):
+        """config.json, where there is none."""
+        code = code_version()
+        if self.config_path.exists():
+            theirs = read_json(self.config_path).get("code")
+            if theirs != code:
+                print(f"note: {self.path} was begun by code {theirs}, this is {code}; what is there stays, "
+                      "for a fresh start name another --run_dir", file=sys.stderr)
+            return
+        write_json(self.config_path, {"identity": self.identity, "config": vars(self.config),
+                                      "code": code, "torch": torch.__version__})
+
+    def claim_scores(self):
+        """For prior.py, which may run beside training."""
+        if first_rank():
+            busy = self.lock(self.path / "scores", "scoring")
+            if busy:
+                refuse(busy)
+            if next(self.path.glob("scores/*.json"), None):
+                refuse(f"{self.path}/scores was written by an older version of this code: move it away and run this again, "
+                       "or, where keep=last dropped members, go on with that version")
+        if first_here():
+            sweep(self.path, "scores/*/.*")
+            sweep(self.path, ".prior.json.*")
+
+    def begin(self, world, first, end):
+        """
+        Claim the directory for cycles first .. end - 1. The states to go on from, trajectory -> State or None.
+        Exits with code 2 where a trajectory has not had the cycles before.
+        """
+        own = [self.path] * (world.rank == 0) + [self.folder(t) for t in world.trajectories] * world.lead
+        self.lock_folders(world, [folder for folder in own if folder.exists()])     # before any state is read
+        self.check_disks(world)
+        states = {t: self.read_resume(t) for t in world.trajectories}
+        found = world.gather({t: state.about if state else {"step": 0, "cycles_done": 0} for t, state in states.items()})
+        begun = {t: about for of_rank in found for t, about in of_rank.items()}
+        behind = sorted(t for t, about in begun.items() if about["cycles_done"] < first)
+        if behind:
+            refuse(f"run_dir={self.path}: trajectory {behind[0]} has not had the {first} cycles before distill_from: "
+                   "run train.py on this config first", common=True)
+        for t, state in states.items():
+            if not state and any(self.member_path(t, c).exists() for c in range(1, self.config.cycles)):
+                refuse(f"trajectory_{t:02d} of {self.path} has members but no state to go on from: "
+                       "restore its resume_*.pt, or move the folder away to train it again")
+        self.lock_folders(world, own)               # before any machine touches what may be another's run
+        self.check_group(world)
+        self.claim(world, begun)
+        for t, state in states.items():
+            differ = (differences(state.about["setup"], setup(self.config, world))
+                      if state and state.about["cycles_done"] < end else "")
+            if differ and world.lead:
+                print(f"note: trajectory {t} goes on under another set-up ({differ}): "
+                      "not bit for bit what it would have been", file=sys.stderr)
+        return states
+
+    def check_disks(self, world):
+        """Exits with code 2 where a trajectory's newest state is on another machine than its ranks would look."""
+        names = [max((p.name for p in self.states(t)), default="") for t in range(self.config.trajectories)]
+        seen = world.gather((platform.node(), names, world.trajectories))
+        for t in range(self.config.trajectories):
+            name, machine = max((names[t], machine) for machine, names, _ in seen)
+            lacks = [(rank, machine) for rank, (machine, names, own) in enumerate(seen) if t in own and names[t] < name]
+            if lacks:
+                refuse(f"{self.folder(t)}/{name} is on {machine} and not on {lacks[0][1]}, whose rank {lacks[0][0]} "
+                       "would go on with it: start as many ranks, on the same machines, as trained it (torchrun orders "
+                       "machines by name), or copy the folder", common=True)
+
+    def check_room(self, world, parameters):
+        """
+        Exits with code 2 where the disk has no room for what this machine will still write,
+        of a model of so many parameters.
+        """
+        # a member: bf16; a state: fp32 weights, two moments, their average
+        c, member, state = self.config, 2 * parameters, (16 if self.config.ema_decay else 12) * parameters
+        # trajectories trained on this machine
+        here = len(world.trajectories) * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) // world.data_size)
+        members = here * (c.cycles if c.keep == "all" else min(c.cycles, 3))
+        need = max(0, members - len([*self.path.glob("trajectory_*/cycle_*.pt")])) * member
+        need += max(0, here * 2 + 1 - len([*self.path.glob("trajectory_*/resume_*.pt")])) * state
+        need += max(0, here * 2 * mixture_bytes(c) - sum(p.stat().st_size for p in self.path.glob("trajectory_*/mixture_*.pt")))
+        need += max(0, here * c.cycles * 4 * (c.fitness_tokens + c.val_tokens)
+                    - sum(p.stat().st_size for p in self.path.glob("scores/*/*.pt")))
+        free = shutil.disk_usage(self.there).free
+        if need > free:
+            refuse(f"run_dir={self.path}: {need / 1e9:,.1f} GB are still to be written, {free / 1e9:,.1f} GB are free there: "
+                   "make room, name another --run_dir"
+                   + ", or set --keep=last, which keeps every member's scores but only the newest weights" * (
+                       c.keep == "all" and c.distill_teacher == "predecessor")
+                   + ", or lower --packings" * (mixture_bytes(c) > 0))
 
 
 class SlowrunFolder(Run):

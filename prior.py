@@ -10,14 +10,16 @@ Scores every member on what it has no scores for yet (the loop makes those on th
 run_dir/prior.json: members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the
 members and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """
+import dataclasses
 import math
 import os
 
 import numpy as np
 import torch
 
-from config import from_args, refuse, speak, take_actions
+from config import from_args, take_actions
 from data import loader
+from errors import refuse, speak
 from model import GPT, activate_attention
 from files import write_json
 from population import SPLITS, STUDENT, open_run, whole_mixture
@@ -193,18 +195,18 @@ def paired_error(difference, sizes):
 
 # --------------------------------------------------------------------------------------------- the scores
 
+def model_to_score(config):
+    """A GPT without the MTP head, which is for training alone."""
+    return GPT(dataclasses.replace(config, mtp_weight=0.0))
+
+
 def load_member(model, run, t, c):
-    """
-    A member's weights into a model, whose MTP head has no use here and is left; returns their SHA-256.
-    Exits with code 2 where they do not fit.
-    """
-    (weights, about), own = run.read_member(t, c), model.state_dict()
-    shape = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
-    for name in sorted(n for n in {*own, *weights} if not n.startswith("mtp_")):
-        if shape(weights, name) != shape(own, name):
-            refuse(f"{run.member_path(t, c)} is of another model or tokenizer: "
-                   f"{name} is {shape(weights, name)} there and {shape(own, name)} here; use its config")
-    model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")}, strict=False)
+    """A member's weights into a model_to_score; returns their SHA-256. Exits with code 2 where they do not fit."""
+    weights, about = run.read_member(t, c)
+    try:
+        model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")})
+    except RuntimeError as e:
+        refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {str(e).splitlines()[1]}; use its config")
     return about["sha256"]
 
 
@@ -225,7 +227,7 @@ def score_members(config, data, run, world):
     todo = [m for m in members if owner[m] == world.rank and run.unscored(*m)]
     if todo and world.rank == 0:
         print(f"scoring on {world.device.type}, {activate_attention(world.device)}", flush=True)
-    model = GPT(config).place(world.device, config.compile) if todo else None
+    model = model_to_score(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
         splits = run.unscored(*member)
         if not splits:                              # training beside this was faster
@@ -238,28 +240,32 @@ def score_members(config, data, run, world):
     world.barrier(everyone=True)
     for member in members:
         if member not in seen[0]:
-            files = world.send(run.read_score_files(*member) if owner[member] == world.rank else None, source=owner[member])
+            mine = {s: run.read_scores(s, *member) for s in SPLITS} if owner[member] == world.rank else None
+            found = world.send(mine, source=owner[member])
             if world.rank == 0:
-                run.write_score_files(*member, files)
+                run.save_scores(*member, {s: log_p for s, (log_p, _) in found.items()}, found["fit"][1])
     return members
 
 
 # ---------------------------------------------------------------------------------------------- the report
 
-def evaluate(mixtures, reference, log_p, data):
+def evaluate(mixtures, log_p, data):
     """
-    What is reported of each mixture: losses on both held-out sets, perplexity, bits per byte, and the standard error of
-    its difference to the `reference`-th over validation documents. log_p: split -> a list of (tokens,), one a member.
+    kind -> what is reported of each of its mixtures, in one pass over each held-out set: losses, perplexity, bits per byte,
+    and the standard error of the difference to the best member over validation documents. mixtures: kind -> [(members,
+    weights)]; log_p: split -> a list of (tokens,), one a member.
     """
-    nats, bits = {}, {}
+    flat, nats, bits = sum(mixtures.values(), []), {}, {}
+    best = next(i for i, mixture in enumerate(flat) if mixture is mixtures["best"][0])
     for split in SPLITS:
         targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
-        nats[split], bits[split] = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
+        nats[split], bits[split] = mixture_losses(flat, log_p[split], data.token_bytes[targets], documents)
     losses = {split: (n.sum(dim=1) / len(log_p[split][0])).tolist() for split, n in nats.items()}
     sizes = torch.from_numpy(np.bincount(data.val_documents)).double()
-    errors = [paired_error(n - nats["val"][reference], sizes) for n in nats["val"]]
-    return [dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=e)
-            for f, v, b, e in zip(losses["fit"], losses["val"], bits["val"].tolist(), errors)]
+    errors = [paired_error(n - nats["val"][best], sizes) for n in nats["val"]]
+    rows = iter([dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=e)
+                 for f, v, b, e in zip(losses["fit"], losses["val"], bits["val"].tolist(), errors)])
+    return {kind: [next(rows) for _ in some] for kind, some in mixtures.items()}
 
 
 def print_table(config, result):
@@ -285,12 +291,9 @@ def weigh(config, data, run, members):
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
     alone = lambda i: (torch.tensor([i]), torch.ones(1, dtype=torch.float64))
-    mixtures = dict(members=[alone(i) for i in range(len(members))],
-                    growing=[(chosen, weights) for _, chosen, weights in grown],
-                    **rules, student=[alone(len(members)) for _ in students])
-    best = int(rules["best"][0][0])                             # its index, among members and so among all mixtures
-    rows = iter(evaluate(sum(mixtures.values(), []), best, log_p, data))        # in one pass over each held-out set
-    losses = {kind: [next(rows) for _ in some] for kind, some in mixtures.items()}
+    losses = evaluate(dict(members=[alone(i) for i in range(len(members))],
+                           growing=[(chosen, weights) for _, chosen, weights in grown],
+                           **rules, student=[alone(len(members)) for _ in students]), log_p, data)
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
                          for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])]

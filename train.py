@@ -9,6 +9,9 @@ Trains the cycles before distill_from (all, where there is no chain) on labels a
 metrics.jsonl, per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from, and the members' scores
 on the fitness set (with keep=last on both). Run again, it does only what is missing; stopped by Ctrl-C or SIGTERM it
 finishes its step and saves that state first.
+
+To read: pure functions, one step, then the loop from its inside out; main() > run_cycles (trajectories) >
+train_trajectory (cycles) > train_cycle (steps) > train_step.
 """
 import contextlib
 import gc
@@ -21,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import from_args, refuse
+from config import from_args
 from data import loader
+from errors import refuse
 from model import GPT, activate_attention
 from optim import MuonAdamW
 from population import SPLITS, Run, setup
@@ -37,7 +41,10 @@ WARMDOWN = 5                                # schedule=warmdown: constant, then 
 # ------------------------------------------------------------------------------------------- schedules
 
 def rate_multipliers(schedule, step, length):
-    """(learning rate, weight decay) multipliers at `step` of a cycle of `length` steps (paper, eq. 4)."""
+    """
+    (learning rate, weight decay) multipliers at `step` of a decay of `length` steps: cycle (paper, eq. 4), the baseline's
+    cosine, record 11's warmdown.
+    """
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / length)), 1.0
     if schedule == "warmdown":
@@ -114,7 +121,7 @@ def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
 
 
 def average_weights(average, model, decay):
-    """An EMA of the weights after one more update, name -> float32 tensor; the first (average None) is a copy of them."""
+    """An EMA of the weights, name -> float32 tensor, updated in place and returned; the first (average None) is their copy."""
     weights = {name: w.detach().float() for name, w in model.state_dict().items()}
     if average is None:
         return {name: w.clone() for name, w in weights.items()}
@@ -126,7 +133,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
     One optimizer step over this rank's micro-batches, a list of (tokens (B, T + 1), numbers of these sequences (B,)), all of
     the same B; loss_fn(model, tokens, numbers). Returns (mean loss, gradient norm).
     """
-    optimizer.zero_grad()
+    model.zero_grad(set_to_none=False)          # in place: gradients stay what DDP reduces
     total = 0
     for i, batch in enumerate(micro_batches, 1):
         # ranks exchange gradients once, with the last micro-batch
@@ -143,7 +150,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 class Trajectory:
     """
     One model in training. tensors() and about() are all that a resumed run needs to go on bit for bit, from any step;
-    `state` is such a pair, or None.
+    `state` is a State of theirs, or None.
     """
 
     def __init__(self, config, t, data, world, state):
@@ -174,7 +181,7 @@ class Trajectory:
         self.cycles_done, self.cycle_step, self.step = about["cycles_done"], about["cycle_step"], about["step"]
 
     def restart(self):
-        """What happens between two cycles."""
+        """Between two cycles. noise: on the weights, moments stay; fresh: new weights and moments; none: nothing."""
         config, cycle = self.model.config, self.cycles_done
         if config.restart == "noise":
             perturb(self.model, noise_scale(cycle, config.cycles), noise_seed(self.seed, cycle))
@@ -303,7 +310,8 @@ def train_cycle(launch, trajectory, loss_fn):
                                  numbers[mine].split(config.micro_batch)))
         rates = rate_multipliers(config.schedule, at, span)
         loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, micro_batches, loss_fn, rates)
-        loss, norm, stop.agreed = world.agree(loss, norm, stop.asked)
+        loss, norm, asked = world.mean(loss, norm, stop.asked)
+        stop.agreed = asked > 0                     # any rank
         refuse_nan(trajectory, rows, loss, norm)
         if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:      # the last step, too
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
@@ -349,18 +357,20 @@ def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
     lengths = cycle_lengths(config, data.sequences_per_epoch)
     world = join_world(config)
     with run, StopSignals() as stop:
-        states = run.begin(world, first, end)      # trajectory -> (tensors, about) or None
+        states = run.begin(world, first, end)      # trajectory -> State or None
         if world.rank == 0:
             print(f"cycles {first} .. {end - 1} of {config.cycles}; "
                   f"trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: {world.data_size}, "
                   f"on {world.device.type}, {activate_attention(world.device)}; "
-                  f"{config.trajectories * config.epochs_until(config.cycles):g} epochs in all", flush=True)
+                  f"{config.trajectories * config.epochs_until(config.cycles):g} epochs in all"
+                  + f"; teacher: {config.distill_teacher}, alpha {config.distill_alpha:g}, T {config.distill_temperature:g}"
+                  * (first >= config.distill_from), flush=True)
         launch = Launch(run, data, lengths, world, stop)
         # counts all cycles, so that the ETA is that of the population: train.py alone ends early
         launch.bar = world.progress(total=sum(lengths) * len(states),
-                                    initial=sum(s[1]["step"] for s in states.values() if s), unit="step")
+                                    initial=sum(s.about["step"] for s in states.values() if s), unit="step")
         for t in states:                            # one after another; other groups of ranks take other trajectories
-            if states[t] and states[t][1]["cycles_done"] >= end:
+            if states[t] and states[t].about["cycles_done"] >= end:
                 continue
             trajectory = None                       # frees the last one's memory:
             gc.collect()                            # a compiled block refers to itself

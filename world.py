@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from config import first_rank, refuse, speak
+from errors import first_rank, refuse, speak
 
 JOIN = timedelta(minutes=10)        # so long may the first rank that starts wait for the last
 HANG = timedelta(hours=1)           # so long may ranks of a group wait for one of them: a member written, a step
@@ -100,17 +100,12 @@ class World:
         """A tensor of the CPU's; a GPU does not wait for the copy."""
         return rows.contiguous().pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
-    def agree(self, loss, norm, stop):
-        """Of a group's ranks: (mean loss, gradient norm, whether any was asked to stop), floats and a bool, in one exchange."""
-        values = torch.stack([loss.float(), norm.float(), loss.new_tensor(float(stop))])
+    def mean(self, *values):
+        """Of numbers, over the ranks of a group: floats, in one exchange."""
+        total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values])
         if self.data_size > 1:
-            dist.all_reduce(values, group=self.data_group)
-        loss, norm, stop = values.tolist()
-        return loss / self.data_size, norm / self.data_size, stop > 0
-
-    def any_asked(self, stop):
-        """Whether any of a group's ranks was asked to stop."""
-        return self.agree(torch.zeros((), device=self.device), torch.zeros((), device=self.device), stop)[2]
+            dist.all_reduce(total, group=self.data_group)
+        return [value / self.data_size for value in total.tolist()]
 
     def gather(self, value):
         """The plain values of all ranks, in their order, on every rank."""

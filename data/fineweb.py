@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import refuse
 from data.loader import file_name
+from errors import refuse
 from files import differences, read_json, write_json
 from world import progress_bar
 
@@ -139,10 +139,8 @@ def compare(config):
         with open(path, "rb") as f:
             mine = hashlib.file_digest(f, "sha256").hexdigest()
         published = PUBLISHED.get((split, getattr(config, f"{split}_tokens"))) if config.tokenizer == "gpt2" else None
-        if published is None:
-            verdict = "none of this size is published"
-        else:
-            verdict = ("equal to the published file" if mine == published else
-                       f"DIFFERENT from the published {published} "
-                       "(another version of torch may write other bytes for the same tokens)")
+        verdict = ("none of this size is published" if published is None else
+                   "equal to the published file" if mine == published else
+                   f"DIFFERENT from the published {published} "
+                   "(another version of torch may write other bytes for the same tokens)")
         print(f"data: {path} has SHA-256 {mine}: {verdict}")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import refuse
 from data.tokenizer import get_tokenizer
+from errors import refuse
 from files import Damaged, dense, load as load_file
 
 
@@ -139,6 +139,9 @@ def text_source(config):
         refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
 
 
+DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
+
+
 class Batches:
     """
     The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch reorders the
@@ -148,46 +151,34 @@ class Batches:
     """
 
     def __init__(self, tokens, doc_starts, sequence_len, multiple, seed, packings=0):
-        self.tokens, self.sequence_len, self.seed, self.packings = tokens, sequence_len, seed, packings
-        self.starts, self.ends = doc_starts, np.append(doc_starts[1:], len(tokens))
+        self.documents = np.split(tokens, doc_starts[1:])
+        self.sequence_len, self.seed, self.packings = sequence_len, seed, packings
         self.per_packing, self.per_epoch = len(cut(tokens, sequence_len)), sequences_per_epoch(tokens, sequence_len, multiple)
         self.position, self.epoch = 0, 0
-        self.packing, self.order = 0, np.arange(len(doc_starts))
         self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
 
-    def permutation(self, epoch, n, salt):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)).numpy()
+    def permutation(self, number, n, salt):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + number + salt)).numpy()
 
-    def packing_of(self, epoch):
-        """The packing that an epoch uses; both count from 1."""
-        return (epoch - 1) % self.packings + 1 if self.packings else epoch
+    def pack(self, packing):
+        """The (n, T + 1) sequences of a packing, which counts from 1."""
+        order = np.arange(len(self.documents))
+        for number in range(1, packing + 1):
+            order = order[self.permutation(number, len(order), DOCUMENTS)]
+        return cut(np.concatenate([self.documents[i] for i in order]), self.sequence_len)
 
-    def order_of(self, packing):
-        """The order of the documents in a packing."""
-        if packing < self.packing:
-            self.packing, self.order = 0, np.arange(len(self.order))
-        while self.packing < packing:
-            self.packing += 1
-            self.order = self.order[self.permutation(self.packing, len(self.order), 1000)]
-        return self.order
-
-    def pack(self, order):
-        """The (n, T + 1) sequences of the documents in this order."""
-        return cut(np.concatenate([self.tokens[self.starts[i]:self.ends[i]] for i in order]), self.sequence_len)
-
-    def build(self, epoch, order):
-        """An epoch's (sequences, numbers), in the order in which steps take them, of documents in this order."""
-        sequences = self.pack(order)
-        chosen = self.permutation(epoch, len(sequences), 2000)[:self.per_epoch]
-        return sequences[chosen], (self.packing_of(epoch) - 1) * self.per_packing + chosen
+    def build(self, epoch):
+        """The (sequences, numbers) of an epoch, which counts from 1, in the order in which steps take them."""
+        packing = (epoch - 1) % self.packings + 1 if self.packings else epoch
+        sequences = self.pack(packing)
+        chosen = self.permutation(epoch, len(sequences), SEQUENCES)[:self.per_epoch]
+        return sequences[chosen], (packing - 1) * self.per_packing + chosen
 
     def open_epoch(self, epoch):
         """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""
         number, future = self.ahead
-        self.sequences, self.numbers = (future.result() if number == epoch else
-                                        self.build(epoch, self.order_of(self.packing_of(epoch))))
-        self.epoch, self.ahead = epoch, (
-            epoch + 1, self.pool.submit(self.build, epoch + 1, self.order_of(self.packing_of(epoch + 1))))
+        self.sequences, self.numbers = future.result() if number == epoch else self.build(epoch)
+        self.epoch, self.ahead = epoch, (epoch + 1, self.pool.submit(self.build, epoch + 1))
 
     def take(self, n):
         """

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import VOCAB_SIZE, refuse
+from config import VOCAB_SIZE
+from errors import refuse
 from files import write_whole
 
 RANKS_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"         # of r50k_base in tiktoken's cache

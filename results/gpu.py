@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import refuse                               # noqa: E402
+from errors import refuse                               # noqa: E402
 from results.demo import commit                         # noqa: E402
 
 RANDOM = ["--train_tokens=4000000", "--fitness_tokens=100000"]          # bench draws its tokens, no files are read

@@ -14,8 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import from_args, refuse, take_actions                                      # noqa: E402
+from config import from_args, take_actions                                      # noqa: E402
 from data import loader                                                                  # noqa: E402
+from errors import refuse                                      # noqa: E402
 from population import Run                                                               # noqa: E402
 from prior import eliminate, fit_on, fit_weights, mean_log_p, paired_error               # noqa: E402
 from results.demo import commit                                                         # noqa: E402

@@ -46,7 +46,7 @@ def timed(what, function):
 
 def step(model, optimizer, batch, loss_fn, name):
     """One optimizer step, forward and backward and update timed apart; the loss before it."""
-    optimizer.zero_grad()
+    model.zero_grad(set_to_none=False)
     loss = timed(f"{name}: forward and loss", lambda: loss_fn(model, batch, None))
     timed(f"{name}: backward", loss.backward)
     timed(f"{name}: clip and optimizer step; gradient norm",

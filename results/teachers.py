@@ -30,9 +30,8 @@ from data import loader, prepare                                            # no
 from data.tokenizer import get_tokenizer                                    # noqa: E402
 from distill import STORED, mix_in, newest_share, stored_kl, student_config, unpack      # noqa: E402
 from files import read_json                                                 # noqa: E402
-from model import GPT                                                       # noqa: E402
 from population import Run, mixture_bytes                                   # noqa: E402
-from prior import fit_weights, load_member                                  # noqa: E402
+from prior import fit_weights, load_member, model_to_score                                  # noqa: E402
 from results.demo import commit, loss_of as loss                            # noqa: E402
 from tools import plan                                                      # noqa: E402
 
@@ -444,7 +443,7 @@ def differences_of(done, root):
 def models_of(job, root):
     """Every member, in order, one after another in the same model."""
     config, data, run = opened(job, root)
-    model = GPT(config).eval()
+    model = model_to_score(config).eval()
     for member in run.members():
         load_member(model, run, *member)
         yield model
@@ -459,7 +458,7 @@ def stored_error(job, root):
     config, data, run = opened(job, root)
     batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple,
                              config.seed, config.packings)
-    sequences, stored, exact, fit = batches.pack(batches.order_of(1))[:32], None, 0, None
+    sequences, stored, exact, fit = batches.pack(1)[:32], None, 0, None
     for n, model in enumerate(models_of(job, root)):
         logits = model(torch.from_numpy(sequences[:, :-1].astype(np.int64)))
         if n == config.cycles - 1:

@@ -19,8 +19,8 @@ import torch.multiprocessing as multiprocessing
 
 import distill
 import train
-from config import refuse
 from data import loader
+from errors import refuse
 from files import load_tensors, read_json
 from model import GPT, GPTConfig, attend, activate_attention
 from optim import MuonAdamW
@@ -165,7 +165,7 @@ def rank_step(rank, size, folder, backend):
     train.dist.get_world_size = lambda g: max(2, one(g))            # NCCL's one rank, too, goes through DDP
     ddp_model = train.distributed(model, group, 1)
     train.dist.get_world_size = one
-    optimizer.zero_grad()
+    model.zero_grad(set_to_none=False)
     for _ in range(2):
         _, norm = train.train_step(ddp_model, optimizer, [(row,) for row in tokens(4).to(GPU)[rank::size].split(1)],
                                    train.label_loss, (1.0, 1.0))

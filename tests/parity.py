@@ -15,8 +15,8 @@ import torch
 
 import distill
 import train
-from config import refuse
 from data import loader
+from errors import refuse
 from model import GPT, GPTConfig
 from optim import POLAR_EXPRESS, MuonAdamW
 from prior import fit_weights

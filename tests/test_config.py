@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from config import FIELDS, SILENCE, Config, from_args
+from config import FIELDS, Config, from_args
+from errors import SILENCE
 from tests.conftest import ROOT
 
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -124,7 +125,7 @@ def test_a_silent_rank_lets_the_first_one_speak(monkeypatch, capsys):
     """torchrun ends all ranks with the first that ends."""
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("config.prints", False)
+    monkeypatch.setattr("errors.prints", False)
     for rank, local, waited in (("0", "0", []), ("8", "0", []), ("1", "1", [SILENCE])):          # 8: another machine's first
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", local)

@@ -1,6 +1,7 @@
 """Preparation and loader against the rules written out again: plain loops, and what the file format promises."""
 import json
 import math
+import os
 import re
 import types
 
@@ -45,17 +46,17 @@ def test_no_paragraph_of_the_manual_stands_in_two_documents():
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, monkeypatch, capsys):
-    calls, replace = [], prepare.os.replace
+    calls, replace = [], os.replace
     def dies(source, target):
         calls.append(target)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
         replace(source, target)
-    monkeypatch.setattr(prepare.os, "replace", dies)
+    monkeypatch.setattr("os.replace", dies)
     with pytest.raises(SystemExit):
         prepare.main(micro())
     assert "No space left" in capsys.readouterr().err and not (tmp_path / "data" / "manual.json").exists()
-    monkeypatch.setattr(prepare.os, "replace", replace)
+    monkeypatch.setattr("os.replace", replace)
     prepare.main(micro())
     assert {p.name for p in (tmp_path / "data").iterdir()} == {
         "manual_val.pt", "manual_train.pt", "manual_bytes.npy", "manual.json"}

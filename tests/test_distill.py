@@ -141,9 +141,8 @@ def test_packings_come_again_and_every_sequence_has_its_number():
     epochs = {name: [b.take(b.per_epoch) for _ in range(5)] for name, b in (("fixed", fixed), ("free", free))}
     for name, batches in (("fixed", fixed), ("free", free)):
         for e, (rows, numbers) in enumerate(epochs[name], 1):
-            packing = batches.packing_of(e)
-            assert packing == ((1, 2, 1, 2, 1)[e - 1] if name == "fixed" else e)
-            text = batches.pack(batches.order_of(packing))
+            packing = (1, 2, 1, 2, 1)[e - 1] if name == "fixed" else e
+            text = batches.pack(packing)
             for row, number in zip(rows.numpy(), numbers.tolist()):
                 assert divmod(number, len(text))[0] == packing - 1 and np.array_equal(row, text[number % len(text)])
     for e in (0, 1):
@@ -448,7 +447,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     assert steps == [((pytest.approx(lr), 1.0), 0.0) for lr in cosine] and alphas == {0.85}
     # the stored teacher is the learned prior's mixture
     batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42, distill.PACKINGS)
-    text = batches.pack(batches.order_of(1))
+    text = batches.pack(1)
     exact = sum(w * probabilities(config, run, (m["trajectory"], m["cycle"]), text) for m, w in chosen)
     p, ids = distill.unpack(stored["p"], stored["ids"])
     assert (p - exact.gather(-1, ids)).abs().max() < 3e-3

@@ -100,14 +100,14 @@ def test_no_request_to_stop_is_lost(begun):
     """One that comes while the ranks agree on the last step counts at the next."""
     argv, folder, log, _ = begun
     def ask_then(rank):
-        agree = world.World.agree
-        def asking(self, loss, norm, stop):
+        mean = world.World.mean
+        def asking(self, *values):
             if len(calls := asking.__dict__.setdefault("calls", [])) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.2)
             calls.append(1)
-            return agree(self, loss, norm, stop)
-        world.World.agree = asking
+            return mean(self, *values)
+        world.World.mean = asking
     assert kill.finish(kill.start(argv, log, patch=ask_then)) == [world.STOPPED]
     assert "after step 3 " in log.read_text()
     finishes(begun)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import config as config_module
 import distill
+import errors
 import prior
 import train
 from config import from_args
@@ -299,7 +299,7 @@ def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monk
             out_of_memory()
         assert "--micro_batch=1" in error_line(capsys.readouterr().err)
         monkeypatch.undo()
-        config_module.prints = False
+        errors.prints = False
         script.main(ready())
 
 
@@ -477,11 +477,11 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
             seen.setdefault((size, rank), []).append(torch.cat([rows for rows, _ in micro_batches]))
             for rows, numbers in micro_batches:             # each with its own number, by which a stored mixture is found
                 packings, places = zip(*(divmod(n, order.per_packing) for n in numbers.tolist()))
-                assert rows.tolist() == [order.pack(order.order_of(p + 1))[i].tolist() for p, i in zip(packings, places)]
+                assert rows.tolist() == [order.pack(p + 1)[i].tolist() for p, i in zip(packings, places)]
             return torch.zeros(()), torch.zeros(())
         monkeypatch.setattr(train, "train_step", step)
         monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size))
-        monkeypatch.setattr(World, "agree", lambda self, loss, norm, stop: (0.0, 0.0, stop))
+        monkeypatch.setattr(World, "mean", lambda self, *values: [0.0, 0.0, 0.0])
         train.main(argv)
     # each of these runs starts anew, and there are no other ranks to ask
     for name in ("save_member", "save_scores", "save_resume", "check_group"):

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 
 import distill
 import train
-from config import from_args, refuse, take_actions
+from config import from_args, take_actions
 from data import loader
+from errors import refuse
 from model import GPT, attend, activate_attention
 from optim import MuonAdamW
 from prior import fit_weights
@@ -95,7 +96,7 @@ class Ours:
     def parts(self, rows):
         """Seconds of the parts of a step over one micro-batch, of its optimizer step, and of the batch's way from the data."""
         batch = rows[:self.config.micro_batch]
-        self.optimizer.zero_grad()
+        self.model.zero_grad(set_to_none=False)
         data, _ = timed(lambda: self.batches.take(len(rows)))
         hidden, x = timed(lambda: self.model.hidden(batch[:, :-1]))
         x = x.detach().requires_grad_()

@@ -9,12 +9,12 @@ Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all;
 """
 import torch
 
-from config import from_args, refuse, take_actions
+from config import from_args, take_actions
 from data import loader
 from data.tokenizer import get_tokenizer
-from model import GPT
+from errors import refuse
 from population import open_run, read_prior
-from prior import load_member
+from prior import load_member, model_to_score
 from world import join_world
 
 ACTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", members="")
@@ -100,7 +100,7 @@ def main(argv=None):
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join_world(config).device
     for label, members, weights in picked:
-        models = [GPT(config).place(device).eval() for _ in members]
+        models = [model_to_score(config).place(device).eval() for _ in members]
         for model, member in zip(models, members):
             load_member(model, run, *member)
         text = decode(sample(models, weights, [bos, *encode(options.prompt)], options, stop=bos))

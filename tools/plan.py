@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from config import from_args, refuse, take_actions
+from config import from_args, take_actions
 from data import loader
+from errors import refuse
 from distill import student_config
 from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW

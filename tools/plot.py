@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import from_args, refuse, take_actions
+from config import from_args, take_actions
+from errors import refuse
 from files import write_whole
 from population import read_prior
 
