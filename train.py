@@ -9,9 +9,6 @@ Trains the cycles before distill_from (all, where there is no chain) on labels a
 metrics.jsonl, per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from, and the members' scores
 on the fitness set (with keep=last on both). Run again, it does only what is missing; stopped by Ctrl-C or SIGTERM it
 finishes its step and saves that state first.
-
-To read: pure functions, one step, then the loop from its inside out; main() > run_cycles (trajectories) >
-train_trajectory (cycles) > train_cycle (steps) > train_step.
 """
 import contextlib
 import gc
@@ -146,6 +143,7 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
 
 
 # ------------------------------------------------------------------------------------------- the loop
+# from its inside out: run_cycles goes over trajectories, train_trajectory over cycles, train_cycle over steps
 
 class Trajectory:
     """

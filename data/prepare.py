@@ -172,7 +172,7 @@ def prepare(config):
         source["python"] = platform.python_version()
     print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {source['text_sha256']}")
     if len(set(documents)) < len(documents):
-        print(f"note: {len(documents) - len(set(documents))} of them repeat another, so that held-out text may be trained on, too")
+        print(f"note: {len(documents) - len(set(documents))} of them repeat another: held-out text may be trained on, too")
     if ".json" in there:
         theirs = text_source(config)
         differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted"
