@@ -156,7 +156,8 @@ def test_every_config_is_valid(path):
 
 RECORD = dict(              # slowrun.md, written out once more
     data="fineweb", tokenizer="gpt2", train_tokens=100_000_000, val_tokens=10_000_000, fitness_tokens=132_000,
-    epoch_multiple=16, n_layer=30, n_head=16, n_embd=2048, sequence_len=2048, window_pattern="SSSL", iha=True, dropout=0.1, mtp_weight=0.3,
+    epoch_multiple=16, n_layer=30, n_head=16, n_embd=2048, sequence_len=2048, window_pattern="SSSL", iha=True, dropout=0.1,
+    mtp_weight=0.3,
     loop_start=15, loop_end=25, loop_extra=4, loop_from=0, restart="noise", schedule="cycle", ema_decay=0, ema_share=1,
     momentum_warmup=0, lr_scale=0.25, batch_tokens=524_288, batch_tokens_ends=393_216, seed=42, packings=0,
     epochs_per_cycle=2, first_cycle_epochs=None, distill_from=8, distill_teacher="predecessor", distill_alpha=0.45,

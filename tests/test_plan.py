@@ -54,6 +54,7 @@ def test_the_memory_is_the_estimate_of_the_record():
     assert fixed["mixed heads' weights"] == 2 * 3 * 2048 ** 2 * 31
     without_mtp = plan.memory_of(*of("1p8b", "--compile=False", "--mtp_weight=0")[:2], 1)[0]["head: its gradients, a chunk"]
     assert head - without_mtp == 4 * 50_304 * 2048                     # its loss has gradients of its own
+    assert without_mtp == 4 * 50_304 * 2048 + plan.CHUNK_BYTES["cuda"] * (plan.HEAD + plan.HEAD_KL)
     assert plan.memory_of(config, model, 4)[0]["Muon, this rank's share"] * 4 == fixed["Muon, this rank's share"]
     checkpointed = plan.memory_of(of("1p8b", "--compile=False", "--checkpoint=True")[0], model, 1)[1]["activations"]
     assert checkpointed / per_sequence["activations"] == pytest.approx(31 / 71, abs=0.03)
