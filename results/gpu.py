@@ -1,9 +1,9 @@
 """
-What results/performance.md lacks, in one command on a machine with a GPU: python results/gpu.py [SLOWRUN_FOLDER]
-The checks of tests/on_gpu.py, a profile, and tools/bench.py's tables of configs/124m.py and configs/1p8b.py, with a clone
-of the public repository beside its steps; on several GPUs their exchange, too. Each part prints into
-results/gpu/DEVICE/PART.txt as it goes, so that one that is cut off leaves what it had. Exits 1 where a part failed.
-Has not run yet; the largest parts want 80 GB.
+What results/performance.md lacks, in one command on a machine with a GPU: python results/gpu.py [PART ...]
+The checks of tests/on_gpu.py, a profile, and tools/bench.py's tables of configs/124m.py and configs/1p8b.py; on several
+GPUs their exchange, too. --slowrun=FOLDER: a clone of the public repository, whose steps are timed beside ours.
+Each part prints into results/gpu/DEVICE/PART.txt as it goes, so that one that is cut off leaves what it had. Exits 1 where
+a part failed. Has not run yet; the 1p8b parts want 80 GB.
 """
 import os
 import subprocess
@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from config import take_actions                         # noqa: E402
 from errors import refuse                               # noqa: E402
 from results.demo import commit                         # noqa: E402
 
@@ -44,17 +45,23 @@ def parts(slowrun, gpus):
 def main():
     if not torch.cuda.is_available():
         refuse("results/gpu.py wants a GPU, and torch sees none here")
+    options, chosen = take_actions(None, slowrun="")
     device, failed = torch.cuda.get_device_name(), []
+    clone = [f"--slowrun={Path(options.slowrun).resolve()}"] * bool(options.slowrun)
+    found = parts(clone, torch.cuda.device_count())
+    if not set(chosen) <= found.keys():
+        refuse(f"results/gpu.py has the parts {', '.join(found)}, not {' '.join(chosen)}")
     folder = ROOT / "results" / "gpu" / device.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, arguments in parts([f"--slowrun={a}" for a in sys.argv[1:2]], torch.cuda.device_count()).items():
-        began = time.monotonic()
+    for name in chosen or found:
+        arguments, began = found[name], time.monotonic()
         with open(folder / f"{name}.txt", "w") as log:
-            print(f"python {' '.join(arguments)}, commit {commit()}, {device} x {torch.cuda.device_count()}, "
+            command = " ".join("--slowrun=FOLDER" if argument in clone else argument for argument in arguments)
+            print(f"python {command}, commit {commit()}, {device} x {torch.cuda.device_count()}, "
                   f"torch {torch.__version__}, Python {sys.version.split()[0]}\n", file=log, flush=True)
             done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                   stdout=log, stderr=subprocess.STDOUT)
-        print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s, {log.name}", flush=True)
+        print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         failed += [name] * (done.returncode != 0)
     raise SystemExit(1 if failed else 0)
 
