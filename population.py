@@ -316,10 +316,15 @@ class Run:
             write_whole(path, lambda f: f.write(mark.encode()))
         mark = world.gather(mark)[world.rank - world.data_rank]         # the lead's
 
+        def seen():
+            try:
+                return path.read_text() == mark
+            except OSError:                         # not there yet, or just replaced
+                return False
         until = time.monotonic() + LAG
-        while not (seen := path.exists() and path.read_text() == mark) and time.monotonic() < until:
+        while not seen() and time.monotonic() < until:
             time.sleep(0.5)
-        if not all(world.gather(seen)):
+        if not all(world.gather(seen())):
             refuse(f"run_dir={self.path}: {world.data_size} ranks are to train a trajectory together, on machines whose disks "
                    "differ: name a --run_dir that all of them see, or start so many processes that every machine has "
                    "trajectories of its own", common=True)

@@ -13,6 +13,7 @@ members and weights; the loss after each cycle. All choices are made on the fitn
 import dataclasses
 import math
 import os
+import textwrap
 
 import numpy as np
 import torch
@@ -206,7 +207,8 @@ def load_member(model, run, t, c):
     try:
         model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")})
     except RuntimeError as e:
-        refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {str(e).splitlines()[1]}; use its config")
+        first = textwrap.shorten(str(e).splitlines()[1].strip(" ."), 200)
+        refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {first}; use its config")
     return about["sha256"]
 
 

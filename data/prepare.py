@@ -12,8 +12,11 @@ NAME is manual, text or fineweb. The format is the public Slowrun script's: its 
 import hashlib
 import io
 import json
+import os
 import platform
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,6 @@ from data import fineweb
 from data.loader import file_name, fingerprint, load, split_train, text_source
 from data.tokenizer import get_tokenizer, install_ranks
 from errors import refuse
-from files import sweep, write_whole
 from population import Run
 
 SHUFFLE_SEED = 0        # of the documents, before the split
@@ -118,7 +120,7 @@ def source_documents(source):
         files += inside
     if not files:
         refuse(f"data={source!r} names no file: name .txt, .jsonl or .parquet files, or folders of them, separated by commas")
-    return [document for path in dict.fromkeys(p.resolve() for p in files) for document in file_documents(path)]
+    return [document for path in {os.path.abspath(p): p for p in files}.values() for document in file_documents(path)]
 
 
 def take(documents, budget):
@@ -134,24 +136,37 @@ def take(documents, budget):
 
 
 def write(config, splits, token_bytes, source):
-    """Every file whole or not at all, the .json last."""
-    folder, source = Path(config.data_dir), {**source, "fingerprint": fingerprint(splits)}
-    sweep(folder, ".*")
-    for split, (tokens, starts) in splits.items():
-        file = dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts), bos_id=config.vocab_size - 1,
-                    seq_shuffle_seed={"val": 42, "train": 43}[split], seq_size=config.sequence_len + 1)
-        write_whole(folder / file_name(config, f"_{split}.pt"), lambda f: torch.save(file, f))
-    np.save(array := io.BytesIO(), token_bytes)         # numpy's own writing does not notice a full disk
-    write_whole(folder / file_name(config, "_bytes.npy"), lambda f: f.write(array.getbuffer()))
-    write_whole(folder / file_name(config, ".json"), lambda f: f.write((json.dumps(source, indent=1) + "\n").encode()))
+    """
+    Every file whole or not at all: written in a folder of its own under its final name, which torch.save puts into the
+    file and so into its SHA-256, then moved, the .json last.
+    """
+    target, source = Path(config.data_dir), {**source, "fingerprint": fingerprint(splits)}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for killed in target.glob(".writing-*"):
+            shutil.rmtree(killed, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:
+            for split, (tokens, starts) in splits.items():
+                torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts),
+                                bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[split],
+                                seq_size=config.sequence_len + 1),
+                           os.path.join(folder, file_name(config, f"_{split}.pt")))
+            np.save(array := io.BytesIO(), token_bytes)         # numpy's own writing does not notice a full disk
+            Path(folder, file_name(config, "_bytes.npy")).write_bytes(array.getbuffer())
+            Path(folder, file_name(config, ".json")).write_text(json.dumps(source, indent=1) + "\n")
+            for ending in ENDINGS:
+                os.replace(os.path.join(folder, file_name(config, ending)), target / file_name(config, ending))
+    except (OSError, RuntimeError) as e:            # torch.save turns the one into the other
+        refuse(f"data_dir={config.data_dir}: cannot write there: "
+               f"{getattr(e, 'strerror', None) or 'no space, or no right to'}; make room, or name another --data_dir")
 
 
 def download_fineweb(config, there):
-    encode, _, token_bytes = get_tokenizer(config.tokenizer)
-    download = fineweb.Download(config)
-    if there and download.tokens < config.val_tokens + config.train_tokens:         # so they are not ours
+    if there:
         refuse(f"data_dir={config.data_dir} holds only a part of the FineWeb files "
                f"({', '.join(file_name(config, e) for e in sorted(there))}): add the rest, or move them away")
+    encode, _, token_bytes = get_tokenizer(config.tokenizer)
+    download = fineweb.Download(config)
     download.run(encode)
     source = dict(download.of, data="fineweb", documents=download.documents)
     write(config, download.splits(), token_bytes, source)

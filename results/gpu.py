@@ -3,8 +3,9 @@ What results/performance.md lacks, in one command on a machine with a GPU: pytho
 The checks of tests/on_gpu.py, a profile, and tools/bench.py's tables of configs/124m.py and configs/1p8b.py; on several
 GPUs their exchange, too. --slowrun=FOLDER: a clone of the public repository, whose steps are timed beside ours.
 Each part prints into results/gpu/DEVICE/PART.txt as it goes, so that one that is cut off leaves what it had. Exits 1 where
-a part failed. Has not run yet; the 1p8b parts want 80 GB.
+a part failed. Has not run yet; the 1p8b parts want 80 GB, at micro-batch 4 more.
 """
+import math
 import os
 import subprocess
 import sys
@@ -34,11 +35,14 @@ def parts(slowrun, gpus):
         "1p8b_micro_batch_4": [*bench, *LARGE, "--steps=train", "--micro_batch=4"],
         "1p8b_profile": ["results/h200/profile_step.py"],
     }
-    if gpus > 1:
-        found[f"1p8b_on_{gpus}"] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", *bench,
-                                    "configs/1p8b.py", *RANDOM, "--trajectories=1", "--steps=train,distill"]
-    # the public script's 70 applications are one graph, which may compile for long
-    found["1p8b_memory"] = [*bench, *LARGE, "--steps=train,distill", "--memory=1", *slowrun]
+    ranks = 2 ** int(math.log2(gpus))
+    if ranks > 1:
+        found[f"1p8b_on_{ranks}"] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *bench,
+                                     "configs/1p8b.py", *RANDOM, "--trajectories=1", "--steps=train,distill"]
+    found["1p8b_memory"] = [*bench, *LARGE, "--steps=prior", "--members=8", "--memory=1"]
+    if slowrun:             # its 70 applications are one graph, which may compile for long
+        found["1p8b_beside_theirs"] = [*bench, *LARGE, "--steps=train,distill", *slowrun]
+        found["1p8b_memory_beside_theirs"] = [*found["1p8b_memory"], *slowrun]
     return found
 
 
@@ -59,8 +63,8 @@ def main():
             command = " ".join("--slowrun=FOLDER" if argument in clone else argument for argument in arguments)
             print(f"python {command}, commit {commit()}, {device} x {torch.cuda.device_count()}, "
                   f"torch {torch.__version__}, Python {sys.version.split()[0]}\n", file=log, flush=True)
-            done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                                  stdout=log, stderr=subprocess.STDOUT)
+            done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"})
         print(f"{name}: exit code {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         failed += [name] * (done.returncode != 0)
     raise SystemExit(1 if failed else 0)

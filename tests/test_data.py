@@ -1,7 +1,6 @@
 """Preparation and loader against the rules written out again: plain loops, and what the file format promises."""
 import json
 import math
-import os
 import re
 import types
 
@@ -46,17 +45,17 @@ def test_no_paragraph_of_the_manual_stands_in_two_documents():
 
 
 def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, monkeypatch, capsys):
-    calls, replace = [], os.replace
+    calls, replace = [], prepare.os.replace
     def dies(source, target):
         calls.append(target)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
         replace(source, target)
-    monkeypatch.setattr("os.replace", dies)
+    monkeypatch.setattr(prepare.os, "replace", dies)
     with pytest.raises(SystemExit):
         prepare.main(micro())
     assert "No space left" in capsys.readouterr().err and not (tmp_path / "data" / "manual.json").exists()
-    monkeypatch.setattr("os.replace", replace)
+    monkeypatch.setattr(prepare.os, "replace", replace)
     prepare.main(micro())
     assert {p.name for p in (tmp_path / "data").iterdir()} == {
         "manual_val.pt", "manual_train.pt", "manual_bytes.npy", "manual.json"}
@@ -88,6 +87,8 @@ def test_the_file_format(micro, tmp_path):
         assert list(file) == ["tokens", "doc_starts", "bos_id", "seq_shuffle_seed", "seq_size"]
         assert file["tokens"].dtype == torch.uint16 and file["doc_starts"].dtype == torch.int64
         assert (file["bos_id"], file["seq_shuffle_seed"], file["seq_size"]) == (256, seed, 33)
+        torch.save(file, tmp_path / f"manual_{split}.pt")           # byte for byte: the published SHA-256 are of such files
+        assert (tmp_path / f"manual_{split}.pt").read_bytes() == (tmp_path / "data" / f"manual_{split}.pt").read_bytes()
         assert len(file["tokens"]) == getattr(config, f"{split}_tokens")
         starts = file["tokens"].numpy() == 256
         assert starts.nonzero()[0].tolist() == file["doc_starts"].tolist()
@@ -110,6 +111,11 @@ def test_documents_of_local_files(tmp_path, capsys):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "deep.txt").write_text("four")
     assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3       # each file once
+    (tmp_path / "sub" / "blob").write_text("six")
+    (tmp_path / "sub" / "link.txt").symlink_to("blob")                          # its own name says what it is
+    assert "six" in prepare.source_documents(str(tmp_path))
+    (tmp_path / "sub" / "blob").unlink()
+    (tmp_path / "sub" / "link.txt").unlink()
     (tmp_path / "sub" / "notes.md").write_text("five")
     capsys.readouterr()
     found = prepare.source_documents(str(tmp_path))

@@ -14,6 +14,7 @@ Of its own: --rounds=5   --steps=train,distill,score,prior
 import contextlib
 import functools
 import gc
+import math
 import re
 import resource
 import statistics
@@ -324,7 +325,7 @@ def bench_memory(config, options):
     """The largest micro-batch, by doubling, that takes a step; ours and theirs, without and with a teacher."""
     for chain in (False, True):
         for name, make in kinds(config, options).items():
-            fits, size = 0, 1
+            fits, size, gib = 0, 1, math.nan
             while size <= 64:
                 try:
                     config.micro_batch = size
