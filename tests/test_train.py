@@ -381,10 +381,11 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
 
 
 def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
-    settings = dict(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=6, restart="fresh", schedule="warmdown",
-                    momentum_warmup=5, ema_decay=0.75, ema_every=1, ema_share=0.4)
+    epochs = 30 * 4 / loader.load(from_args(ready(), "")).sequences_per_epoch
+    settings = dict(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=epochs, restart="fresh", schedule="warmdown",
+                    momentum_warmup=50, ema_decay=0.75, ema_every=1, ema_share=0.4)     # cycles of 30 steps
     train.main(ready(run_dir=tmp_path / "whole", **settings))
-    argv, died, save = ready(run_dir=tmp_path / "pieces", resume_every=1, **settings), set(), Run.save_resume
+    argv, died, save = ready(run_dir=tmp_path / "pieces", resume_every=29, **settings), set(), Run.save_resume
     class Stop(Exception):
         pass
     def dying(run, t, tensors, **about):
@@ -393,11 +394,11 @@ def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
             died.add(about["step"])
             raise Stop
     monkeypatch.setattr(Run, "save_resume", dying)
-    for _ in range(20):
+    for _ in range(3):
         with contextlib.suppress(Stop):
             train.main(argv)
             break
-    assert len(died) >= 4 and members(tmp_path / "pieces") == members(tmp_path / "whole")
+    assert died == {29, 58} and members(tmp_path / "pieces") == members(tmp_path / "whole")
 
 
 def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
