@@ -195,6 +195,7 @@ def test_prepared_data_is_counted_exactly(micro):
     ("--mfu=1.5", ["mfu"]),
     ("--price=-1", ["price"]),
     ("--ranks=x", ["ranks"]),
+    ("--train_tokens=140000", ["train_tokens=140000", "epoch_multiple=16"]),
 ])
 def test_bad_flags(flag, names, capsys):
     with pytest.raises(SystemExit) as stop:
