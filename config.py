@@ -180,6 +180,19 @@ def read_file(path):
     return {k: v for k, v in names.items() if not k.startswith("_")}
 
 
+def action(arg, default):
+    """The value of --name=value, of the default's type; of --name, where that is False: a flag."""
+    name, equals, text = arg[2:].partition("=")
+    if default is False:
+        return True if not equals else refuse(f"{arg}: write --{name} alone")
+    if not equals or text == default == "":
+        refuse(f"{arg} has no value: write --{name}=VALUE")
+    try:
+        return type(default)(text)
+    except ValueError:
+        refuse(f"{name}={text!r}: wants a value such as {default!r}")
+
+
 def take_actions(argv, **defaults):
     """
     (values, the rest of argv) of the --name=value that one script alone knows and that no run remembers, each of its
@@ -187,18 +200,11 @@ def take_actions(argv, **defaults):
     """
     values, rest = dict(defaults), []
     for arg in sys.argv[1:] if argv is None else argv:
-        name, equals, text = arg[2:].partition("=")
-        if not arg.startswith("--") or name not in defaults:
-            rest.append(arg)
-        elif defaults[name] is False:           # a flag
-            values[name] = True if not equals else refuse(f"{arg}: write --{name} alone")
-        elif not equals or text == defaults[name] == "":
-            refuse(f"{arg} has no value: write --{name}=VALUE")
+        name = arg[2:].partition("=")[0]
+        if arg.startswith("--") and name in defaults:
+            values[name] = action(arg, defaults[name])
         else:
-            try:
-                values[name] = type(defaults[name])(text)
-            except ValueError:
-                refuse(f"{name}={text!r}: wants a value such as {defaults[name]!r}")
+            rest.append(arg)
     return SimpleNamespace(**values), rest
 
 

@@ -183,7 +183,7 @@ class Mixture:
         self.store(launch, trajectory, members, parts)
         if launch.stop.agreed:
             return None
-        stored = {place: launch.run.read_mixture(t, len(members), *place, check=launch.world.lead) for place in parts}
+        stored = {place: launch.run.read_mixture(t, len(members), place, check=launch.world.lead) for place in parts}
 
         def rows(name, numbers):
             """Of the sequences of these numbers: (B * T, k)."""
@@ -203,7 +203,7 @@ class Mixture:
         sha = [source.read_member(*which, check=False)[1]["sha256"] for source, *which in members]
         made_from = lambda n, place: sha256_of([sha[:n], place, PART, STORED])
         there = max((n for n in range(1, len(members) + 1)
-                     if all(run.has_mixture(t, n, *place, made_from(n, place)) for place in parts)), default=0)
+                     if all(run.has_mixture(t, n, place, made_from(n, place)) for place in parts)), default=0)
         world.barrier()                                         # all have looked before one writes
         for n in range(there + 1, len(members) + 1):
             launch.bar.set_postfix_str(f"trajectory {t}: storing the mixture, member {n} of {len(members)}")
@@ -211,8 +211,8 @@ class Mixture:
             for first in range(0, len(parts), world.data_size):            # a part for each rank, then ask whether to stop
                 if first + world.data_rank < len(parts):
                     place = parts[first + world.data_rank]
-                    if not run.has_mixture(t, n, *place, made_from(n, place)):
-                        run.save_mixture(t, n, *place, mix(*place), made_from(n, place))
+                    if not run.has_mixture(t, n, place, made_from(n, place)):
+                        run.save_mixture(t, n, place, mix(place), made_from(n, place))
                 stop.agreed = world.mean(stop.asked)[0] > 0
                 if stop.agreed:
                     return
@@ -224,12 +224,13 @@ class Mixture:
         self.model.load_state_dict(source.read_member(*which)[0])
         fit = torch.from_numpy(loader.score(self.model, launch.data.fit, self.config.micro_batch))
 
-        def mix(packing, part):
+        def mix(place):
+            packing, part = place
             sequences = batches.pack(packing)[part * PART:(part + 1) * PART]
             if n == 1:
                 return {**mix_in(self.model, sequences, None, 1.0, self.config.micro_batch), "fit": fit}
             speak()                                             # any rank may be the one to find the file damaged
-            old = run.read_mixture(trajectory.t, n - 1, packing, part)
+            old = run.read_mixture(trajectory.t, n - 1, place)
             speak(launch.world.lead)
             share = self.share(n, old["fit"], fit)
             mixed = ((1 - share) * old["fit"].double().exp() + share * fit.double().exp()).log().float()

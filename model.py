@@ -113,8 +113,9 @@ class Attention(nn.Module):
             W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W                 # 3, H, H @ 3, H, D * C
         return W.view(-1, self.c_q.in_features), self.c_proj.weight.to(dtype)
 
-    def forward(self, x, qkv, proj, ve, rope, window):
-        """x (B, T, C) normed; qkv (3C, C) and proj (C, C) as weights() gives them; ve (B, T, C) or None; rope = (cos, sin)."""
+    def forward(self, x, weights, ve, rope, window):
+        """x (B, T, C) normed; weights as weights() gives them; ve (B, T, C) or None; rope = (cos, sin)."""
+        qkv, proj = weights
         qk, v = F.linear(x, qkv).view(*x.shape[:2], 3, self.n_head, -1).split([2, 1], dim=2)    # B, T, 2 and 1, H, D
         q, k, v = *norm(rotary(qk, *rope)).unbind(2), v.squeeze(2)                              # B, T, H, D
         if ve is not None:
@@ -167,7 +168,7 @@ class Block(nn.Module):
         if stream:
             r, a, x0 = stream
             x = r * x + a * x0
-        x = x + self.attn(norm(x), qkv, proj, ve, rope, window)
+        x = x + self.attn(norm(x), (qkv, proj), ve, rope, window)
         return x + self.mlp(norm(x), *mlp)
 
 

@@ -185,30 +185,31 @@ class Run:
             refuse(f"{reasons[0]}, and no older one is whole: "
                    f"restore one, or delete {self.folder(t)} and train it again")
 
-    # ---- the mixture of the first n members, as far as it is stored to teach; the newest two stay
+    # ---- the mixture of the first n members, as far as it is stored to teach, at places (packing, part); the newest two stay
 
-    def mixture_path(self, t, n, packing, part):
+    def mixture_path(self, t, n, place):
+        packing, part = place
         return self.folder(t) / f"mixture_{n:03d}_{packing}_{part:02d}.pt"
 
-    def has_mixture(self, t, n, packing, part, made_from):
+    def has_mixture(self, t, n, place, made_from):
         """Whether it is there, and this one."""
         try:
-            return load_tensors(self.mixture_path(t, n, packing, part), check=False)[1].get("made_from") == made_from
+            return load_tensors(self.mixture_path(t, n, place), check=False)[1].get("made_from") == made_from
         except Damaged:
             return False
 
-    def save_mixture(self, t, n, packing, part, tensors, made_from):
+    def save_mixture(self, t, n, place, tensors, made_from):
         """
         "p" and "ids" (sequences, T, k) and "fit" (tokens,), its log-probabilities on the fitness set;
         made_from: what says that it is this one.
         """
-        save_tensors(self.mixture_path(t, n, packing, part), tensors, made_from=made_from)
+        save_tensors(self.mixture_path(t, n, place), tensors, made_from=made_from)
         with contextlib.suppress(FileNotFoundError):
-            self.mixture_path(t, n - 2, packing, part).unlink()
+            self.mixture_path(t, n - 2, place).unlink()
 
-    def read_mixture(self, t, n, packing, part, check=True):
+    def read_mixture(self, t, n, place, check=True):
         """Its tensors, mapped from disk."""
-        path = self.mixture_path(t, n, packing, part)
+        path = self.mixture_path(t, n, place)
         try:
             return load_tensors(path, check)[0]
         except Damaged as e:

@@ -58,8 +58,16 @@ def documents_of(sequences, doc_starts):
 
 
 def sequences_per_epoch(tokens, sequence_len, multiple):
-    """Sequences of an epoch: as many as can be cut, down to a multiple."""
-    return len(cut(tokens, sequence_len)) // multiple * multiple
+    """Sequences of an epoch of so many tokens: as many as can be cut, down to a multiple."""
+    return tokens // (sequence_len + 1) // multiple * multiple
+
+
+def epoch_of(config, tokens):
+    """sequences_per_epoch() of so many tokens beside the fitness set. Exits with code 2 where there are none."""
+    n = sequences_per_epoch(tokens, config.sequence_len, config.epoch_multiple)
+    return n or refuse(f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least fitness_tokens="
+                       f"{config.fitness_tokens}, leaves {tokens}; an epoch wants epoch_multiple={config.epoch_multiple} "
+                       f"sequences of {config.sequence_len + 1}: raise train_tokens, or give shorter documents")
 
 
 def split_fitness(tokens, starts, fitness_tokens):
@@ -68,17 +76,6 @@ def split_fitness(tokens, starts, fitness_tokens):
     last = min(int(np.searchsorted(ends, fitness_tokens)), len(ends) - 1)
     end = int(ends[last])
     return tokens[:end], tokens[end:], starts[last + 1:] - end
-
-
-def split_train(config, tokens, starts):
-    """split_fitness() of the train file, and the sequences of an epoch. Exits with code 2 where none is left."""
-    fitness, train, starts = split_fitness(tokens, starts, config.fitness_tokens)
-    per_epoch = sequences_per_epoch(train, config.sequence_len, config.epoch_multiple)
-    if not per_epoch:
-        refuse(f"train_tokens={config.train_tokens}: the fitness set takes {len(fitness)}, whole documents until at least "
-               f"fitness_tokens={config.fitness_tokens}, which leaves {len(train)}; an epoch wants epoch_multiple="
-               f"{config.epoch_multiple} sequences of {config.sequence_len + 1}: raise train_tokens, or give shorter documents")
-    return fitness, train, starts, per_epoch
 
 
 def fingerprint(splits):
@@ -110,11 +107,11 @@ def load(config):
     if text_source(config).get("fingerprint", found) != found:
         refuse(f"the files in data_dir={config.data_dir} are not what data.prepare wrote, their SHA-256 is another: "
                "delete them and run python -m data.prepare again")
-    fitness, train, starts, per_epoch = split_train(config, *splits["train"])
+    fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     T = config.sequence_len
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
     return Data(train, starts, fit, val, documents_of(fit, splits["train"][1]), documents_of(val, splits["val"][1]),
-                read_token_bytes(config), per_epoch, found)
+                read_token_bytes(config), epoch_of(config, len(train)), found)
 
 
 def read_token_bytes(config):
@@ -153,7 +150,8 @@ class Batches:
     def __init__(self, tokens, doc_starts, sequence_len, multiple, seed, packings=0):
         self.documents = np.split(tokens, doc_starts[1:])
         self.sequence_len, self.seed, self.packings = sequence_len, seed, packings
-        self.per_packing, self.per_epoch = len(cut(tokens, sequence_len)), sequences_per_epoch(tokens, sequence_len, multiple)
+        self.per_packing = len(cut(tokens, sequence_len))
+        self.per_epoch = sequences_per_epoch(len(tokens), sequence_len, multiple)
         self.position, self.epoch = 0, 0
         self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
 

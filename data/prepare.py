@@ -24,7 +24,7 @@ import torch
 
 from config import from_args, take_actions
 from data import fineweb
-from data.loader import file_name, fingerprint, load, split_train, text_source
+from data.loader import epoch_of, file_name, fingerprint, load, split_fitness, text_source
 from data.tokenizer import get_tokenizer, install_ranks
 from errors import refuse
 from population import Run
@@ -186,8 +186,9 @@ def prepare(config):
     if config.data == "manual":
         source["python"] = platform.python_version()
     print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {source['text_sha256']}")
-    if len(set(documents)) < len(documents):
-        print(f"note: {len(documents) - len(set(documents))} of them repeat another: held-out text may be trained on, too")
+    repeated = len(documents) - len(set(documents))
+    if repeated:
+        print(f"note: {repeated} of them repeat another: held-out text may be trained on, too")
     if ".json" in there:
         theirs = text_source(config)
         differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted"
@@ -205,7 +206,7 @@ def prepare(config):
         refuse(f"data={config.data} is too short: val_tokens={config.val_tokens} + train_tokens={config.train_tokens} want "
                f"{config.val_tokens + config.train_tokens} tokens, its {len(documents)} documents give {have} (each split "
                "drops the rest of its last one): lower them (and fitness_tokens), add text, or give shorter documents")
-    split_train(config, *splits["train"])
+    epoch_of(config, len(split_fitness(*splits["train"], config.fitness_tokens)[1]))        # before anything is written
     write(config, splits, token_bytes, source)
     used = sum(len(starts) for _, starts in splits.values())
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}, "

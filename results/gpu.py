@@ -5,7 +5,6 @@ GPUs their exchange, too. --slowrun=FOLDER: a clone of the public repository, wh
 Each part prints into results/gpu/DEVICE/PART.txt as it goes, so that one that is cut off leaves what it had. Exits 1 where
 a part failed. Has not run yet; the 1p8b parts want 80 GB, at micro-batch 4 more.
 """
-import math
 import os
 import subprocess
 import sys
@@ -16,9 +15,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import take_actions                         # noqa: E402
+from config import from_args, take_actions              # noqa: E402
 from errors import refuse                               # noqa: E402
 from results.demo import commit                         # noqa: E402
+from world import fitting                               # noqa: E402
 
 RANDOM = ["--train_tokens=4000000", "--fitness_tokens=100000"]          # bench draws its tokens, no files are read
 A_RANK = ["--batch_tokens=65536", "--batch_tokens_ends=65536"]          # has so many where 8 share a trajectory
@@ -35,10 +35,11 @@ def parts(slowrun, gpus):
         "1p8b_micro_batch_4": [*bench, *LARGE, "--steps=train", "--micro_batch=4"],
         "1p8b_profile": ["results/h200/profile_step.py"],
     }
-    ranks = 2 ** int(math.log2(gpus))
+    shared = ["configs/1p8b.py", *RANDOM, "--trajectories=1"]
+    ranks = fitting(from_args([str(ROOT / shared[0]), *shared[1:]], __doc__), gpus)[-1]
     if ranks > 1:
         found[f"1p8b_on_{ranks}"] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *bench,
-                                     "configs/1p8b.py", *RANDOM, "--trajectories=1", "--steps=train,distill"]
+                                     *shared, "--steps=train,distill"]
     found["1p8b_memory"] = [*bench, *LARGE, "--steps=prior", "--members=8", "--memory=1"]
     if slowrun:             # its 70 applications are one graph, which may compile for long
         found["1p8b_beside_theirs"] = [*bench, *LARGE, "--steps=train,distill", *slowrun]

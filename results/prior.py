@@ -14,9 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import from_args, take_actions                                      # noqa: E402
+from config import from_args, take_actions                                              # noqa: E402
 from data import loader                                                                  # noqa: E402
-from errors import refuse                                      # noqa: E402
+from errors import refuse                                                                # noqa: E402
 from population import Run                                                               # noqa: E402
 from prior import eliminate, fit_on, fit_weights, mean_log_p, paired_error               # noqa: E402
 from results.demo import commit                                                         # noqa: E402
@@ -163,6 +163,8 @@ def page(label, config, options):
                                             for m in members]))
                 for split in ("fit", "val"))
     documents = torch.from_numpy(data.fit_documents)
+    if documents.max() == 0:
+        refuse("the fitness set is one document, which has no halves to choose on and to judge on: give shorter documents")
     Ks = sorted(({2 ** i for i in range(len(members).bit_length())} | {3, 6, 12, len(members)})
                 & set(range(1, len(members) + 1)))
     honest = halves(fit, documents)
@@ -208,8 +210,6 @@ def main(argv=None):
              f"Printed by `python results/prior.py {' '.join(sys.argv[1:])}` at commit {commit()}.",
              f"Text: {Path(text.get('data', 'FineWeb')).name}, SHA-256 {text.get('text_sha256')}. "
                  "Losses in nats per token.", ""]
-    if loader.load(config).fit_documents.max() == 0:
-        refuse("the fitness set is one document, which has no halves to choose on and to judge on: give shorter documents")
     for label, of in runs or [(config.run_dir, config)]:
         lines += page(label, of, options)
     (ROOT / "results" / f"prior_{name}.md").write_text("\n".join(lines))

@@ -423,7 +423,7 @@ def test_a_student_of_the_whole_population(population_to_teach, tmp_path, monkey
     monkeypatch.setattr(distill, "STORED", 256)                  # these are flatter than any that has learned to read
     stored, drop = {}, Run.drop_mixtures
     monkeypatch.setattr(Run, "drop_mixtures", lambda own, t: (
-        stored.update({name: w.clone() for name, w in own.read_mixture(0, len(chosen), 1, 0).items()}), drop(own, t)))
+        stored.update({name: w.clone() for name, w in own.read_mixture(0, len(chosen), (1, 0)).items()}), drop(own, t)))
     mixture = max((a for a in before["answers"] if a["rule"] == "learned"), key=lambda a: a["K"])
     chosen = [(before["members"][i], w) for i, w in zip(mixture["members"], mixture["weights"]) if w > 0]
     assert len(chosen) > 1

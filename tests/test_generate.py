@@ -20,7 +20,7 @@ class Fixed(torch.nn.Module):
             torch.tensor(p).log(), SimpleNamespace(sequence_len=4), torch.device("cpu"), 0)
         self.context = []
     def forward(self, idx):
-        assert idx.shape[0] == 1
+        assert idx.shape[0] == 1 and idx.shape[1] <= 4
         self.passes += 1
         self.context.append(idx.size(1))
         return self.logits.expand(1, idx.size(1), -1)

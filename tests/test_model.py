@@ -33,7 +33,7 @@ def test_attention_against_float64_loops(short):
     attention, T, H, D = model.transformer.h[1].attn, 16, 2, 16         # layer 1 has value embeddings
     x, ve = torch.randn(1, T, 32), torch.randn(1, T, 32)
     with torch.no_grad():
-        got = attention(x, *attention.weights(x.dtype), ve, (model.cos, model.sin), T // 2 if short else None)[0].double()
+        got = attention(x, attention.weights(x.dtype), ve, (model.cos, model.sin), T // 2 if short else None)[0].double()
     W = {k: v.double() for k, v in attention.state_dict().items()}
     x, ve, cos, sin = x[0].double(), ve[0].double(), model.cos[:, 0, 0].double(), model.sin[:, 0, 0].double()
     unit = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
@@ -73,7 +73,7 @@ def test_a_short_window_ends_half_a_sequence_back():
         torch.nn.init.normal_(p)
     far = x.clone()
     far[:, 3] += 1
-    of = lambda x, window: attention(x, *attention.weights(x.dtype), None, (model.cos, model.sin), window)
+    of = lambda x, window: attention(x, attention.weights(x.dtype), None, (model.cos, model.sin), window)
     changed = [(of(x, window) - of(far, window)).abs().sum(-1)[0] > 1e-6 for window in (8, None)]
     assert changed[0].nonzero().flatten().tolist() == list(range(3, 12))        # itself and 8 to its right
     assert changed[1].nonzero().flatten().tolist() == list(range(3, 16))

@@ -79,10 +79,9 @@ class Ours:
         self.ddp_model = train.distributed(self.model, group, config.micro_batch)
         tokens = np.random.default_rng(0).integers(
             config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
+        loader.epoch_of(config, len(tokens))
         self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple,
                                       config.seed)
-        if not self.batches.per_epoch:
-            refuse(f"train_tokens={config.train_tokens}: too few for an epoch of such sequences, raise it")
         self.loss_fn = train.label_loss
         if chain:
             teacher = GPT(config).init_weights().place(DEVICE, config.compile).eval().requires_grad_(False)

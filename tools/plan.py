@@ -93,10 +93,7 @@ def sequences_per_epoch(config):
     """As the data has it where it is prepared, else from the token counts alone."""
     if (Path(config.data_dir) / loader.file_name(config, "_train.pt")).exists():
         return loader.load(config).sequences_per_epoch
-    n = ((config.train_tokens - config.fitness_tokens) // (config.sequence_len + 1)
-         // config.epoch_multiple * config.epoch_multiple)
-    return n or refuse(f"train_tokens={config.train_tokens}: what fitness_tokens={config.fitness_tokens} leaves does not hold "
-                       f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}; raise train_tokens")
+    return loader.epoch_of(config, config.train_tokens - config.fitness_tokens)
 
 
 def held_out_tokens(config):
