@@ -2,6 +2,7 @@
 Every knob, once: its name, its unit, its rule. A config file assigns names (it is Python, and is executed), the command
 line overrides them with --name=value, the last one wins. Whatever is wrong is refused here, before anything else happens.
 """
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -31,14 +32,13 @@ class Config(GPTConfig):
     val_tokens: int
     fitness_tokens: int                     # held out from training, for the prior: whole documents until at least so many
     epoch_multiple: int = 16                # an epoch is cut to a multiple of so many sequences
-    packings: int = 0                       # documents are packed in so many orders, over and over; 0: every epoch in a new one
     # population: trajectories x cycles members, one at the end of every cycle
     run_dir: str = free()
     trajectories: int = free()              # free: a finished population may be given more of them
     cycles: int                             # per trajectory
     epochs_per_cycle: float = 2.0
     seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
-    first_cycle_epochs: float | None = None     # where the first cycle has another length
+    first_cycle_epochs: float = 0.0         # where the first cycle has another length
     restart: str = "noise"                  # how a cycle starts: noise, rates anew; fresh weights; none: cycles share one decay
     # a decay: a cycle, or with restart=none all of them
     schedule: str = "cycle"                 # cycle: rate down, decay up, linearly; cosine: rate to 0; warmdown: flat, then to 0
@@ -49,28 +49,23 @@ class Config(GPTConfig):
     momentum_warmup: int = 0                # steps over which Muon's momentum rises by 0.1 to its value
     lr_scale: float = 0.25                  # multiplies the optimizer's peak rates
     batch_tokens: int                       # tokens per step, over all ranks of a trajectory: in the middle cycles,
-    batch_tokens_ends: int | None = None    # and in the first and last quarter; None: the same
+    batch_tokens_ends: int = 0              # and in the first and last quarter; 0: the same
     micro_batch: int = free()               # sequences per rank and backward pass
     # chain distillation
     distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
-    distill_teacher: str = "predecessor"    # its last member; best: its best on the fitness set; mixture: of all so far
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
-    # one student of the finished population (distill.py --student): one cosine, without dropout
-    student_epochs: float = free(default=8.0)
-    student_alpha: float = free(default=0.85)       # weight of the teacher's term, at temperature 1
-    student_from: str = free(default="best")        # its first weights: best (member), or scratch
+    # distill.py --student: one model taught by a finished population, on one cosine without dropout
+    student_teachers: int = free(default=4)     # K: prior.json's answer for this K teaches
+    student_epochs: float = free(default=16.0)
+    student_alpha: float = free(default=0.85)   # weight of the teachers' term, at temperature 1
     # running
-    keep: str = free(default="all")         # which members keep their weights: all; last: each trajectory's newest two
-                                            # (all keep their scores; a student wants the weights)
     resume_every: int = free(default=0)     # steps between two states to go on from inside a cycle; 0: only at its end
     compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
-    checkpoint: bool = free(default=False)  # repeats of looped layers are computed again for backward, not kept
 
     def __post_init__(self):
         self.vocab_size = VOCAB_SIZE.get(self.tokenizer, 0)
-        if self.batch_tokens_ends is None:
-            self.batch_tokens_ends = self.batch_tokens
+        self.batch_tokens_ends = self.batch_tokens_ends or self.batch_tokens
 
     def cycle_epochs(self, cycle):
         return self.first_cycle_epochs if cycle == 0 and self.first_cycle_epochs else self.epochs_per_cycle
@@ -85,11 +80,16 @@ class Config(GPTConfig):
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
-MAY_BE_ZERO = {"packings", "momentum_warmup", "student_alpha", "dropout", "mtp_weight",
+GONE = {            # names of older versions -> what took their place
+    "keep": "every member keeps its weights, and train.py checks the disk for room before its first step",
+    "packings": "distill.py --student asks its teachers themselves, nothing is stored",
+    "distill_teacher": "the predecessor teaches (another member: teacher_of in distill.py), a mixture teaches distill.py --student",
+    "student_from": "a student starts from the best member",
+    "members": "python -m tools.import_slowrun writes members from the public script's snapshots, prior.py weighs them as its own",
+}
+MAY_BE_ZERO = {"first_cycle_epochs", "momentum_warmup", "student_alpha", "dropout", "mtp_weight",
                "loop_start", "loop_end", "loop_extra", "loop_from", "ema_decay", "seed", "distill_alpha", "resume_every"}
-CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"), "restart": ("noise", "fresh", "none"),
-           "keep": ("all", "last"), "distill_teacher": ("predecessor", "best", "mixture"), "student_from": ("best", "scratch")}
-OPTIONAL = {int | None: int, float | None: float}
+CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"), "restart": ("noise", "fresh", "none")}
 
 
 def rules(c):
@@ -104,21 +104,13 @@ def rules(c):
     for key in ("run_dir", "data_dir"):
         path = os.fsencode(getattr(c, key))
         yield max(map(len, path.split(b"/"))) < 240 and len(path) < 3800, key, "is too long a name for a file system"
-    yield c.keep == "all" or c.distill_teacher == "predecessor", "keep", \
-        f"drops weights that distill_teacher={c.distill_teacher} may need: set keep=all"
-    yield c.distill_teacher != "mixture" or c.packings, "packings", \
-        "must be more than 0 with distill_teacher=mixture, which is stored for fixed packings; " \
-        "try packings=4 (and distill_temperature=1)"
-    yield c.distill_teacher != "mixture" or c.distill_temperature == 1, "distill_temperature", \
-        "must be 1 with distill_teacher=mixture, of which probabilities are stored"
     yield not c.ema_decay or c.restart != "none" or c.cycles == 1, "ema_decay", \
         "would disturb the one decay of restart=none: set one of them only"
     yield set(c.window_pattern) <= set("SL") and c.window_pattern, "window_pattern", "must be letters S and L, such as SSSL"
     yield c.n_layer % 2 == 0, "n_layer", f"must be even (half encoder, half decoder); try {c.n_layer + 1}"
-    yield c.n_embd % c.n_head == 0, "n_embd", \
-        f"must be a multiple of n_head={c.n_head}; try {(c.n_embd // c.n_head + 1) * c.n_head}"
-    yield c.n_embd // c.n_head % 2 == 0, "n_head", \
-        f"must leave heads of even width for the rotary embedding, n_embd={c.n_embd} does not"
+    yield c.n_embd % (2 * c.n_head) == 0, "n_embd", \
+        f"must be a multiple of 2 x n_head={c.n_head}, for heads of even width; " \
+        f"try {(c.n_embd // (2 * c.n_head) + 1) * 2 * c.n_head}"
     yield c.n_embd >= 32, "n_embd", "must be at least 32, the inputs of the value gate"
     yield c.sequence_len >= 4, "sequence_len", "must be at least 4"
     for key in ("dropout", "loop_from", "ema_decay"):
@@ -130,8 +122,8 @@ def rules(c):
     for key in ("batch_tokens", "batch_tokens_ends"):
         sequences, rest = divmod(getattr(c, key), c.sequence_len)
         yield not rest, key, f"must be a multiple of sequence_len={c.sequence_len}; try {(sequences + 1) * c.sequence_len}"
-    yield c.fitness_tokens > c.sequence_len, "fitness_tokens", f"must hold a sequence: more than sequence_len={c.sequence_len}"
-    yield c.val_tokens > c.sequence_len, "val_tokens", f"must hold a sequence: more than sequence_len={c.sequence_len}"
+    for key in ("fitness_tokens", "val_tokens"):
+        yield getattr(c, key) > c.sequence_len, key, f"must hold a sequence: more than sequence_len={c.sequence_len}"
     yield c.train_tokens > c.fitness_tokens, "train_tokens", \
         f"must be more than fitness_tokens={c.fitness_tokens}, which come from it"
 
@@ -139,20 +131,15 @@ def rules(c):
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
-def typed(key, value):
-    """A value of the field's type: text (from the command line) is read, anything else must fit; an int is a fine float."""
-    kind = OPTIONAL.get(FIELDS[key].type, FIELDS[key].type)
-    if value is None and FIELDS[key].type in OPTIONAL:
-        return None
+def typed(name, kind, value):
+    """A value of this type: text (from the command line) is read, anything else must fit; an int is a fine float."""
     if type(value) is str and kind is bool:
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower())
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
     elif kind is float and type(value) is int or type(value) is str and kind is not str:
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(value)
-        except (ValueError, OverflowError):
-            pass
     if type(value) is not kind or value == "":
-        refuse(f"{key}={value!r}: wants {WORDS[kind]}")
+        refuse(f"{name}={value!r}: wants {WORDS[kind]}")
     return value
 
 
@@ -161,10 +148,18 @@ def known(name):
         return name
     if name == "vocab_size":
         refuse("vocab_size follows from the tokenizer: set tokenizer instead")
-    if name == "student":
-        refuse("--student is distill.py's alone: run it there, then prior.py without it")
+    if name in GONE:
+        refuse(f"{name} is no setting any more: {GONE[name]}")
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
     refuse(f"unknown config name '{name}'" + (f": did you mean '{near[0]}'?" if near else "; config.py lists the known ones"))
+
+
+def student_of(c):
+    """The Config of a population's one student: a population of one, in run_dir/student."""
+    return dataclasses.replace(
+        c, run_dir=os.path.join(c.run_dir, "student"), trajectories=1, cycles=1, epochs_per_cycle=c.student_epochs,
+        first_cycle_epochs=0.0, schedule="cosine", restart="noise", ema_decay=0.0, dropout=0.0,
+        distill_from=0, distill_alpha=c.student_alpha, distill_temperature=1.0)
 
 
 def read_file(path):
@@ -177,35 +172,7 @@ def read_file(path):
         refuse(f"cannot read config {path}: {e.strerror}; configs/tiny.py is an example")
     except Exception as e:
         refuse(f"config {path} is not a list of assignments: {type(e).__name__}: {e}")
-    return {k: v for k, v in names.items() if not k.startswith("_")}
-
-
-def action(arg, default):
-    """The value of --name=value, of the default's type; of --name, where that is False: a flag."""
-    name, equals, text = arg[2:].partition("=")
-    if default is False:
-        return True if not equals else refuse(f"{arg}: write --{name} alone")
-    if not equals or text == default == "":
-        refuse(f"{arg} has no value: write --{name}=VALUE")
-    try:
-        return type(default)(text)
-    except ValueError:
-        refuse(f"{name}={text!r}: wants a value such as {default!r}")
-
-
-def take_actions(argv, **defaults):
-    """
-    (values, the rest of argv) of the --name=value that one script alone knows and that no run remembers, each of its
-    default's type. Exits with code 2 on a value of another type.
-    """
-    values, rest = dict(defaults), []
-    for arg in sys.argv[1:] if argv is None else argv:
-        name = arg[2:].partition("=")[0]
-        if arg.startswith("--") and name in defaults:
-            values[name] = action(arg, defaults[name])
-        else:
-            rest.append(arg)
-    return SimpleNamespace(**values), rest
+    return {known(k): typed(k, FIELDS[k].type, v) for k, v in names.items() if not k.startswith("_")}
 
 
 def recipe(epochs):
@@ -217,47 +184,50 @@ def recipe(epochs):
         before = epochs - 1 if epochs > 1 else 0.85
         gap = (epochs - before) / 4
         return dict(trajectories=1, cycles=4, epochs_per_cycle=gap, first_cycle_epochs=before + gap, restart="none",
-                    distill_from=4, batch_tokens_ends=None)
+                    distill_from=4, batch_tokens_ends=0)
     trajectories = next((n for n, most in ((1, 128), (2, 256), (3, 512), (4, 1024)) if epochs <= most), 5)
     return dict(trajectories=trajectories, cycles=epochs // (2 * trajectories), epochs_per_cycle=2.0,
-                first_cycle_epochs=None, restart="noise")
+                first_cycle_epochs=0.0, restart="noise")
 
 
-def from_args(argv, usage):
+def budget(epochs, values, given):
+    """The values of recipe(epochs). Exits with code 2 where the config's or the command line's values contradict them."""
+    if not 0 < epochs <= 100_000:
+        refuse(f"epochs={epochs}: no recipe fits it; wants a whole number from 1 to 100,000, over all trajectories together")
+    if values.get("schedule", "cycle") != "cycle":
+        refuse(f"epochs={epochs}: the recipe is one of schedule=cycle, "
+               f"this config has schedule={values['schedule']}; set its epochs_per_cycle")
+    chosen = recipe(epochs)
+    if chosen.keys() & given.keys():
+        refuse(f"epochs={epochs} already chooses {', '.join(sorted(chosen.keys() & given.keys()))}: give one or the other")
+    return chosen
+
+
+def from_args(argv, usage, **options):
     """
-    The checked Config of a command line `CONFIG [--name=value ...]` (argv None: the process's own); --epochs=E stands
-    for the values of recipe(E). usage is the script's docstring, printed by --help. Exits with code 2 on bad input.
+    (the checked Config, the options) of a command line `CONFIG [--name=value ...]` (argv None: the process's own). options:
+    names and defaults that this script alone knows and no run remembers; --epochs=E stands for the values of recipe(E).
+    usage is the script's docstring, printed by --help. Exits with code 2 on bad input.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
         print(usage.strip())
         raise SystemExit(0)
-    options, argv = take_actions(argv, epochs="")
     paths = [a for a in argv if not a.startswith("--")]
     if len(paths) != 1:
         refuse(f"want one config file, such as configs/tiny.py, got {' '.join(paths) or 'none'}; "
                "overrides are written --name=value")
-    given = {}
-    for arg in argv:
-        if arg.startswith("--"):
-            name, equals, value = arg[2:].partition("=")
-            known(name)
-            if not equals:
-                refuse(f"{arg} has no value: write --{name}=VALUE")
-            given[name] = typed(name, value)
-    values = {known(k): typed(k, v) for k, v in read_file(paths[0]).items()} | given
-    budget = options.epochs
-    if budget:
-        if not budget.isdecimal() or len(budget) > 6 or not 0 < int(budget) <= 100_000:
-            refuse(f"epochs={budget!r}: no recipe fits it; "
-                   "wants a whole number from 1 to 100,000, over all trajectories together")
-        if values.get("schedule", "cycle") != "cycle":
-            refuse(f"epochs={budget}: the recipe is one of schedule=cycle, "
-                   f"this config has schedule={values['schedule']}; set its epochs_per_cycle")
-        chosen = recipe(int(budget))
-        if chosen.keys() & given.keys():
-            refuse(f"epochs={budget} already chooses {', '.join(sorted(chosen.keys() & given.keys()))}: give one or the other")
-        values |= chosen
+    given, options = {}, {**options, "epochs": 0}
+    for name, equals, text in (a[2:].partition("=") for a in argv if a.startswith("--")):
+        kind = type(options[name]) if name in options else FIELDS[known(name)].type
+        if not equals and kind is not bool:
+            refuse(f"--{name} has no value: write --{name}=VALUE")
+        given[name] = typed(name, kind, text if equals else True)
+    options |= {name: given[name] for name in options if name in given}
+    own = {name: value for name, value in given.items() if name in FIELDS}
+    values = read_file(paths[0]) | own
+    if "epochs" in given:
+        values |= budget(given["epochs"], values, own)
     missing = [k for k, f in FIELDS.items() if k not in values and f.default is dataclasses.MISSING]
     if missing:
         refuse(f"config {paths[0]} does not set {', '.join(missing)}; configs/tiny.py is an example")
@@ -265,4 +235,4 @@ def from_args(argv, usage):
     for holds, key, mend in rules(config):
         if not holds:
             refuse(f"{key}={getattr(config, key)!r}: {mend}")
-    return config
+    return config, SimpleNamespace(**options)

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 
 import torch
 
@@ -16,17 +15,12 @@ from errors import refuse
 FORMAT = 2                  # of all files below; to be raised where an older reader would go wrong
 
 
-def writer(process):
-    """How temporary names end: the machine and the process that writes."""
-    return f".{platform.node().replace('.', '_')}.{process}"
-
-
 def write_whole(path, save):
     """
     Write a file whole or not at all: save(open file) goes to a temporary name beside it, renamed when on disk. Where that
     fails (a full disk): one line, exit code 2, and what was there before is still there.
     """
-    temporary = path.with_name(f".{path.name}{writer(os.getpid())}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -45,15 +39,10 @@ def write_whole(path, save):
             temporary.unlink()
 
 
-def sweep(folder, pattern, others=False):
-    """
-    Remove what killed writers left: temporary files of this pattern, of processes that are no more on this machine;
-    others: and all of other machines.
-    """
+def sweep(folder, pattern):
+    """Remove temporary files that killed writers left, by this pattern; to be called by whom nobody else writes beside."""
     for path in folder.glob(pattern):
-        process = path.suffix[1:]
-        gone = not os.path.exists(f"/proc/{process}") if path.name.endswith(writer(process)) else others
-        if process.isdecimal() and gone:
+        if path.suffix[1:].isdecimal():
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -78,23 +67,17 @@ def read_json(path):
         refuse(f"{path} is not readable ({type(e).__name__}): {mend}")
     if version > FORMAT:
         refuse(f"{path} was written by a newer version of this code (format {version}, this reads {FORMAT}): update it")
-    if kept is None:
-        refuse(f"{path} has no SHA-256, so an older version of this code wrote it, or another program: "
-               "name another --run_dir, or move it away")
     if kept != sha256_of(value):
-        refuse(f"{path} is damaged, its SHA-256 is another: {mend}")
+        refuse(f"{path} is damaged, or was not written by this code: {mend}")
     return value
 
 
-def differences(theirs, mine, leave=""):
-    """
-    The keys, except `leave`, in which two identities differ, with both values, as text; empty where they agree.
-    theirs: whatever a file held.
-    """
+def differences(theirs, mine):
+    """The keys in which two identities differ, with both values, as text; empty where they agree. theirs: from a file."""
     if not isinstance(theirs, dict):
         return "it has no identity"
     return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here"
-                     for k in sorted({*mine, *theirs} - {leave}) if mine.get(k) != theirs.get(k))
+                     for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
 
 
 def digest(tensors):

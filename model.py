@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -66,19 +65,6 @@ def attend(q, k, v, window):
         distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
         mask = (distance >= 0) & (distance <= window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
-
-
-def activate_attention(device):
-    """Turns on FlashAttention 3 where it is installed; what attend() runs there, in words."""
-    if device.type != "cuda":
-        return "PyTorch's attention"
-    installed = importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9
-    if installed and current_flash_attention_impl() is None:
-        try:
-            activate_flash_attention_impl("FA3")
-        except (ImportError, RuntimeError) as e:
-            return f"flash attention (FA2; FlashAttention 3 is installed, but fails: {e})"
-    return f"flash attention ({current_flash_attention_impl() or 'FA2'})"
 
 
 class Attention(nn.Module):
@@ -261,7 +247,6 @@ class GPT(nn.Module):
         self.layers = [*range(end), *block, *range(end, L)]
         self.looping = True             # False: every layer once
         self.capped_loss = capped_loss  # place() may put a compiled one here
-        self.checkpointing = False      # repeated applications are computed again for backward instead of kept
         D = C // config.n_head
         frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
         angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)[:, None, None, :]     # rotary: T, 1, 1, D/2
@@ -297,7 +282,9 @@ class GPT(nn.Module):
         self.to(device)
         if device.type == "cuda":
             self.transformer.wte.bfloat16()
-            activate_attention(device)
+            hopper = torch.cuda.get_device_capability(device)[0] == 9
+            if hopper and importlib.util.find_spec("flash_attn_interface") and current_flash_attention_impl() is None:
+                activate_flash_attention_impl("FA3")
             if compile:             # block by block: looped layers reuse one graph, and DDP overlaps between blocks
                 torch._dynamo.config.recompile_limit = 64       # training, scoring and teaching each have their kinds of block
                 torch._dynamo.config.optimize_ddp = False       # would cut each block at DDP's buckets
@@ -315,20 +302,15 @@ class GPT(nn.Module):
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
         weights, ve, encoder = {}, {}, {}
         for i in self.layers if self.looping else range(c.n_layer):
-            again = i in weights
             # once, however often the layer is applied; made here, because gradients of what is made first come last
-            if not again:
+            if i not in weights:
                 weights[i] = self.transformer.h[i].weights(x.dtype)
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
             stream = self.resid_lambdas[i], self.x0_lambdas[i], x0
             # U-Net: decoder i pairs with L-1-i
             skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else None
-            inputs = x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, stream, skip
-            if self.checkpointing and again and torch.is_grad_enabled():
-                x = checkpoint(self.transformer.h[i], *inputs, use_reentrant=False)
-            else:
-                x = self.transformer.h[i](*inputs)
+            x = self.transformer.h[i](x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, stream, skip)
             if i < half:
                 encoder[i] = x
         return norm(x)

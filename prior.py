@@ -4,10 +4,9 @@ weighted mean of probabilities, on held-out text (the fitness set), for every in
 
 One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
-Of others:    --members=FOLDER weighs the public Slowrun script's snapshots, model_0.pt .., instead of the run's own
+A student:    the same and --student: of run_dir/student, which distill.py --student wrote, a population of one
 
-Scores every member on what it has no scores for yet (the loop makes those on the fitness set), fits, and writes
-run_dir/prior.json: members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the
+Scores every member on the held-out sets that it has no scores for yet, fits, and writes run_dir/prior.json: members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the
 members and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """
 import dataclasses
@@ -18,12 +17,12 @@ import textwrap
 import numpy as np
 import torch
 
-from config import from_args, take_actions
+from config import from_args, student_of
 from data import loader
 from errors import refuse, speak
-from model import GPT, activate_attention
+from model import GPT
 from files import write_json
-from population import SPLITS, STUDENT, open_run, whole_mixture
+from population import SPLITS, Run
 from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
@@ -201,51 +200,40 @@ def model_to_score(config):
     return GPT(dataclasses.replace(config, mtp_weight=0.0))
 
 
-def load_member(model, run, t, c):
-    """A member's weights into a model_to_score; returns their SHA-256. Exits with code 2 where they do not fit."""
-    weights, about = run.read_member(t, c)
+def fill(model, path, weights):
+    """Load weights without the MTP head. Exits with code 2 where they do not fit."""
     try:
         model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")})
     except RuntimeError as e:
         first = textwrap.shorten(str(e).splitlines()[1].strip(" ."), 200)
-        refuse(f"{run.member_path(t, c)} is of another model or tokenizer: {first}; use its config")
+        refuse(f"{path} is of another model or tokenizer: {first}; use its config")
+
+
+def load_member(model, run, t, c):
+    """A member's weights into a model_to_score; returns their SHA-256."""
+    weights, about = run.read_member(t, c)
+    fill(model, run.member_path(t, c), weights)
     return about["sha256"]
 
 
 def score_members(config, data, run, world):
     """
-    Score every member, and a student, on the held-out sets where it has no scores yet, spread over the ranks that can see it:
-    where every node has a disk of its own, rank 0 is sent the others' scores. The (trajectory, cycle) of all, a student first.
+    Score every member on the held-out sets where it has no scores yet, spread over the ranks. The (trajectory, cycle) of all,
+    in order.
     """
-    seen = world.gather(run.student() + run.members())
-    members = sorted(set().union(*seen))
-    if set(members) <= {STUDENT}:
-        refuse(f"run_dir={run.path} has no members: run train.py and distill.py on this config first, "
-               "or name others' by --members=FOLDER", common=True)
-    run.claim_scores()
-    world.barrier(everyone=True)
-    sees = [[rank for rank in range(world.size) if member in seen[rank]] for member in members]
-    owner = {member: ranks[i % len(ranks)] for i, (member, ranks) in enumerate(zip(members, sees))}
-    todo = [m for m in members if owner[m] == world.rank and run.unscored(*m)]
-    if todo and world.rank == 0:
-        print(f"scoring on {world.device.type}, {activate_attention(world.device)}", flush=True)
+    members = run.members()
+    if not members:
+        refuse(f"run_dir={run.path} has no members: run train.py and distill.py (--student) on this config first", common=True)
+    run.claim(world, "scores", leftovers=("scores/*/.*", ".prior.json.*"))         # training may go on beside this
+    todo = [m for m in members[world.rank::world.size] if run.unscored(*m)]
     model = model_to_score(config).place(world.device, config.compile) if todo else None
     for member in world.progress(todo, unit="member", desc="scoring"):
-        splits = run.unscored(*member)
-        if not splits:                              # training beside this was faster
-            continue
         sha256 = load_member(model, run, *member)
-        scores = loader.score_sets(model, data, config.micro_batch, splits)
+        scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in run.unscored(*member)}
         run.save_scores(*member, scores, sha256)
         run.log(kind="score", trajectory=member[0], cycle=member[1],
                 **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
     world.barrier(everyone=True)
-    for member in members:
-        if member not in seen[0]:
-            mine = {s: run.read_scores(s, *member) for s in SPLITS} if owner[member] == world.rank else None
-            found = world.send(mine, source=owner[member])
-            if world.rank == 0:
-                run.save_scores(*member, {s: log_p for s, (log_p, _) in found.items()}, found["fit"][1])
     return members
 
 
@@ -260,7 +248,8 @@ def evaluate(mixtures, log_p, data):
     flat, nats, bits = sum(mixtures.values(), []), {}, {}
     best = next(i for i, mixture in enumerate(flat) if mixture is mixtures["best"][0])
     for split in SPLITS:
-        targets, documents = getattr(data, split)[:, 1:].ravel(), getattr(data, f"{split}_documents")
+        targets = getattr(data, split)[:, 1:].ravel()
+        documents = data.val_documents if split == "val" else np.zeros(targets.size, np.int64)
         nats[split], bits[split] = mixture_losses(flat, log_p[split], data.token_bytes[targets], documents)
     losses = {split: (n.sum(dim=1) / len(log_p[split][0])).tolist() for split, n in nats.items()}
     sizes = torch.from_numpy(np.bincount(data.val_documents)).double()
@@ -276,26 +265,20 @@ def print_table(config, result):
         error = "-" if a["val_error"] is None else f"{a['val_error']:.4f}"
         print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} "
               f"{a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
-    if any(a["rule"] == "student" and not a["of_this_mixture"] for a in result["answers"]):
-        print("The student was taught by another mixture than this one: move student.pt and student/ away to train it anew.")
     print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; "
           "+- is the standard error, over validation documents, of the difference to the best member. "
           f"The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
 def weigh(config, data, run, members):
-    """The contents of prior.json, from the scores of the members and, where it comes first, a student."""
-    students, members = [m for m in members if m == STUDENT], [m for m in members if m != STUDENT]
-    scores = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members + students]
-              for split in SPLITS}
+    """The contents of prior.json, from the scores of the members."""
+    scores = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members] for split in SPLITS}
     log_p = {split: [log_p for log_p, _ in of] for split, of in scores.items()}
-    fit = torch.from_numpy(np.stack(log_p["fit"][:len(members)]))                   # members, tokens
+    fit = torch.from_numpy(np.stack(log_p["fit"]))                                  # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
-    alone = lambda i: (torch.tensor([i]), torch.ones(1, dtype=torch.float64))
-    losses = evaluate(dict(members=[alone(i) for i in range(len(members))],
-                           growing=[(chosen, weights) for _, chosen, weights in grown],
-                           **rules, student=[alone(len(members)) for _ in students]), log_p, data)
+    losses = evaluate(dict(members=[(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))],
+                           growing=[(chosen, weights) for _, chosen, weights in grown], **rules), log_p, data)
     result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
                          for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])]
@@ -308,24 +291,18 @@ def weigh(config, data, run, members):
                    for (m, w), row in zip(answers, losses[rule])]
         result["answers"] += [a for a in answers if a["K"] in kept]
         result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
-    for student, row in zip(students, losses["student"]):       # no member: taught by a mixture of them, maybe an older one
-        about = run.read_member(*student, check=False)[1]
-        current = about["taught_by"] == whole_mixture(result)[1]
-        result["answers"].append(dict(K=1, rule="student", members=[], weights=[], epochs=about["epochs"],
-                                      of_this_mixture=current, **row))
     result["answers"].sort(key=lambda a: a["K"])
     return result
 
 
 def main(argv=None):
-    options, argv = take_actions(argv, members="")
-    config = from_args(argv, __doc__)
+    config, options = from_args(argv, __doc__, student=False)
+    if options.student:
+        config = student_of(config)
     data = loader.load(config)
-    with open_run(config, data.fingerprint, options.members) as run, one_line_errors(config):
+    with Run(config, data.fingerprint) as run, one_line_errors(config):
         world = join_world(config)
         speak()                                     # every rank scores members of its own
-        if options.members:
-            run.claim(world, {})
         members = score_members(config, data, run, world)
         world.close()
         if world.rank > 0:

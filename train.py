@@ -6,9 +6,8 @@ One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
 
 Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir: config.json,
-metrics.jsonl, per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from, and the members' scores
-on the fitness set (with keep=last on both). Run again, it does only what is missing; stopped by Ctrl-C or SIGTERM it
-finishes its step and saves that state first.
+metrics.jsonl, per trajectory its members cycle_CCC.pt and resume_STEP.pt, the state to go on from. Run again, it does only
+what is missing; stopped by Ctrl-C or SIGTERM it finishes its step and saves that state first.
 """
 import contextlib
 import gc
@@ -18,16 +17,16 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from config import from_args
 from data import loader
 from errors import refuse
-from model import GPT, activate_attention
+from model import GPT
 from optim import MuonAdamW
-from population import SPLITS, Run, setup
-from world import STOPPED, StopSignals, World, join_world, next_command, one_line_errors, say_next
+from population import Run, setup
+from world import (STOPPED, StopSignals, World, batch_sequences, join_world, micro_batch_of, next_command, one_line_errors,
+                   say_next)
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
 NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
@@ -98,23 +97,10 @@ def perturb(model, scale, seed):
 
 # --------------------------------------------------------------------------------------------- one step
 
-def label_loss(model, batch, numbers=None):
-    """
-    Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token. `numbers` is for
-    a stored mixture alone (distill.py), which looks sequences up by number.
-    """
+def label_loss(model, batch):
+    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token."""
     loss, mtp = model(batch[:, :-1], batch[:, 1:])
     return loss + mtp
-
-
-def apply_gradients(model, optimizer, lr_multiplier, wd_multiplier):
-    """
-    Clip the gradients to norm 1 and take a step.
-    Returns the norm before; where it is not finite the loop ends (refuse_nan).
-    """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step(lr_multiplier, wd_multiplier)
-    return norm
 
 
 def average_weights(average, model, decay):
@@ -127,8 +113,8 @@ def average_weights(average, model, decay):
 
 def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
     """
-    One optimizer step over this rank's micro-batches, a list of (tokens (B, T + 1), numbers of these sequences (B,)), all of
-    the same B; loss_fn(model, tokens, numbers). Returns (mean loss, gradient norm).
+    One optimizer step over this rank's micro-batches, each (B, T + 1), gradients clipped to norm 1; loss_fn(model, tokens) in
+    nats per token; multipliers of learning rate and weight decay. Returns (mean loss, gradient norm before).
     """
     model.zero_grad(set_to_none=False)          # in place: gradients stay what DDP reduces
     total = 0
@@ -136,10 +122,12 @@ def train_step(model, optimizer, micro_batches, loss_fn, multipliers):
         # ranks exchange gradients once, with the last micro-batch
         sync = model.no_sync() if hasattr(model, "no_sync") and i < len(micro_batches) else contextlib.nullcontext()
         with sync:
-            loss = loss_fn(model, *batch) / len(micro_batches)
+            loss = loss_fn(model, batch) / len(micro_batches)
             loss.backward()
         total = total + loss.detach()
-    return total, apply_gradients(model, optimizer, *multipliers)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)      # where it is not finite the loop ends (refuse_nan)
+    optimizer.step(*multipliers)
+    return total, norm
 
 
 # ------------------------------------------------------------------------------------------- the loop
@@ -155,22 +143,21 @@ class Trajectory:
         self.t, self.seed = t, config.seed + t
         torch.manual_seed(self.seed)
         self.model = GPT(config).init_weights().place(world.device, config.compile)
-        self.model.checkpointing = config.checkpoint
-        self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, world.data_group, config.momentum_warmup)
-        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple,
-                                      self.seed, config.packings)
+        self.new_optimizer = lambda: MuonAdamW(
+            self.model.named_parameters(), config.lr_scale, world.data_group, config.momentum_warmup)
+        self.optimizer = self.new_optimizer()
+        self.batches = loader.Batches(data.train, data.doc_starts, config.sequence_len, config.epoch_multiple, self.seed)
         self.cycles_done, self.cycle_step, self.step, self.average = 0, 0, 0, None      # average: EMA of the weights, or None
         if state:
             self.go_on_from(*state)
-        self.ddp_model = distributed(self.model, world.data_group, config.micro_batch)
+        self.ddp_model = distributed(self.model, world)
 
     def go_on_from(self, tensors, about):
         part = lambda prefix: {name[len(prefix):]: w for name, w in tensors.items() if name.startswith(prefix)}
         try:
             self.model.load_state_dict(part("model."))
             moments = {name: (tensors[f"m.{name}"], tensors[f"v.{name}"]) for name in part("m.")}
-            # older states lack updates
-            self.optimizer.load_state_dict(dict(steps=about.get("updates", about["step"]), moments=moments))
+            self.optimizer.load_state_dict(dict(steps=about["updates"], moments=moments))
         except (KeyError, RuntimeError, AssertionError):
             refuse(f"the resume state of trajectory {self.t} is of another model: "
                    "restore it, or delete the trajectory's folder and train it again")
@@ -186,7 +173,7 @@ class Trajectory:
         if config.restart == "fresh":
             torch.manual_seed(noise_seed(self.seed, cycle))
             self.model.init_weights()
-            self.optimizer.reset()
+            self.optimizer = self.new_optimizer()
 
     def tensors(self, moments):
         """name -> tensor on the CPU, of the weights, their average and these moments (name -> (m, v))."""
@@ -200,18 +187,18 @@ class Trajectory:
                     step=self.step, updates=self.optimizer.steps)
 
 
-def distributed(model, process_group, micro_batch):
-    """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank (None)."""
-    if process_group is None or dist.get_world_size(process_group) == 1:
+def distributed(model, world):
+    """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank."""
+    if world.data_size == 1:
         return model
     with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers, which 2.11 only knows by this name
         warnings.simplefilter("ignore", FutureWarning)
         shared = DistributedDataParallel(
-            model, process_group=process_group, gradient_as_bucket_view=True, broadcast_buffers=False)
+            model, process_group=world.data_group, gradient_as_bucket_view=True, broadcast_buffers=False)
     # after a first pass DDP lays out its buckets anew, and sums in another order:
     # now, so that a resumed run sums as it would have
-    label_loss(shared,
-               torch.zeros(micro_batch, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)).backward()
+    size = micro_batch_of(model.config, max(batch_sequences(model.config)), world.data_size)
+    label_loss(shared, torch.zeros(size, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)).backward()
     return shared
 
 
@@ -239,38 +226,17 @@ def save_state(launch, trajectory):
     world.barrier()                                 # on disk for all of them
 
 
-@contextlib.contextmanager
-def as_saved(model):
-    """Inside, the weights are rounded to bf16, as a member keeps them."""
-    weights = {name: w.clone() for name, w in model.state_dict().items()}
-    model.load_state_dict({name: w.bfloat16() for name, w in weights.items()})
-    try:
-        yield
-    finally:
-        model.load_state_dict(weights)
-
-
 def keep_member(launch, trajectory):
-    """
-    At a cycle's end: the member with its scores on the fitness set, and the state to go on from, both from the same
-    weights. The validation set is prior.py's to score, on all ranks, but where the weights will not stay.
-    """
-    run, data, lead, config = launch.run, launch.data, launch.world.lead, launch.run.config
-    t, cycle, model = trajectory.t, trajectory.cycles_done - 1, trajectory.model
-    if lead:
-        with as_saved(model):
-            scores = loader.score_sets(model, data, config.micro_batch, SPLITS if config.keep == "last" else ("fit",))
-        fit_loss = -float(scores["fit"].mean())
+    """At a cycle's end: the member, its loss on the fitness set (to watch a long run by), and the state to go on from."""
+    run, model, t, cycle = launch.run, trajectory.model, trajectory.t, trajectory.cycles_done - 1
+    if launch.world.lead:
+        fit_loss = -float(loader.score(model, launch.data.fit, run.config.micro_batch).mean())
         if not math.isfinite(fit_loss):
             refuse(f"trajectory {t}, cycle {cycle}: the loss on the fitness set is {fit_loss}; this member is not kept, "
                    "start anew in another --run_dir, with a lower --lr_scale or another --seed", code=1)
         run.log(kind="cycle", trajectory=t, cycle=cycle, step=trajectory.step, fit_loss=fit_loss)
-        sha256 = run.save_member(t, cycle, model.state_dict(), epochs=config.epochs_until(cycle + 1), fit_loss=fit_loss)
-        run.save_scores(t, cycle, scores, sha256)
+        run.save_member(t, cycle, model.state_dict(), epochs=run.config.epochs_until(cycle + 1), fit_loss=fit_loss)
     save_state(launch, trajectory)
-    if config.keep == "last" and lead:
-        for old in range(cycle - 1):                # two stay: the older resume state may need its teacher
-            run.drop_member(t, old)
 
 
 def refuse_nan(trajectory, rows, loss, norm):
@@ -296,16 +262,15 @@ def train_cycle(launch, trajectory, loss_fn):
     """The steps of a cycle that are left, or until a rank of the group is asked to stop."""
     config, world, stop, model = launch.run.config, launch.world, launch.stop, trajectory.model
     cycle, length = trajectory.cycles_done, launch.lengths[trajectory.cycles_done]
-    tokens = tokens_per_step(config, cycle)
+    sequences = tokens_per_step(config, cycle) // config.sequence_len
+    micro_batch = micro_batch_of(config, sequences, world.data_size)
     for s in range(trajectory.cycle_step, length):
         began = time.perf_counter()
         at, span = place_in_decay(config, launch.lengths, cycle, s)
         model.looping = at >= config.loop_from * span
         seed_step(trajectory.seed, trajectory.step, world.data_rank)
-        rows, numbers = trajectory.batches.take(tokens // config.sequence_len)      # of all ranks: (n, T + 1), (n,)
-        mine = slice(world.data_rank, None, world.data_size)
-        micro_batches = list(zip(world.to_device(rows[mine]).split(config.micro_batch),
-                                 numbers[mine].split(config.micro_batch)))
+        rows = trajectory.batches.take(sequences)               # of all ranks: (n, T + 1)
+        micro_batches = world.to_device(rows[world.data_rank::world.data_size]).split(micro_batch)
         rates = rate_multipliers(config.schedule, at, span)
         loss, norm = train_step(trajectory.ddp_model, trajectory.optimizer, micro_batches, loss_fn, rates)
         loss, norm, asked = world.mean(loss, norm, stop.asked)
@@ -314,7 +279,7 @@ def train_cycle(launch, trajectory, loss_fn):
         if config.ema_decay and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0:      # the last step, too
             trajectory.average = average_weights(trajectory.average, model, config.ema_decay)
         trajectory.step, trajectory.cycle_step = trajectory.step + 1, s + 1
-        report(launch, trajectory, loss, norm, tokens / (time.perf_counter() - began) * world.groups)
+        report(launch, trajectory, loss, norm, sequences * config.sequence_len / (time.perf_counter() - began) * world.groups)
         if stop.agreed:
             return
         if config.resume_every and trajectory.step % config.resume_every == 0 and s + 1 < length:
@@ -324,16 +289,14 @@ def train_cycle(launch, trajectory, loss_fn):
 def train_trajectory(launch, trajectory, end, loss_for_cycle):
     """Its cycles that are left before `end`, a member after each; or until asked to stop."""
     config, model = launch.run.config, trajectory.model
-    launch.run.check_room(launch.world, sum(p.numel() for p in model.parameters()))
+    if launch.world.lead:
+        launch.run.check_room(sum(p.numel() for p in model.parameters()))
     for cycle in range(trajectory.cycles_done, end):
         if trajectory.cycle_step == 0 and cycle > 0:
             trajectory.restart()
-        loss_fn = loss_for_cycle(launch, trajectory)
-        if not launch.stop.agreed:
-            train_cycle(launch, trajectory, loss_fn)
+        train_cycle(launch, trajectory, loss_for_cycle(launch.run, trajectory.t, cycle, model.device))
         if launch.stop.agreed:
-            if trajectory.cycle_step:               # else the last cycle's end state still holds: the noise is drawn again
-                save_state(launch, trajectory)
+            save_state(launch, trajectory)
             return
         if trajectory.average:                      # the next cycle, too, starts from it
             model.load_state_dict({name: w.float().lerp(trajectory.average[name], config.ema_share)
@@ -343,26 +306,28 @@ def train_trajectory(launch, trajectory, end, loss_for_cycle):
         keep_member(launch, trajectory)
 
 
-def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
+def run_cycles(config, first, end, loss_for_cycle, resume_command, first_weights=None, **about):
     """
-    Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(launch, trajectory) gives the
-    loss function of the cycle that starts, (model, tokens (B, T + 1), their numbers (B,)) -> nats per token, or sets
-    launch.stop.agreed. identity: further values that the run directory must agree with. Asked to stop, it saves after the
-    step at hand, prints resume_command and exits with code 75.
+    Train cycles first .. end - 1 of every trajectory that has not had them. loss_for_cycle(run, t, cycle, device) gives the
+    loss function of a cycle, (model, tokens (B, T + 1)) -> nats per token. first_weights: a state dict to begin with; about:
+    what config.json keeps beside the config. Asked to stop, it saves after the step at hand, prints resume_command and exits
+    with code 75.
     """
     data = loader.load(config)
-    run = Run(config, data.fingerprint, **identity)
+    run = Run(config, data.fingerprint)
     lengths = cycle_lengths(config, data.sequences_per_epoch)
     world = join_world(config)
     with run, StopSignals() as stop:
-        states = run.begin(world, first, end)      # trajectory -> State or None
+        states = run.begin(world, first, end, **about)        # trajectory -> State or None
+        micro_batches = {micro_batch_of(config, n, world.data_size) for n in batch_sequences(config)}
         if world.rank == 0:
             print(f"cycles {first} .. {end - 1} of {config.cycles}; "
                   f"trajectories: {config.trajectories}, at a time: {world.groups}, ranks for each: {world.data_size}, "
-                  f"on {world.device.type}, {activate_attention(world.device)}; "
+                  f"on {world.device.type}; "
+                  f"micro-batches of {' and '.join(map(str, sorted(micro_batches)))}; "
                   f"{config.trajectories * config.epochs_until(config.cycles):g} epochs in all"
-                  + f"; teacher: {config.distill_teacher}, alpha {config.distill_alpha:g}, T {config.distill_temperature:g}"
-                  * (first >= config.distill_from), flush=True)
+                  + f"; alpha {config.distill_alpha:g}, T {config.distill_temperature:g}" * (first >= config.distill_from),
+                  flush=True)
         launch = Launch(run, data, lengths, world, stop)
         # counts all cycles, so that the ETA is that of the population: train.py alone ends early
         launch.bar = world.progress(total=sum(lengths) * len(states),
@@ -373,6 +338,8 @@ def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
             trajectory = None                       # frees the last one's memory:
             gc.collect()                            # a compiled block refers to itself
             trajectory, states[t] = Trajectory(config, t, data, world, states[t]), None         # lets go of the file
+            if first_weights and trajectory.step == 0:
+                trajectory.model.load_state_dict(first_weights)
             train_trajectory(launch, trajectory, end, loss_for_cycle)
             if stop.agreed:
                 launch.bar.close()
@@ -386,10 +353,10 @@ def run_cycles(config, first, end, loss_for_cycle, resume_command, **identity):
 
 
 def main(argv=None):
-    config = from_args(argv, __doc__)
+    config, _ = from_args(argv, __doc__)
     last = min(config.distill_from, config.cycles)
     with one_line_errors(config):
-        run_cycles(config, 0, last, lambda launch, trajectory: label_loss, next_command("train.py", argv))
+        run_cycles(config, 0, last, lambda run, t, cycle, device: label_loss, next_command("train.py", argv))
     say_next("distill.py" if last < config.cycles else "prior.py", argv)
 
 

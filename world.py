@@ -28,41 +28,32 @@ STOPPED = 75                        # exit code of a run that was asked to stop,
 
 # ------------------------------------------------------------------------------- which batches can be shared
 
-def micro_batches(config, size):
-    """Every micro_batch in which `size` ranks can share the batches of this config."""
-    ranks = size // math.gcd(size, config.trajectories)
-    sequences = [tokens // config.sequence_len for tokens in (config.batch_tokens, config.batch_tokens_ends)]
-    return [m for m in range(1, min(sequences) // ranks + 1) if not any(n % (ranks * m) for n in sequences)]
+def batch_sequences(config):
+    """Of a step over all ranks of a trajectory: the sizes that occur."""
+    return {config.batch_tokens // config.sequence_len, config.batch_tokens_ends // config.sequence_len}
 
 
-def smaller_micro_batch(config, size):
-    """What to do where micro_batch is too large."""
-    fits = [m for m in micro_batches(config, size) if m < config.micro_batch]
-    return f"try --micro_batch={fits[-1]}" if fits else None
-
-
-def fitting(config, most):
-    """The numbers of ranks, up to `most`, that can share the batches of this config."""
-    return [size for size in range(1, most + 1) if config.micro_batch in micro_batches(config, size)]
+def micro_batch_of(config, sequences, ranks):
+    """Sequences of a backward pass: a rank's share of a batch in the fewest equal parts of at most micro_batch."""
+    share = sequences // ranks
+    return max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
 
 
 def cannot_share(config, size):
     """Why `size` ranks cannot share the batches of this config (with the mend), or None."""
-    fits = fitting(config, size)
-    if size in fits:
-        return None
-    return (f"batch_tokens={config.batch_tokens} and batch_tokens_ends={config.batch_tokens_ends}, "
-            f"sequences of {config.sequence_len}, cannot be shared by {size // math.gcd(size, config.trajectories)} ranks "
-            f"per trajectory in micro-batches of micro_batch={config.micro_batch}; "
-            f"{smaller_micro_batch(config, size) or (f'start {fits[-1]} processes' if fits else 'raise them')}")
+    fits = [n for n in range(1, size + 1) if not any(s % (n // math.gcd(n, config.trajectories)) for s in batch_sequences(config))]
+    return None if size in fits else (
+        f"batches of {' and '.join(map(str, sorted(batch_sequences(config))))} sequences (batch_tokens, batch_tokens_ends) cannot "
+        f"be shared equally by {size // math.gcd(size, config.trajectories)} ranks for a trajectory; start {fits[-1]} processes")
 
 
-def processes(config):
-    """How many processes to start on this machine: one per GPU, else one per trajectory up to the cores; fewer where
-    those could not share a batch. Exits with code 2 where even one cannot."""
-    most = torch.cuda.device_count() or min(config.trajectories, len(os.sched_getaffinity(0)))
-    fits = fitting(config, most)
-    return fits[-1] if fits else refuse(cannot_share(config, 1))
+def processes(config, most=None):
+    """
+    How many processes to start on this machine, at most so many (None: one per GPU, else one per trajectory up to the
+    cores): fewer where those could not share a batch.
+    """
+    most = most or torch.cuda.device_count() or min(config.trajectories, len(os.sched_getaffinity(0)))
+    return next(size for size in range(most, 0, -1) if not cannot_share(config, size))
 
 
 # ------------------------------------------------------------------------------------------- the ranks
@@ -115,12 +106,10 @@ class World:
             dist.all_gather_object(values, value, group=self.everyone)
         return values
 
-    def send(self, value, source):
-        """A plain value of rank `source`, on every rank."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=source, group=self.everyone)
-        return values[0]
+    def refuse_together(self, reason):
+        """Exits with code 2 on all ranks where one has a reason (the others: None), in one line."""
+        for reason in filter(None, self.gather(reason)):
+            refuse(reason, common=True)
 
     def barrier(self, everyone=False):
         """Wait for the ranks of this group, or for all."""
@@ -214,9 +203,9 @@ def one_line_errors(config):
         refuse("stopped; what is done is kept, run this again to go on", code=130)
     except torch.OutOfMemoryError:
         speak()             # whichever rank it is
-        mend = (smaller_micro_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
-                or "no smaller one shares the batches, take a smaller model or more GPUs")
-        mend += " (or --checkpoint=True)" * (config.loop_extra > 0 and not config.checkpoint)
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        size = micro_batch_of(config, max(batch_sequences(config)), ranks // math.gcd(ranks, config.trajectories))
+        mend = f"try --micro_batch={size // 2}" if size > 1 else "take a smaller model or more GPUs"
         refuse(f"micro_batch={config.micro_batch} does not fit into this GPU's memory: {mend}"
                "; what is done is kept, and python -m tools.plan estimates what fits")
     except RuntimeError as e:

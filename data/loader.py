@@ -93,8 +93,7 @@ class Data:
     doc_starts: np.ndarray
     fit: np.ndarray             # n, T + 1: the fitness set
     val: np.ndarray             # n, T + 1
-    fit_documents: np.ndarray   # n * T: the document of every target of the fitness set, from 0
-    val_documents: np.ndarray
+    val_documents: np.ndarray   # n * T: the document of every target, from 0
     token_bytes: np.ndarray     # UTF-8 bytes of every token, 0 for the separator
     sequences_per_epoch: int    # that are trained on
     fingerprint: str            # SHA-256 of all tokens and document starts
@@ -110,8 +109,8 @@ def load(config):
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     T = config.sequence_len
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
-    return Data(train, starts, fit, val, documents_of(fit, splits["train"][1]), documents_of(val, splits["val"][1]),
-                read_token_bytes(config), epoch_of(config, len(train)), found)
+    return Data(train, starts, fit, val, documents_of(val, splits["val"][1]), read_token_bytes(config),
+                epoch_of(config, len(train)), found)
 
 
 def read_token_bytes(config):
@@ -142,15 +141,12 @@ DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
 class Batches:
     """
     The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch reorders the
-    documents (from the last epoch's order), concatenates them and cuts sequences: a packing. It then permutes the sequences
-    and drops the last ones, down to a multiple. With packings = P > 0 epoch P + 1 uses packing 1 again, its sequences in a
-    new order. `position`, the sequences taken so far, is the whole state, and may be set.
+    documents (from the last epoch's order), concatenates them, cuts sequences, permutes these and drops the last ones, down
+    to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
-    def __init__(self, tokens, doc_starts, sequence_len, multiple, seed, packings=0):
-        self.documents = np.split(tokens, doc_starts[1:])
-        self.sequence_len, self.seed, self.packings = sequence_len, seed, packings
-        self.per_packing = len(cut(tokens, sequence_len))
+    def __init__(self, tokens, doc_starts, sequence_len, multiple, seed):
+        self.documents, self.sequence_len, self.seed = np.split(tokens, doc_starts[1:]), sequence_len, seed
         self.per_epoch = sequences_per_epoch(len(tokens), sequence_len, multiple)
         self.position, self.epoch = 0, 0
         self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
@@ -158,40 +154,31 @@ class Batches:
     def permutation(self, number, n, salt):
         return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + number + salt)).numpy()
 
-    def pack(self, packing):
-        """The (n, T + 1) sequences of a packing, which counts from 1."""
-        order = np.arange(len(self.documents))
-        for number in range(1, packing + 1):
-            order = order[self.permutation(number, len(order), DOCUMENTS)]
-        return cut(np.concatenate([self.documents[i] for i in order]), self.sequence_len)
-
     def build(self, epoch):
-        """The (sequences, numbers) of an epoch, which counts from 1, in the order in which steps take them."""
-        packing = (epoch - 1) % self.packings + 1 if self.packings else epoch
-        sequences = self.pack(packing)
-        chosen = self.permutation(epoch, len(sequences), SEQUENCES)[:self.per_epoch]
-        return sequences[chosen], (packing - 1) * self.per_packing + chosen
+        """The (per_epoch, T + 1) sequences of an epoch, which counts from 1, in the order in which steps take them."""
+        order = np.arange(len(self.documents))
+        for number in range(1, epoch + 1):
+            order = order[self.permutation(number, len(order), DOCUMENTS)]
+        sequences = cut(np.concatenate([self.documents[i] for i in order]), self.sequence_len)
+        return sequences[self.permutation(epoch, len(sequences), SEQUENCES)[:self.per_epoch]]
 
     def open_epoch(self, epoch):
         """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""
         number, future = self.ahead
-        self.sequences, self.numbers = future.result() if number == epoch else self.build(epoch)
+        self.sequences = future.result() if number == epoch else self.build(epoch)
         self.epoch, self.ahead = epoch, (epoch + 1, self.pool.submit(self.build, epoch + 1))
 
     def take(self, n):
-        """
-        The next n sequences, (n, T + 1) int64, and their numbers (n,) int64: sequence i of packing p (from 1) has the number
-        (p - 1) * per_packing + i. They may straddle two epochs.
-        """
-        parts = []
+        """The next n sequences, (n, T + 1) int64. They may straddle two epochs."""
+        rows = []
         while n > 0:
             epoch, offset = divmod(self.position, self.per_epoch)
             if self.epoch != epoch + 1:
                 self.open_epoch(epoch + 1)
-            parts.append((self.sequences[offset:offset + n], self.numbers[offset:offset + n]))
-            self.position += len(parts[-1][0])
-            n -= len(parts[-1][0])
-        return tuple(torch.from_numpy(np.concatenate(part).astype(np.int64)) for part in zip(*parts))
+            rows.append(self.sequences[offset:offset + n])
+            self.position += len(rows[-1])
+            n -= len(rows[-1])
+        return torch.from_numpy(np.concatenate(rows).astype(np.int64))
 
 
 @torch.no_grad()
@@ -203,8 +190,3 @@ def score(model, sequences, batch_size):
     log_p = [model.log_p(row[:, :-1].to(device), row[:, 1:].to(device)) for row in rows]
     model.train(training)
     return torch.cat(log_p).flatten().float().cpu().numpy()
-
-
-def score_sets(model, data, batch_size, splits):
-    """score() of these held-out sets, "fit" and "val", by name."""
-    return {split: score(model, getattr(data, split), batch_size) for split in splits}

@@ -1,19 +1,19 @@
 """
-Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...] [--gpt2_ranks=FILE]
-Reads the Python manual that ships with Python (data=manual), local .txt, .jsonl and .parquet files, or FineWeb
-(data=fineweb), splits whole documents into validation and training (the fitness set is the front of the training
-file), and writes into data_dir:
+Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...]
+Reads the Python manual (data=manual: manual.jsonl beside this file), local .txt, .jsonl and .parquet files, or FineWeb
+(data=fineweb), splits whole documents into validation and training (the fitness set is the front of the training file),
+and writes into data_dir:
   NAME_val.pt, NAME_train.pt   tokens (uint16), doc_starts (int64), bos_id, seq_shuffle_seed, seq_size
   NAME_bytes.npy               UTF-8 bytes of every token, 0 for the separator
-  NAME.json                    what was read: source, SHA-256 of the text, Python, sizes; written last, it says "whole"
+  NAME.json                    what was read: source, SHA-256 of the text, sizes; written last, it says "whole"
 NAME is manual, text or fineweb. The format is the public Slowrun script's: its files and ours are interchangeable.
---gpt2_ranks: a local r50k_base.tiktoken, for tokenizer=gpt2 where tiktoken cannot download it; needed once.
 """
+import glob
 import hashlib
 import io
 import json
+import logging
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -22,42 +22,52 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import from_args, take_actions
-from data import fineweb
+from config import from_args
 from data.loader import epoch_of, file_name, fingerprint, load, split_fitness, text_source
-from data.tokenizer import get_tokenizer, install_ranks
+from data.tokenizer import get_tokenizer
 from errors import refuse
+from files import differences
 from population import Run
+from world import progress_bar
 
-SHUFFLE_SEED = 0        # of the documents, before the split
+SHUFFLE_SEED = 0        # of the documents, before the split (FineWeb's stay in file order, as the public script takes them)
 ENDINGS = ("_val.pt", "_train.pt", "_bytes.npy", ".json")
 KINDS = (".txt", ".jsonl", ".parquet")
+MANUAL = Path(__file__).with_name("manual.jsonl")
+FINEWEB = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
+               revision="9bb295ddab0e05d785b879661af7260fed5140fc")          # v1.4.0
+PUBLISHED = {                       # (split, tokens) -> SHA-256 of the file that the public script wrote, with torch 2.10
+    ("val", 10_000_000): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+    ("train", 100_000_000): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
+}
 
 
-def manual_documents(target_size=800):
+# ------------------------------------------------------------------------------------------ text to documents
+
+def streamed(**source):
     """
-    The Python manual as documents of about target_size characters, cut between paragraphs. A paragraph that stands in
-    several topics (a fifth of the text does), or inside a longer one, is kept once, so that no split holds another's.
+    The column text of a data set of the hub, or of .parquet files, row by row as it comes; "" for none.
+    Exits with code 2 where it cannot be read, at once or on the way.
     """
-    from pydoc_data.topics import topics
-    topics = [re.split(r"\n\s*\n", text.strip("\n")) for text in topics.values()]
-    flat = lambda paragraph: " ".join(paragraph.split())
-    everything = "\n".join(dict.fromkeys(flat(p) for topic in topics for p in topic))
-    documents, seen = [], {""}
-    for topic in topics:
-        document = ""
-        for paragraph in topic:
-            key = flat(paragraph)
-            if key in seen or len(key) >= 40 and everything.count(key) > 1:
-                continue
-            seen.add(key)
-            document += paragraph + "\n\n"
-            if len(document) >= target_size:
-                documents.append(document)
-                document = ""
-        if document:
-            documents.append(document)
-    return documents
+    import datasets                         # slow, and needed here alone
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)         # retries for half a minute
+    name = source.get("data_files") or source["path"]
+    try:
+        stream = datasets.load_dataset(**source, streaming=True, batch_size=100)       # rows read ahead are most of the memory
+        columns = stream.column_names or list(next(iter(stream.take(1)), {}))
+        if "text" not in columns:
+            refuse(f"data: {name} has no column 'text', only {', '.join(columns) or 'nothing'}; "
+                   "rename the one with the documents")
+        for number, row in enumerate(stream.select_columns(["text"])):
+            if not isinstance(row["text"], str | None):
+                refuse(f"data: {name}, row {number}: its column 'text' holds a {type(row['text']).__name__}, "
+                       "not a text; convert the column")
+            yield row["text"] or ""
+    except Exception as e:                  # anything, from a lost network to a torn file
+        mend = ("is it a whole .parquet file?" if source["path"] == "parquet" else
+                "nothing was written; connect and run this again, or put the public fineweb_val.pt and fineweb_train.pt into data_dir")
+        refuse(f"data: cannot read {name} ({type(e).__name__}): {mend}")
 
 
 def read_text(path):
@@ -75,27 +85,29 @@ def read_text(path):
     return text
 
 
+def row_text(path, number, line):
+    """The document in a line of a .jsonl file."""
+    try:
+        text = json.loads(line)["text"]
+        text.encode()                       # a lone surrogate is no text
+        return text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        refuse(f"data: {path} line {number} is no JSON object with a text in its column 'text'; mend or remove the line")
+
+
 def file_documents(path):
     """
     Documents of a .txt file (separated by white-space-only lines; without any, one a line),
     a .jsonl or a .parquet (column text).
     """
     if path.suffix == ".parquet":
-        return [document for document in fineweb.parquet_documents(path) if document.strip()]
-    text = read_text(path)
-    if path.suffix == ".txt":
+        documents = streamed(path="parquet", data_files=glob.escape(str(path)), split="train")
+    elif path.suffix == ".jsonl":
+        documents = [row_text(path, number, line) for number, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
+    else:
+        text = read_text(path)
         blank = re.search(r"\n[^\S\n]*\n", text.strip())
-        parts = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank else text.split("\n")
-        return [part for part in parts if part.strip()]
-    documents = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                documents.append(json.loads(line)["text"])
-                documents[-1].encode()
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                refuse(f"data: {path} line {number} is no JSON object with a text in its column 'text'; "
-                       "mend or remove the line")
+        documents = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank else text.split("\n")
     return [document for document in documents if document.strip()]
 
 
@@ -105,7 +117,7 @@ def source_documents(source):
     Exits with code 2 where there are none.
     """
     if source == "manual":
-        return manual_documents()
+        return file_documents(MANUAL)
     files = []
     for path in map(Path, filter(None, source.split(","))):
         found = [p for p in path.rglob("*") if p.is_file() or not p.exists()] if path.is_dir() else [path]
@@ -123,6 +135,8 @@ def source_documents(source):
     return [document for path in {os.path.abspath(p): p for p in files}.values() for document in file_documents(path)]
 
 
+# ---------------------------------------------------------------------------------------- documents to tokens
+
 def take(documents, budget):
     """(tokens uint16 of the first `budget` tokens, doc_starts int64) from an iterator of documents; the last is cut."""
     parts, starts, n = [], [], 0
@@ -135,7 +149,24 @@ def take(documents, budget):
     return np.concatenate(parts or [np.zeros(0, np.uint16)]), np.array(starts, np.int64)
 
 
-def write(config, splits, token_bytes, source):
+def split(config, documents, count):
+    """
+    {split: take() of its tokens}: every document is [separator] and its ids; a split drops the rest of its last one.
+    Exits with code 2 where the documents (their number, in words: count) are too short.
+    """
+    encode, c = get_tokenizer(config.tokenizer)[0], config
+    stream = (np.array([c.vocab_size - 1, *encode(document)], np.uint16) for document in documents)
+    splits = {"val": take(stream, c.val_tokens), "train": take(stream, c.train_tokens)}
+    if len(splits["train"][0]) < c.train_tokens:
+        have = sum(len(tokens) for tokens, _ in splits.values())
+        refuse(f"data={c.data} is too short: val_tokens={c.val_tokens} + train_tokens={c.train_tokens} want "
+               f"{c.val_tokens + c.train_tokens} tokens, its {count} documents give {have} (each split "
+               "drops the rest of its last one): lower them (and fitness_tokens), add text, or give shorter documents")
+    epoch_of(c, len(split_fitness(*splits["train"], c.fitness_tokens)[1]))
+    return splits
+
+
+def write(config, splits, source):
     """
     Every file whole or not at all: written in a folder of its own under its final name, which torch.save puts into the
     file and so into its SHA-256, then moved, the .json last.
@@ -146,12 +177,12 @@ def write(config, splits, token_bytes, source):
         for killed in target.glob(".writing-*"):
             shutil.rmtree(killed, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as folder:
-            for split, (tokens, starts) in splits.items():
+            for name, (tokens, starts) in splits.items():
                 torch.save(dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts),
-                                bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[split],
+                                bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[name],
                                 seq_size=config.sequence_len + 1),
-                           os.path.join(folder, file_name(config, f"_{split}.pt")))
-            np.save(array := io.BytesIO(), token_bytes)         # numpy's own writing does not notice a full disk
+                           os.path.join(folder, file_name(config, f"_{name}.pt")))
+            np.save(array := io.BytesIO(), get_tokenizer(config.tokenizer)[2])      # numpy's own writing does not notice a full disk
             Path(folder, file_name(config, "_bytes.npy")).write_bytes(array.getbuffer())
             Path(folder, file_name(config, ".json")).write_text(json.dumps(source, indent=1) + "\n")
             for ending in ENDINGS:
@@ -161,63 +192,61 @@ def write(config, splits, token_bytes, source):
                f"{getattr(e, 'strerror', None) or 'no space, or no right to'}; make room, or name another --data_dir")
 
 
-def download_fineweb(config, there):
-    if there:
-        refuse(f"data_dir={config.data_dir} holds only a part of the FineWeb files "
-               f"({', '.join(file_name(config, e) for e in sorted(there))}): add the rest, or move them away")
-    encode, _, token_bytes = get_tokenizer(config.tokenizer)
-    download = fineweb.Download(config)
-    download.run(encode)
-    source = dict(download.of, data="fineweb", documents=download.documents)
-    write(config, download.splits(), token_bytes, source)
-    download.remove()
+def compare_with_published(config):
+    """Says how FineWeb's files that are there compare with the published ones."""
+    for name in ("val", "train"):
+        path = Path(config.data_dir) / file_name(config, f"_{name}.pt")
+        with open(path, "rb") as f:
+            mine = hashlib.file_digest(f, "sha256").hexdigest()
+        published = PUBLISHED.get((name, getattr(config, f"{name}_tokens"))) if config.tokenizer == "gpt2" else None
+        verdict = ("none of this size is published" if published is None else
+                   "equal to the published file" if mine == published else
+                   f"DIFFERENT from the published {published} "
+                   "(another version of torch may write other bytes for the same tokens)")
+        print(f"data: {path} has SHA-256 {mine}: {verdict}")
+
+
+def prepare_fineweb(config, there, source):
+    """FineWeb, as the public script takes it: validation first, in file order."""
+    if not {"_val.pt", "_train.pt"} <= there:
+        if there:
+            refuse(f"data_dir={config.data_dir} holds only a part of the FineWeb files "
+                   f"({', '.join(file_name(config, e) for e in sorted(there))}): add the rest, or move them away")
+        documents = progress_bar(streamed(**FINEWEB), unit="document", desc="FineWeb")
+        write(config, split(config, documents, "streamed"), {**source, "source": FINEWEB})
+    compare_with_published(config)
 
 
 def prepare(config):
     """Write the data of a config, unless it is there. Exits with code 2 where other data is, or the text is too short."""
     there = {ending for ending in ENDINGS if (Path(config.data_dir) / file_name(config, ending)).exists()}
+    source = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens)
     if config.data == "fineweb":
-        if not {"_val.pt", "_train.pt"} <= there:
-            download_fineweb(config, there)
-        return fineweb.compare(config)
+        return prepare_fineweb(config, there, source)
     documents = source_documents(config.data)
-    source = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens,
-                  documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
-    if config.data == "manual":
-        source["python"] = platform.python_version()
+    source |= dict(documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
     print(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {source['text_sha256']}")
     repeated = len(documents) - len(set(documents))
     if repeated:
         print(f"note: {repeated} of them repeat another: held-out text may be trained on, too")
     if ".json" in there:
         theirs = text_source(config)
-        differ = [f"{k} {str(theirs.get(k))[:12]} there, {str(source[k])[:12]} wanted"
-                  for k in source if k not in ("data", "python") and theirs.get(k) != source[k]]
+        differ = differences({k: str(theirs.get(k))[:12] for k in source if k != "data"},
+                             {k: str(source[k])[:12] for k in source if k != "data"})
         if differ:
-            refuse(f"data_dir={config.data_dir} holds other data ({'; '.join(differ)}); name another --data_dir")
+            refuse(f"data_dir={config.data_dir} holds other data ({differ}); name another --data_dir")
         if there == set(ENDINGS):
             return print(f"data: {config.data_dir} holds it already")
-    encode, _, token_bytes = get_tokenizer(config.tokenizer)
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(documents))
-    stream = (np.array([config.vocab_size - 1, *encode(documents[i])], np.uint16) for i in order)
-    splits = {"val": take(stream, config.val_tokens), "train": take(stream, config.train_tokens)}
-    if len(splits["train"][0]) < config.train_tokens:
-        have = sum(len(tokens) for tokens, _ in splits.values())
-        refuse(f"data={config.data} is too short: val_tokens={config.val_tokens} + train_tokens={config.train_tokens} want "
-               f"{config.val_tokens + config.train_tokens} tokens, its {len(documents)} documents give {have} (each split "
-               "drops the rest of its last one): lower them (and fitness_tokens), add text, or give shorter documents")
-    epoch_of(config, len(split_fitness(*splits["train"], config.fitness_tokens)[1]))        # before anything is written
-    write(config, splits, token_bytes, source)
+    splits = split(config, (documents[i] for i in order), len(documents))
+    write(config, splits, source)
     used = sum(len(starts) for _, starts in splits.values())
     print(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to {config.data_dir}, "
           f"from {used:,} of {len(documents):,} documents" + "; --train_tokens takes more" * (used < len(documents)))
 
 
 def main(argv=None):
-    options, argv = take_actions(argv, gpt2_ranks="")
-    config = from_args(argv, __doc__)
-    if options.gpt2_ranks:
-        install_ranks(options.gpt2_ranks)
+    config, _ = from_args(argv, __doc__)
     prepare(config)
     Run(config, load(config).fingerprint)       # a run directory of other data is refused here, before any launcher
 

@@ -5,6 +5,7 @@ GPUs their exchange, too. --slowrun=FOLDER: a clone of the public repository, wh
 Each part prints into results/gpu/DEVICE/PART.txt as it goes, so that one that is cut off leaves what it had. Exits 1 where
 a part failed. Has not run yet; the 1p8b parts want 80 GB, at micro-batch 4 more.
 """
+import argparse
 import os
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import from_args, take_actions              # noqa: E402
+from config import from_args                            # noqa: E402
 from errors import refuse                               # noqa: E402
-from results.demo import commit                         # noqa: E402
-from world import fitting                               # noqa: E402
+from results.experiments import commit                         # noqa: E402
+from world import processes                             # noqa: E402
 
 RANDOM = ["--train_tokens=4000000", "--fitness_tokens=100000"]          # bench draws its tokens, no files are read
 A_RANK = ["--batch_tokens=65536", "--batch_tokens_ends=65536"]          # has so many where 8 share a trajectory
@@ -36,7 +37,7 @@ def parts(slowrun, gpus):
         "1p8b_profile": ["results/h200/profile_step.py"],
     }
     shared = ["configs/1p8b.py", *RANDOM, "--trajectories=1"]
-    ranks = fitting(from_args([str(ROOT / shared[0]), *shared[1:]], __doc__), gpus)[-1]
+    ranks = processes(from_args([str(ROOT / shared[0]), *shared[1:]], __doc__)[0], gpus)
     if ranks > 1:
         found[f"1p8b_on_{ranks}"] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *bench,
                                      *shared, "--steps=train,distill"]
@@ -50,7 +51,11 @@ def parts(slowrun, gpus):
 def main():
     if not torch.cuda.is_available():
         refuse("results/gpu.py wants a GPU, and torch sees none here")
-    options, chosen = take_actions(None, slowrun="")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slowrun", default="")
+    parser.add_argument("parts", nargs="*")
+    options = parser.parse_args()
+    chosen = options.parts
     device, failed = torch.cuda.get_device_name(), []
     clone = [f"--slowrun={Path(options.slowrun).resolve()}"] * bool(options.slowrun)
     found = parts(clone, torch.cuda.device_count())

@@ -76,7 +76,7 @@ def hours(runs, gpus):
     """Hours of all runs together on so many H100s, at the utilisation of the record's own 80 h: 28 % of the peak."""
     flops = 0
     for name, flags in runs:
-        config = from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")
+        config, _ = from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")
         flops += sum(plan.flops_of(config, plan.meta_model(config), plan.sequences_per_epoch(config)).values())
     return flops / (gpus * 989e12 * 0.28) / 3600
 
@@ -107,11 +107,11 @@ def reproduction():
 - the same under SLURM: `srun --nodes=5 --ntasks-per-node=1 --gpus-per-node=8 torchrun` with these flags, FIRST_NODE being
   `$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)`.
 
-With 5 trajectories on 5 nodes each node is one group of ranks, so the run directory may be on a shared disk or on one disk per node: members and
-resume states stay on the node that wrote them, `prior.py` scores them there and sends the scores to the first node, which holds `prior.json`.
-`data_dir` must be on every node (copy the two token files), and so must the ranks of tiktoken if the tokens' byte counts are not beside them.
-torchrun orders the nodes by their hosts' names, so that after a restart the same hosts train the same trajectories; where disks are their own, a
-trajectory whose state is on another one is refused. Where a rank fails, its node ends; the others finish their trajectories first, or, where that node
+With 5 trajectories on 5 nodes each node is one group of ranks. All ranks must see one disk (a rank that does not see rank 0's is refused).
+Without one, train a trajectory on each node as a run of its own, `--trajectories=1 --seed=42`, `--seed=43`, ..., copy the second's
+`trajectory_00` into the first's run directory as `trajectory_01`, and so on (its `scores/*/00_*.pt` as `01_*.pt`, or they are made
+again), and run `prior.py --trajectories=5 --seed=42` there. `data_dir` must be on every node (copy the files that data.prepare wrote).
+Where a rank fails, its node ends; the others finish their trajectories first, or, where that node
 held the rendezvous, stop and save. Then start all nodes again (SIGTERM to each torchrun makes the rest save sooner). Launches of 8 ranks, five
 at once, were tried on one machine, stopped and with a rank killed ([nodes.md](nodes.md)); more than one machine is untried.""", ""]
 

@@ -157,19 +157,24 @@ def kill_when(children, moment):
 
 
 def left(folder):
-    """What must be equal: bytes by name of members, scores and prior.json; and every step's loss, each step once."""
+    """What must be equal: bytes by name of members, scores and prior.json; and every step's loss, as its last line has it."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
              if p.suffix == ".json" and p.name != "config.json"
              or p.suffix == ".pt" and (p.name.startswith("cycle_") or "scores" in p.parts)}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = sorted((r["trajectory"], r["step"], r["loss"], r["grad_norm"]) for r in lines if r["kind"] == "step")
-    assert len({s[:2] for s in steps}) == len(steps), "a step is logged twice"
-    return files | {"steps": steps}
+    steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"]) for r in logged(folder) if r["kind"] == "step"}
+    return files | {"steps": sorted((*step, *values) for step, values in steps.items())}
+
+
+def logged(folder):
+    """The lines of metrics.jsonl; one that a kill tore is none."""
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def debris(folder):
     """Temporary files."""
-    return [p for p in folder.rglob(".*") if p.name not in (".lock", ".mark")]
+    return [p for p in folder.rglob(".*") if p.name != ".lock"]
 
 
 def difference(reference, folder):
@@ -192,7 +197,7 @@ def prepare(folder):
         " ".join(word.choice(("to", "be", "or", "not", "that", "is", "the", "question")) for _ in range(20))
         for _ in range(60)))
     script.main(arguments(folder))
-    return from_args(arguments(folder), "")
+    return from_args(arguments(folder), "")[0]
 
 
 def within(phase, children, delay):

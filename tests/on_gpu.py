@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.nn.attention import current_flash_attention_impl
 
 import distill
 import train
 from data import loader
 from errors import refuse
 from files import load_tensors, read_json
-from model import GPT, GPTConfig, attend, activate_attention
+from model import GPT, GPTConfig, attend
 from optim import MuonAdamW
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,30 +84,27 @@ def attention():
         report(f"attention, T={T}, D={D}, window {window}: output and gradients", max(map(relative, sides[1], sides[0])), 1e-2)
 
 
-def losses(device, teacher, batch):
-    """name -> loss function of a model: labels, chain, stored mixture."""
-    p, ids = torch.randn(batch.numel() - len(batch), 1000,
-                         generator=torch.Generator().manual_seed(2)).mul(3).softmax(-1).topk(64)
-    p, ids = p.to(device), ids.to(device)
-    return dict(labels=train.label_loss, chain=lambda model, rows: distill.chain_loss(model, teacher, rows, 0.45, 1.2),
-                mixture=lambda model, rows: distill.distilled_loss(model, rows, 0.7, distill.stored_kl, p, ids))
+def losses(teacher, other):
+    """name -> loss function of a model: labels, the chain's teacher, a student's two."""
+    return dict(labels=train.label_loss,
+                chain=lambda model, rows: distill.distilled_loss(model, [(teacher, 1.0)], rows, 0.45, 1.2),
+                student=lambda model, rows: distill.distilled_loss(model, [(teacher, 0.7), (other, 0.3)], rows, 0.85, 1.0))
 
 
 @check
 def model_and_losses():
     batch = tokens(3)
-    reference, teacher = built(CPU), built(CPU, seed=5).eval().requires_grad_(False)
+    reference, *teachers = built(CPU), *(built(CPU, seed=n).eval().requires_grad_(False) for n in (5, 6))
     wanted = {}
-    for name, loss_fn in losses(CPU, teacher, batch).items():
+    for name, loss_fn in losses(*teachers).items():
         reference.zero_grad()
         loss = loss_fn(reference.train(), batch)
         loss.backward()
         wanted[name] = loss.item(), {n: p.grad.clone() for n, p in reference.named_parameters()}
-    for kind in ("eager", "compiled", "compiled_and_checkpointed"):
-        model, teacher = (built(GPU, kind != "eager"),
-                          built(GPU, kind != "eager", seed=5).eval().requires_grad_(False).bfloat16())
-        model.checkpointing = "checkpointed" in kind
-        for name, loss_fn in losses(GPU, teacher, batch).items():
+    for kind in ("eager", "compiled"):
+        model = built(GPU, kind != "eager")
+        teachers = [built(GPU, kind != "eager", seed=n).eval().requires_grad_(False).bfloat16() for n in (5, 6)]
+        for name, loss_fn in losses(*teachers).items():
             model.zero_grad()
             loss = loss_fn(model.train(), batch.to(GPU))
             loss.backward()
@@ -167,7 +165,7 @@ def rank_step(rank, size, folder, backend):
     train.dist.get_world_size = one
     model.zero_grad(set_to_none=False)
     for _ in range(2):
-        _, norm = train.train_step(ddp_model, optimizer, [(row,) for row in tokens(4).to(GPU)[rank::size].split(1)],
+        _, norm = train.train_step(ddp_model, optimizer, tokens(4).to(GPU)[rank::size].split(1),
                                    train.label_loss, (1.0, 1.0))
     optimizer.state_dict()
     if rank == 0:
@@ -211,7 +209,7 @@ def population(folder, name, argv):
             time.sleep(0.01)
         child.terminate()
         say(f"train.py asked to stop: exit code {child.wait()} after {log.read_text().count(chr(10))} steps")
-    for step in ("train.py", "distill.py", "prior.py") + ("distill.py --student", "prior.py") * (name == "mixture"):
+    for step in ("train.py", "distill.py", "prior.py") + ("distill.py --student", "prior.py --student") * (name == "student"):
         began = time.perf_counter()
         _, last = script(step.split()[0], [*argv, *step.split()[1:]])
         say(f"{step} {time.perf_counter() - began:.0f} s  {last[-90:]}")
@@ -225,8 +223,8 @@ def population(folder, name, argv):
 @check
 def scripts():
     """
-    The demo's model on four cycles, side by side: twice the same eager, one of them stopped, compiled, and taught by the
-    mixture, with a student.
+    The demo's model on four cycles, side by side: twice the same eager, one of them stopped, compiled, and compiled with a
+    student.
     """
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder))
@@ -237,7 +235,7 @@ def compare(folder):
             "--cycles=4", "--trajectories=1", "--distill_from=2"]
     subprocess.run([sys.executable, "-m", "data.prepare", *base], cwd=ROOT, check=True, capture_output=True)
     kinds = dict(eager=[], again=[], stopped=[], compiled=["--compile=True"],
-                 mixture=["--distill_teacher=mixture", "--packings=2", "--distill_temperature=1", "--compile=True"])
+                 student=["--compile=True"])
     with ThreadPoolExecutor() as pool:
         runs = {name: pool.submit(population, folder, name, [*base, *more]) for name, more in kinds.items()}
     weights, losses = ({name: run.result()[i] for name, run in runs.items()} for i in (0, 1))
@@ -253,7 +251,7 @@ PARTS = {part.__name__: part for part in (attention, model_and_losses, the_step_
 def main():
     if not torch.cuda.is_available():
         refuse("tests.on_gpu wants a GPU; the other tests are the CPU's")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {activate_attention(GPU)}, "
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {current_flash_attention_impl() or 'FA2'}, "
           f"Python {sys.version.split()[0]}")
     if not PARTS.keys() >= set(sys.argv[1:]):
         refuse(f"tests.on_gpu has the parts {', '.join(PARTS)}, not {' '.join(sys.argv[1:])}")

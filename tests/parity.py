@@ -132,7 +132,7 @@ def optimizer(facts):
     for batch, theirs in zip(batches, facts["optimizer"]["steps"], strict=False):
         # the step of a cycle of length 1 at which our schedule has their learning rate
         multipliers = train.rate_multipliers("cycle", (1 - theirs["lr_mult"]) / (1 - train.LR_FLOOR), 1)
-        loss, norm = train.train_step(model, stepper, ((batch,),), train.label_loss, multipliers)
+        loss, norm = train.train_step(model, stepper, (batch,), train.label_loss, multipliers)
         steps.append(dict(loss=loss.item(), grad_norm=norm.item(), lr_mult=multipliers[0], wd_mult=multipliers[1],
                           param_norm={n: size(parameters[n]) for n in STEPPED}))
     if len(steps) != 3:
@@ -171,7 +171,7 @@ def distillation(facts):
         ce, mtp = student(batch[:, :-1], batch[:, 1:])
         kl = distill.distillation_kl(student(batch[:, :-1]).flatten(0, 1), teacher(batch[:, :-1]).flatten(0, 1),
                                      f["temperature"]) / batch[:, 1:].numel()
-        total = distill.chain_loss(student, teacher, batch, f["alpha"], f["temperature"])
+        total = distill.distilled_loss(student, [(teacher, 1.0)], batch, f["alpha"], f["temperature"])
     return dict(cross_entropy=ce.item(), mtp=mtp.item() / f["mtp_weight"], kl_times_T2=kl.item(), loss=total.item())
 
 
@@ -222,7 +222,7 @@ def data_order(facts):
     for t in range(2):
         batches, epochs = loader.Batches(rest, starts, f["sequence_len"], f["multiple"], seed + t), []
         for epoch in (1, 2, 3):
-            rows = batches.take(batches.per_epoch)[0].numpy()
+            rows = batches.take(batches.per_epoch).numpy()
             epochs.append(dict(epoch=epoch, sequences=len(rows), first_8_tokens=rows[0, :8].tolist(), sha256=sha(rows)))
         trajectories.append(dict(trajectory=t, seed_t=seed + t, epochs=epochs))
     held = dict(documents=len(lengths) - len(starts), tokens=len(fitness), sequences=len(sequences), sha256=sha(sequences))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from results.demo import commit
+from results.experiments import commit
 from tests import kill
 
 

@@ -22,15 +22,15 @@ def refused(argv, capsys):
 
 
 def test_overrides_are_typed_and_the_last_one_wins():
-    config = from_args([TINY, "--cycles=3", "--lr_scale=1", "--compile=true", "--cycles=5", "--data=a.txt,b"], "")
+    config = from_args([TINY, "--cycles=3", "--lr_scale=1", "--compile=true", "--cycles=5", "--data=a.txt,b"], "")[0]
     assert (config.cycles, config.lr_scale, config.compile, config.data) == (5, 1.0, True, "a.txt,b")
     assert type(config.lr_scale) is float
 
 
 def test_what_follows_from_other_values():
-    config = from_args([TINY, "--tokenizer=gpt2", "--batch_tokens=2048"], "")
+    config = from_args([TINY, "--tokenizer=gpt2", "--batch_tokens=2048"], "")[0]
     assert (config.vocab_size, config.batch_tokens_ends) == (50257, 2048)
-    assert from_args([TINY, "--batch_tokens_ends=512"], "").batch_tokens_ends == 512
+    assert from_args([TINY, "--batch_tokens_ends=512"], "")[0].batch_tokens_ends == 512
 
 
 @pytest.mark.parametrize("args, names", [
@@ -87,14 +87,14 @@ def test_bad_values_are_refused_by_name(args, names, capsys):
     (1025, 5, 102, 1020),
 ])
 def test_a_budget_becomes_a_population(epochs, trajectories, cycles, spent):
-    config = from_args([TINY, f"--epochs={epochs}"], "")
+    config = from_args([TINY, f"--epochs={epochs}"], "")[0]
     assert (config.trajectories, config.cycles, config.epochs_per_cycle, config.restart) == (trajectories, cycles, 2, "noise")
     assert config.trajectories * config.epochs_until(config.cycles) == spent
 
 
 @pytest.mark.parametrize("epochs, first, gap", [(1, 0.8875, 0.0375), (2, 1.25, 0.25), (4, 3.25, 0.25), (7, 6.25, 0.25)])
 def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, gap):
-    config = from_args([TINY, f"--epochs={epochs}"], "")
+    config = from_args([TINY, f"--epochs={epochs}"], "")[0]
     assert (config.trajectories, config.cycles, config.restart, config.distill_from) == (1, 4, "none", 4)
     assert ([config.cycle_epochs(c) for c in range(4)] == pytest.approx([first, gap, gap, gap])
             and config.epochs_until(4) == pytest.approx(epochs))
@@ -150,7 +150,7 @@ def test_bad_config_files_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
-    config = from_args([str(path)], "")
+    config = from_args([str(path)], "")[0]
     assert config.run_dir == f"runs/{path.stem}"
 
 
@@ -159,9 +159,9 @@ RECORD = dict(              # slowrun.md, written out once more
     epoch_multiple=16, n_layer=30, n_head=16, n_embd=2048, sequence_len=2048, window_pattern="SSSL", iha=True, dropout=0.1,
     mtp_weight=0.3,
     loop_start=15, loop_end=25, loop_extra=4, loop_from=0, restart="noise", schedule="cycle", ema_decay=0, ema_share=1,
-    momentum_warmup=0, lr_scale=0.25, batch_tokens=524_288, batch_tokens_ends=393_216, seed=42, packings=0,
-    epochs_per_cycle=2, first_cycle_epochs=None, distill_from=8, distill_teacher="predecessor", distill_alpha=0.45,
-    distill_temperature=1.2, trajectories=5, cycles=96, keep="all")
+    momentum_warmup=0, lr_scale=0.25, batch_tokens=524_288, batch_tokens_ends=393_216, seed=42,
+    epochs_per_cycle=2, first_cycle_epochs=0, distill_from=8, distill_alpha=0.45,
+    distill_temperature=1.2, trajectories=5, cycles=96)
 
 
 @pytest.mark.parametrize("name, other", [
@@ -174,18 +174,18 @@ RECORD = dict(              # slowrun.md, written out once more
                       distill_from=1, distill_alpha=0.7, distill_temperature=1)),
 ])
 def test_the_recipes_are_the_published_ones(name, other):
-    config = vars(from_args([str(ROOT / "configs" / f"{name}.py")], ""))
+    config = vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")[0])
     assert {key: config[key] for key in RECORD} == {**RECORD, **other}
 
 
 def test_single_is_tiny_without_a_population():
-    tiny, single = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")) for name in ("tiny", "single"))
+    tiny, single = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")[0]) for name in ("tiny", "single"))
     assert {k for k in tiny if tiny[k] != single[k]} == {
         "run_dir", "trajectories", "cycles", "epochs_per_cycle", "schedule", "distill_from"}
 
 
 def test_the_record_is_the_paper_run_with_more_of_it():
-    paper, record = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")) for name in ("1p8b", "1p8b_960"))
+    paper, record = (vars(from_args([str(ROOT / "configs" / f"{name}.py")], "")[0]) for name in ("1p8b", "1p8b_960"))
     assert {k for k in paper if paper[k] != record[k]} == {"run_dir", "trajectories", "cycles"}
 
 
@@ -198,7 +198,7 @@ def test_every_knob_is_read_and_used():
 
 
 def test_identity_leaves_out_what_may_differ():
-    identity = from_args([TINY], "").identity()
+    identity = from_args([TINY], "")[0].identity()
     assert not {"run_dir", "data_dir", "data", "micro_batch", "compile", "trajectories"} & identity.keys()
     assert {"n_layer", "vocab_size", "seed", "cycles", "train_tokens"} <= identity.keys()
     assert set(identity) <= {f.name for f in dataclasses.fields(Config)}

@@ -20,7 +20,7 @@ def separate(tokens, starts):
 def test_no_paragraph_of_the_manual_stands_in_two_splits(micro):
     argv = micro(train_tokens=150_000, fitness_tokens=60_000, val_tokens=60_000)
     prepare.main(argv)
-    config = from_args(argv, "")
+    config = from_args(argv, "")[0]
     val, (train, starts) = separate(*loader.read_tokens(config, "val")), loader.read_tokens(config, "train")
     fitness, rest, rest_starts = loader.split_fitness(train, starts, config.fitness_tokens)
     fitness_starts = starts[:len(starts) - len(rest_starts)]
@@ -37,9 +37,10 @@ def test_no_paragraph_of_the_manual_stands_in_two_splits(micro):
 
 
 def test_no_paragraph_of_the_manual_stands_in_two_documents():
-    documents = [" ".join(d.split()) for d in prepare.manual_documents()]
+    texts = prepare.source_documents("manual")
+    documents = [" ".join(d.split()) for d in texts]
     everything = "\n".join(documents)
-    paragraphs = [" ".join(p.split()) for d in prepare.manual_documents() for p in d.split("\n\n")]
+    paragraphs = [" ".join(p.split()) for d in texts for p in d.split("\n\n")]
     assert len(documents) > 200 and [p for p in paragraphs if len(p) >= 40 and everything.count(p) > 1] == []
     assert 500 < sum(map(len, documents)) / len(documents) < 1500
 
@@ -67,11 +68,11 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, 
 
 def test_the_fitness_set_is_whole_documents_cut_to_its_sequences(micro):
     prepare.main(micro())
-    starts = loader.read_tokens(from_args(micro(), ""), "train")[1]
+    starts = loader.read_tokens(from_args(micro(), "")[0], "train")[1]
     for wanted in (700, 1000, 1400, int(starts[starts > 700][0])):             # the last one ends with a document
         argv = micro(fitness_tokens=wanted)
         prepare.main(argv)
-        config = from_args(argv, "")
+        config = from_args(argv, "")[0]
         data, (tokens, starts) = loader.load(config), loader.read_tokens(config, "train")
         end = min(s for s in [*starts.tolist(), len(tokens)] if s >= wanted)
         assert data.fit.ravel().tolist() == tokens[:wanted // 33 * 33].tolist()
@@ -81,7 +82,7 @@ def test_the_fitness_set_is_whole_documents_cut_to_its_sequences(micro):
 def test_the_file_format(micro, tmp_path):
     argv = micro()
     prepare.main(argv)
-    config = from_args(argv, "")
+    config = from_args(argv, "")[0]
     for split, seed in (("val", 42), ("train", 43)):
         file = torch.load(tmp_path / "data" / f"manual_{split}.pt", weights_only=True)
         assert list(file) == ["tokens", "doc_starts", "bos_id", "seq_shuffle_seed", "seq_size"]
@@ -127,7 +128,7 @@ def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):
     (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     argv = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000)
     prepare.main(argv)
-    config = from_args(argv, "")
+    config = from_args(argv, "")[0]
     val, train = (separate(*loader.read_tokens(config, split)) for split in ("val", "train"))
     assert all(d in texts for d in [*val[:-1], *train[:-1]]) and any(d.startswith(val[-1]) for d in texts)
     assert not set(val[:-1]) & set(train[:-1]) and len(val) > 5 and "repeat another" not in capsys.readouterr().out
@@ -171,12 +172,12 @@ def test_the_order_of_batches_against_plain_loops():
         rows = [flat[i:i + 17] for i in range(0, len(flat) - 16, 17)]
         wanted += [rows[i] for i in randperm(len(rows), 7 * 1009 + epoch + 2000)][:len(rows) // 4 * 4]
     batches = loader.Batches(tokens, starts, 16, 4, seed=7)
-    got = [row for n in (5, 1, 60, len(wanted) - 66) for row in batches.take(n)[0].tolist()]      # steps straddle epochs
+    got = [row for n in (5, 1, 60, len(wanted) - 66) for row in batches.take(n).tolist()]      # steps straddle epochs
     assert got == wanted
     later = loader.Batches(tokens, starts, 16, 4, seed=7)
     for position in (len(wanted) - 9, 3, len(wanted) - 9):                                      # forward and back
         later.position = position
-        assert later.take(9)[0].tolist() == wanted[position:position + 9]
+        assert later.take(9).tolist() == wanted[position:position + 9]
 
 
 def test_the_document_of_every_target():
@@ -254,7 +255,7 @@ def test_other_data_in_data_dir_is_never_overwritten(tmp_path, micro, capsys):
                    lambda p: p.unlink()):
         change(tmp_path / "data" / "manual_train.pt")
         with pytest.raises(SystemExit) as stop:
-            loader.load(from_args(micro(), ""))
+            loader.load(from_args(micro(), "")[0])
         assert stop.value.code == 2 and "manual_train.pt" in capsys.readouterr().err
 
 
@@ -272,6 +273,6 @@ def test_public_files_without_ours_beside_them(micro, tmp_path, monkeypatch):
     prepare.main(argv)
     for split in ("val", "train"):
         (tmp_path / "data" / f"manual_{split}.pt").rename(tmp_path / "data" / f"fineweb_{split}.pt")
-    data = loader.load(from_args([*argv, "--data=fineweb"], ""))
+    data = loader.load(from_args([*argv, "--data=fineweb"], "")[0])
     assert data.token_bytes.tolist() == [1] * 256 + [0]
     assert isinstance(prepare.main([*argv, "--data=fineweb"]), types.NoneType)

@@ -1,4 +1,4 @@
-"""FineWeb's stream, on local .parquet files, against plain loops over the same documents; interruptions; tiktoken's ranks."""
+"""FineWeb's stream, on local .parquet files, against plain loops over the same documents; what stops it; tiktoken's ranks."""
 import hashlib
 import json
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from config import from_args
-from data import fineweb, loader, prepare, tokenizer
-from files import read_json, write_json
+from data import loader, prepare, tokenizer
 from tests.conftest import error_line
 
 pa = pytest.importorskip("pyarrow")
@@ -22,9 +21,8 @@ def documents(tmp_path, monkeypatch):
     for name, part in (("a", texts[:70]), ("b", texts[70:])):
         pa.parquet.write_table(pa.table({"id": [str(i) for i in range(len(part))], "text": part}),
                                tmp_path / f"{name}.parquet", row_group_size=20)
-    monkeypatch.setattr(fineweb, "SOURCE", dict(
+    monkeypatch.setattr(prepare, "FINEWEB", dict(
         path="parquet", data_files=[str(tmp_path / f"{n}.parquet") for n in "ab"], split="train"))
-    monkeypatch.setattr(fineweb, "SAVE_EVERY", 7)
     return texts
 
 
@@ -54,59 +52,24 @@ def test_the_stream_in_file_order(documents, micro, tmp_path, capsys):
     argv = micro(data="fineweb")
     prepare.main(argv)
     for split, wanted in zip(("val", "train"), in_order(documents, 1800, 3000)):
-        tokens, starts = loader.read_tokens(from_args(argv, ""), split)
+        tokens, starts = loader.read_tokens(from_args(argv, "")[0], split)
         assert tokens.tolist() == wanted and starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
     assert set(files(tmp_path / "data")) == {"fineweb_val.pt", "fineweb_train.pt", "fineweb_bytes.npy", "fineweb.json"}
-    about = json.loads((tmp_path / "data" / "fineweb.json").read_text())
-    assert about["documents"] == sum(
-        len(starts) for _, starts in [loader.read_tokens(from_args(argv, ""), s) for s in ("val", "train")])
     before = files(tmp_path / "data")
     prepare.main(argv)
     assert files(tmp_path / "data") == before
-
-
-@pytest.mark.parametrize("dies_at", [1, 13, 14, 15, 40, 75])
-def test_an_interrupted_download_goes_on(dies_at, documents, micro, tmp_path, monkeypatch, capsys):
-    prepare.main(micro(data="fineweb", data_dir=tmp_path / "whole"))
-    encode, asked = tokenizer.get_tokenizer("bytes")[0], []
-    def dies(text):
-        asked.append(text)
-        if len(asked) == dies_at:
-            raise ConnectionError("no route to host")
-        return encode(text)
-    monkeypatch.setattr(prepare, "get_tokenizer", lambda name: (dies, None, np.array([1] * 256 + [0], np.uint8)))
-    assert "goes on from its last save" in bad(micro(data="fineweb"), capsys)
-    assert not (tmp_path / "data" / "fineweb_val.pt").exists()
-    first = len(asked)
-    prepare.main(micro(data="fineweb"))
-    assert asked[first:][0] == documents[(dies_at - 1) // 7 * 7]            # the first that no save holds
-    assert files(tmp_path / "data") == files(tmp_path / "whole")
-
-
-def test_what_a_download_refuses(documents, micro, tmp_path, monkeypatch, capsys):
-    assert "ends after" in bad(micro(data="fineweb", train_tokens=30_000), capsys)
-    err = bad(micro(data="fineweb"), capsys)
-    assert "belongs to another download" in err and "train_tokens is 30000 there and 3000 here" in err
-    partial = tmp_path / "data" / "fineweb.partial"
-    partial.write_bytes(partial.read_bytes()[:100])
-    assert "has lost tokens" in bad(micro(data="fineweb", train_tokens=30_000), capsys)
-    prepare.main(micro(data="fineweb", data_dir=tmp_path / "half"))
-    (tmp_path / "half" / "fineweb_val.pt").unlink()
-    kept = files(tmp_path / "half")
-    assert ("fineweb_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys)
-            and files(tmp_path / "half") == kept)
 
 
 def test_the_files_are_compared_with_the_published_ones(documents, micro, tmp_path, monkeypatch, capsys):
     argv = micro(data="fineweb")
     prepare.main(argv)
     assert capsys.readouterr().out.count("none of this size is published") == 2
-    config = from_args(argv, "")
+    config = from_args(argv, "")[0]
     config.tokenizer = "gpt2"                       # as if: what counts is the file
     of = {split: hashlib.sha256((tmp_path / "data" / f"fineweb_{split}.pt").read_bytes()).hexdigest()
           for split in ("val", "train")}
-    monkeypatch.setattr(fineweb, "PUBLISHED", {("val", 1800): of["val"], ("train", 3000): "0" * 64})
-    fineweb.compare(config)
+    monkeypatch.setattr(prepare, "PUBLISHED", {("val", 1800): of["val"], ("train", 3000): "0" * 64})
+    prepare.compare_with_published(config)
     val, train = capsys.readouterr().out.splitlines()
     assert "equal to the published file" in val and "DIFFERENT" in train and of["train"] in train and "0" * 64 in train
 
@@ -116,29 +79,18 @@ def test_a_hub_out_of_reach(documents, micro, tmp_path, monkeypatch, capsys):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route to host")
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    monkeypatch.setattr(fineweb, "SOURCE", dict(path="HuggingFaceFW/fineweb", split="train"))
+    monkeypatch.setattr(prepare, "FINEWEB", dict(path="HuggingFaceFW/fineweb", split="train"))
     err = bad(micro(data="fineweb"), capsys)
     assert "HuggingFaceFW/fineweb" in err and "fineweb_val.pt" in err and not (tmp_path / "data").exists()
 
 
 def test_what_is_pinned():
-    assert fineweb.SOURCE == dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
+    assert prepare.FINEWEB == dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
                                   revision="9bb295ddab0e05d785b879661af7260fed5140fc")
-    assert fineweb.PUBLISHED == {("val", 10 ** 7): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+    assert prepare.PUBLISHED == {("val", 10 ** 7): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
                                  ("train", 10 ** 8): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf"}
-    assert (tokenizer.RANKS_SHA256, tokenizer.RANKS_NAME) == (
-        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4")
-
-
-@pytest.mark.parametrize("state", ["{", '{"tokens": 5}', {"tokens": "5"}, {"tokens": -5}, {"tokens": 1.5}, {"documents": None},
-                                   {"place": None}, {"place": []}, {"of": "abc"}, {"place": {"epoch": "x"}}])
-def test_a_damaged_state_of_a_download(state, documents, micro, tmp_path, capsys):
-    bad(micro(data="fineweb", train_tokens=30_000), capsys)             # ends too early, keeps what came
-    path = tmp_path / "data" / "fineweb.partial.json"
-    path.write_text(state) if isinstance(state, str) else write_json(path, {**read_json(path), **state})
-    kept = files(tmp_path / "data")
-    err = bad(micro(data="fineweb", train_tokens=30_000), capsys)
-    assert "fineweb.partial.json" in err and files(tmp_path / "data") == kept
+    url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"         # tiktoken's name for it in its cache
+    assert tokenizer.RANKS_NAME == hashlib.sha1(url.encode()).hexdigest()
 
 
 def test_a_folder_that_is_none(documents, micro, tmp_path, capsys):
@@ -147,18 +99,36 @@ def test_a_folder_that_is_none(documents, micro, tmp_path, capsys):
         assert str(folder) in bad(micro(data="fineweb", data_dir=folder), capsys)
 
 
-def test_local_ranks_are_installed_before_they_are_needed(micro, monkeypatch):
-    called = []
-    monkeypatch.setattr(prepare, "install_ranks", called.append)
-    prepare.main([*micro(), "--gpt2_ranks=some/file"])
-    assert called == ["some/file"]
+def test_a_download_that_stops_leaves_nothing(documents, micro, tmp_path, monkeypatch, capsys):
+    import datasets
+    load = datasets.load_dataset
+    def torn(*args, **kwargs):
+        stream = load(*args, **kwargs)
+        def dies(row, i):
+            if i == 75:
+                raise ConnectionError("no route to host")
+            return row
+        return stream.map(dies, with_indices=True)
+    monkeypatch.setattr(datasets, "load_dataset", torn)
+    assert "ConnectionError" in bad(micro(data="fineweb"), capsys)
+    assert not (tmp_path / "data").exists()
+    monkeypatch.undo()
+
+
+def test_what_fineweb_refuses(documents, micro, tmp_path, capsys):
+    assert "too short" in bad(micro(data="fineweb", train_tokens=30_000), capsys) and not (tmp_path / "data").exists()
+    prepare.main(micro(data="fineweb", data_dir=tmp_path / "half"))
+    (tmp_path / "half" / "fineweb_val.pt").unlink()
+    kept = files(tmp_path / "half")
+    assert ("fineweb_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys)
+            and files(tmp_path / "half") == kept)
 
 
 @pytest.mark.parametrize("column", [[1, 2], [[1], [2]], [b"a", b"b"]])
 def test_a_column_that_is_no_text(column, documents, tmp_path, micro, monkeypatch, capsys):
     pa.parquet.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
     assert "row 0" in (err := bad(micro(data=tmp_path / "x.parquet"), capsys)) and "not a text" in err
-    monkeypatch.setattr(fineweb, "SOURCE", dict(path="parquet", data_files=str(tmp_path / "x.parquet"), split="train"))
+    monkeypatch.setattr(prepare, "FINEWEB", dict(path="parquet", data_files=str(tmp_path / "x.parquet"), split="train"))
     assert "row 0" in bad(micro(data="fineweb"), capsys)
 
 
@@ -179,13 +149,3 @@ def test_parquet_files_are_local_text(documents, tmp_path, micro, capsys):
         assert all(n in err for n in names), err
 
 
-def test_local_ranks_are_put_where_tiktoken_looks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "ranks").write_bytes(b"aGk= 0\n")
-    assert tokenizer.RANKS_SHA256 in bad(tmp_path / "ranks", capsys, tokenizer.install_ranks)
-    assert "cannot read it: No such file" in bad(tmp_path / "none", capsys, tokenizer.install_ranks)
-    monkeypatch.setattr(tokenizer, "RANKS_SHA256", hashlib.sha256(b"aGk= 0\n").hexdigest())
-    tokenizer.install_ranks(tmp_path / "ranks")
-    from tiktoken.load import read_file_cached
-    url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
-    assert read_file_cached(url, tokenizer.RANKS_SHA256) == b"aGk= 0\n"

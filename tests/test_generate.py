@@ -27,7 +27,7 @@ class Fixed(torch.nn.Module):
 
 
 def options(**changes):
-    return SimpleNamespace(**{**generate.ACTIONS, **changes})
+    return SimpleNamespace(**{**generate.OPTIONS, **changes})
 
 
 def test_the_mixture_is_the_weighted_sum_of_probabilities():

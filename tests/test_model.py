@@ -151,24 +151,6 @@ def test_no_logits_of_all_tokens_are_kept():
     assert loss.item() > 10 and len(kept) > 50 and max(kept) <= model.lm_head.weight.numel() < 256 * 50257
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_checkpointing_changes_no_gradient(dropout):
-    idx, targets, gradients, kept = tokens(2, 16), tokens(2, 17)[:, 1:], [], []
-    for on in (False, True):
-        model = small(loop_start=2, loop_end=4, loop_extra=2).train()
-        for block in model.transformer.h:
-            block.attn.dropout = block.mlp.dropout = dropout
-        model.checkpointing = on
-        torch.manual_seed(5)
-        count = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: count.append(t.numel()) or t, lambda t: t):
-            loss = sum(model(idx, targets))
-        loss.backward()
-        kept.append(sum(count))
-        gradients.append({n: p.grad for n, p in model.named_parameters()})
-    assert all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items()) and kept[1] < 0.7 * kept[0]
-
-
 def test_every_parameter_is_trained():
     model = small().train()
     sum(model(tokens(2, 16), tokens(2, 16))).backward()
@@ -252,10 +234,9 @@ def test_a_compiled_loss_serves_every_micro_batch(monkeypatch):
     import distill
     from torch._dynamo.testing import CompileCounter
     monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + 12) for i in range(0, len(x), 12)])
-    model, teacher = small().train(), small().eval().requires_grad_(False)
-    p, ids = torch.rand(32, 40).softmax(-1).topk(5)
-    losses = (lambda: distill.chain_loss(model, teacher, batch, 0.45, 1.2),
-              lambda: distill.distilled_loss(model, batch, 0.7, distill.stored_kl, p, ids))
+    model, teacher, other = small().train(), *(small().eval().requires_grad_(False) for _ in range(2))
+    losses = (lambda: distill.distilled_loss(model, [(teacher, 1.0)], batch, 0.45, 1.2),
+              lambda: distill.distilled_loss(model, [(teacher, 0.7), (other, 0.3)], batch, 0.7, 1.0))
     for loss in losses:
         torch._dynamo.reset()
         batch, counter, model.capped_loss = tokens(2, 17), CompileCounter(), capped_loss
@@ -273,7 +254,7 @@ def test_place_compiles_every_block_on_cuda_only(monkeypatch):
     compiled, model = [], small()
     monkeypatch.setattr(Block, "compile", lambda self, dynamic: compiled.append(self))
     monkeypatch.setattr(GPT, "to", lambda self, device: self)
-    monkeypatch.setattr("model.activate_attention", lambda device: None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("torch.compile", lambda function, dynamic: compiled.append(function) or function)
     assert model.place(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):          # what it sets is put back

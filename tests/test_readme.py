@@ -3,7 +3,7 @@ import re
 
 from config import FIELDS
 from tests.conftest import ROOT
-from tools.generate import ACTIONS
+from tools.generate import OPTIONS
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,5 +27,5 @@ def test_what_it_names_exists():
     for module in re.findall(r"python -m (population|data\.\w+|tools\.\w+|tests\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for name in re.findall(r"--(\w+)=", README):
-        assert name in {*FIELDS, *ACTIONS, "beside", "epochs", "gpt2_ranks", "members", "rounds", "slowrun", "steps",
+        assert name in {*FIELDS, *OPTIONS, "beside", "epochs", "snapshots", "rounds", "slowrun", "steps",
                         "nproc_per_node"}, name

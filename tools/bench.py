@@ -27,20 +27,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.attention import current_flash_attention_impl
 
 import distill
 import train
-from config import from_args, take_actions
+from config import from_args
 from data import loader
 from errors import refuse
-from model import GPT, attend, activate_attention
+from model import GPT, attend
 from optim import MuonAdamW
 from prior import fit_weights
 from tests.parity import adamw300
 from tools import plan
 from world import join_world
 
-ACTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0, members=480, tokens=131072)
+OPTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0, members=480, tokens=131072)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -69,14 +70,14 @@ class Ours:
     shared by the ranks of a group.
     """
 
-    def __init__(self, config, chain, options, group=None, one_graph=False):
+    def __init__(self, config, chain, options, world=None, one_graph=False):
         torch.manual_seed(config.seed)
-        self.config, self.model, self.group = config, GPT(config).init_weights().place(DEVICE, config.compile), group
+        self.config, self.model = config, GPT(config).init_weights().place(DEVICE, config.compile)
+        self.group = group = world and world.data_group
         if one_graph:
             self.model.hidden = torch.compile(self.model.hidden, dynamic=False)
-        self.model.checkpointing = config.checkpoint
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
-        self.ddp_model = train.distributed(self.model, group, config.micro_batch)
+        self.ddp_model = train.distributed(self.model, world) if world else self.model
         tokens = np.random.default_rng(0).integers(
             config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
         loader.epoch_of(config, len(tokens))
@@ -84,14 +85,12 @@ class Ours:
                                       config.seed)
         self.loss_fn = train.label_loss
         if chain:
-            teacher = GPT(config).init_weights().place(DEVICE, config.compile).eval().requires_grad_(False)
-            teacher = teacher.bfloat16() if DEVICE.type == "cuda" else teacher
-            self.loss_fn = lambda model, batch: distill.chain_loss(
-                model, teacher, batch, config.distill_alpha, config.distill_temperature)
+            teacher = distill.frozen(config, DEVICE).init_weights()
+            self.loss_fn = lambda model, batch: distill.distilled_loss(
+                model, [(teacher, 1.0)], batch, config.distill_alpha, config.distill_temperature)
 
     def step(self, rows):
-        train.train_step(self.ddp_model, self.optimizer, list(zip(rows.split(self.config.micro_batch))),
-                         self.loss_fn, (1.0, 1.0))
+        train.train_step(self.ddp_model, self.optimizer, rows.split(self.config.micro_batch), self.loss_fn, (1.0, 1.0))
 
     def parts(self, rows):
         """Seconds of the parts of a step over one micro-batch, of its optimizer step, and of the batch's way from the data."""
@@ -105,10 +104,11 @@ class Ours:
         forward, loss = timed(lambda: self.loss_fn(self.model, batch))
         backward, _ = timed(loss.backward)
         sent = {"communication, alone, of the step": timed(self.communicate)[0]} if self.group else {}
-        step, _ = timed(lambda: train.apply_gradients(self.model, self.optimizer, 1.0, 1.0))
+        clip, _ = timed(lambda: torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        step, _ = timed(lambda: self.optimizer.step(1.0, 1.0))
         return {"data, of the step": data, "hidden states": hidden, "loss head (labels)": head,
                 "MTP and teacher": forward - hidden - head, "backward": backward,
-                "clip and optimizer, of the step": step, **sent}
+                "clip and optimizer, of the step": clip + step, **sent}
 
     def communicate(self):
         """What a step sends, and nothing else: the gradients to all, each Muon matrix from the rank that stepped it."""
@@ -279,7 +279,7 @@ def bench_step(name, chain, config, options, peak, world):
     """One table: seconds of a step, tokens/s, share of the peak of all ranks, ratios to ours, memory."""
     rows, compared = random_rows(config, ranks=world.data_size), kinds(config, options)
     if world.size > 1:
-        compared = {"ours": functools.partial(Ours, group=world.data_group)}
+        compared = {"ours": functools.partial(Ours, world=world)}
     peak, model = peak * world.data_size, plan.meta_model(config)
     flops = plan.step_flops(model, True, chain) * config.batch_tokens
     seconds = {kind: [] for kind in compared}
@@ -367,12 +367,11 @@ def bench_prior(options):
 
 
 def main(argv=None):
-    options, argv = take_actions(argv, **ACTIONS)
+    config, options = from_args(argv, __doc__, **OPTIONS)
     steps = options.steps.split(",")
     if not set(steps) <= {"train", "distill", "score", "prior"} or min(options.rounds, options.members, options.tokens) < 1:
         refuse("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, "
                f"not {vars(options)}")
-    config = from_args(argv, __doc__)
     if options.memory and DEVICE.type != "cuda":
         refuse("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
     world = join_world(config)
@@ -382,7 +381,7 @@ def main(argv=None):
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     if world.rank == 0:
         print(f"{device}, {world.size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-              f"{activate_attention(DEVICE)}, compile={config.compile and DEVICE.type == 'cuda'}; "
+              f"{current_flash_attention_impl() or 'FA2'} where it is CUDA, compile={config.compile and DEVICE.type == 'cuda'}; "
               f"medians over {options.rounds} rounds, and their range")
     peak = peak_flops(options)
     if world.rank == 0:

@@ -5,19 +5,19 @@ asks all K members for every token and takes the weighted mean of their probabil
 
 Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
             --tokens=80  --temperature=0.8  --top_k=50 (0: no limit)  --sample_seed=0
-            --member=T,C (trajectory and cycle) or student: that model alone, instead of both  --members=FOLDER (as of prior.py)
+            --member=T,C (trajectory and cycle): that model alone, instead of both    --student: the student alone
 """
 import torch
 
-from config import from_args, take_actions
+from config import from_args, student_of
 from data import loader
 from data.tokenizer import get_tokenizer
 from errors import refuse
-from population import open_run, read_prior
+from population import Run, read_prior
 from prior import load_member, model_to_score
 from world import join_world
 
-ACTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", members="")
+OPTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", student=False)
 
 
 def next_probabilities(p, temperature, top_k):
@@ -51,20 +51,15 @@ def choose(options, prior, run):
     """[(label, members as (trajectory, cycle), weights)] to sample from. Exits with code 2 where they do not exist."""
     members = [(m["trajectory"], m["cycle"]) for m in prior["members"]]
     for m in prior["members"]:
-        if (run.member_path(m["trajectory"], m["cycle"]).exists()
-                and run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]):
+        if run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
             refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: "
                    "run prior.py on this config again")
-    if options.member == "student":
-        return [("student",
-                 run.student() or refuse("member=student: there is none; run distill.py --student on this config first"),
-                 [1.0])]
     if options.member:
         chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
         if chosen not in members:
             refuse(f"member={options.member}: there is no such member; write trajectory,cycle, "
                    f"such as --member={members[-1][0]},{members[-1][1]}")
-        return [(f"member {options.member}", [chosen], [1.0])]
+        return [("student" if options.student else f"member {options.member}", [chosen], [1.0])]
     Ks = [a["K"] for a in prior["answers"] if a["rule"] == "learned"]
     K = options.K or max(K for K in Ks if K <= 4)
     if K not in Ks:
@@ -79,8 +74,7 @@ def choose(options, prior, run):
 
 
 def main(argv=None):
-    options, argv = take_actions(argv, **ACTIONS)
-    config = from_args(argv, __doc__)
+    config, options = from_args(argv, __doc__, **OPTIONS)
     for name, holds, rule in (
             ("tokens", options.tokens > 0, "more than 0"),
             ("temperature", options.temperature == 0 or 1e-3 <= options.temperature < 100, "0, or between 0.001 and 100"),
@@ -90,13 +84,10 @@ def main(argv=None):
             refuse(f"{name}={getattr(options, name)}: must be {rule}")
     if any("\ud800" <= c <= "\udfff" for c in options.prompt):
         refuse("prompt: is not text in UTF-8")
-    run = open_run(config, loader.load(config).fingerprint, options.members)
+    if options.student:
+        config, options.member = student_of(config), "0,0"
+    run = Run(config, loader.load(config).fingerprint)
     picked = choose(options, read_prior(config.run_dir), run)
-    gone = [member for _, members, _ in picked for member in members if not run.member_path(*member).exists()]
-    kept = [m for m in run.members() if run.member_path(*m).exists()]
-    if gone and kept and all(run.dropped_path(*member).exists() for member in gone):
-        return print(f"no text: keep=last dropped the weights of {len(gone)} of the members asked for; "
-                     f"--member={kept[-1][0]},{kept[-1][1]} samples one that stayed")
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join_world(config).device
     for label, members, weights in picked:

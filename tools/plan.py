@@ -5,6 +5,7 @@ Counted from the recipe, with the model on the meta device (nothing is allocated
 Of its own: --ranks=8 (0: the most up to 8 that can share the batches)  --mfu=0.28 (model FLOPs utilisation; the record's own)
             --peak_tflops=989 (bf16 dense; an H100's)  --price=3 (dollars per GPU and hour)  --gpu_gb=80
 """
+import dataclasses
 import math
 import signal
 import textwrap
@@ -12,17 +13,15 @@ from pathlib import Path
 
 import torch
 
-from config import from_args, take_actions
+from config import from_args, student_of
 from data import loader
 from errors import refuse
-from distill import student_config
 from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW
-from population import mixture_bytes
 from train import cycle_lengths, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
-from world import cannot_share, fitting, micro_batches
+from world import batch_sequences, cannot_share, micro_batch_of, processes
 
-ACTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
+OPTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
 # bytes saved for backward per token, layer application and unit of n_embd: estimated, and measured (results/performance.md)
 EAGER, COMPILED = 58.4, 43.0
@@ -81,10 +80,10 @@ def forward_flops(model, looping, mtp):
     return terms
 
 
-def step_flops(model, looping, teacher):
-    """Model FLOPs of training per token: forward and backward count three forwards, the teacher one without its MTP head."""
+def step_flops(model, looping, teachers):
+    """Model FLOPs of training per token: forward and backward count three forwards, each teacher one without its MTP head."""
     total = 3 * sum(forward_flops(model, looping, mtp=True).values())
-    return total + teacher * sum(forward_flops(model, looping=True, mtp=False).values())
+    return total + teachers * sum(forward_flops(model, looping=True, mtp=False).values())
 
 
 # ------------------------------------------------------------------------------------------- the run
@@ -114,37 +113,20 @@ def cycles_of(config, sequences):
     return rows
 
 
-def flops_of(config, model, sequences):
-    """{script: model FLOPs in all}."""
+def flops_of(config, model, sequences, teachers=1):
+    """{script: model FLOPs in all}; teachers: of a distilled cycle."""
     lengths = cycle_lengths(config, sequences)
     flops = {"train.py": 0, "distill.py": 0}
-    per_token = {(looping, teacher): step_flops(model, looping, teacher)
-                 for looping in (False, True) for teacher in (False, True)}
-    stored = config.distill_teacher == "mixture" and config.distill_from < config.cycles
     for cycle, length in enumerate(lengths):
-        teacher = cycle >= config.distill_from and not stored
+        places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
+        chain = cycle >= config.distill_from
         for looping in (False, True):
-            places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
             steps = sum((place >= config.loop_from * span) == looping for place, span in places)
-            flops["distill.py" if cycle >= config.distill_from else "train.py"] += (
-                config.trajectories * steps * tokens_per_step(config, cycle) * per_token[looping, teacher])
-    if stored:              # every member but the last passes over the packings once
-        tokens = config.packings * sequences * config.sequence_len
-        flops["distill.py"] += (config.trajectories * (config.cycles - 1) * tokens
-                                * sum(forward_flops(model, looping=True, mtp=False).values()))
+            flops["distill.py" if chain else "train.py"] += (config.trajectories * steps * tokens_per_step(config, cycle)
+                                                             * step_flops(model, looping, teachers * chain))
     flops["prior.py"] = (config.trajectories * config.cycles * held_out_tokens(config)
                          * sum(forward_flops(model, looping=True, mtp=False).values()))
     return flops
-
-
-def student_flops(config, model, sequences, teachers):
-    """
-    Model FLOPs of distill.py --student, against a mixture of so many members: its steps,
-    and each member's pass over the packings.
-    """
-    own = student_config(config)
-    one_pass = sequences * config.sequence_len * sum(forward_flops(model, looping=True, mtp=False).values())
-    return flops_of(own, model, sequences)["distill.py"] + teachers * own.packings * one_pass
 
 
 def memory_of(config, model, ranks):
@@ -155,9 +137,6 @@ def memory_of(config, model, ranks):
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     parameters = list(model.parameters())
     C, T, mtp, chain = config.n_embd, config.sequence_len, bool(config.mtp_weight), config.distill_from < config.cycles
-    kept, again = len(model.layers) + mtp, 0
-    if config.checkpoint:
-        kept, again = config.n_layer + mtp, len(model.layers) - config.n_layer      # of the latter only the input stays
     weights = sum(p.numel() for p in parameters)
     groups = {kind: [g for g in MuonAdamW(model.named_parameters(), config.lr_scale).groups if g["kind"] == kind]
               for kind in ("adamw", "muon")}
@@ -174,7 +153,7 @@ def memory_of(config, model, ranks):
             (1 + mtp) * size([model.lm_head.weight])
             + min(CHUNK_BYTES["cuda"], 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)),
     }
-    return fixed, {"activations": T * C * ((COMPILED if config.compile else EAGER) * kept + 2 * again)}
+    return fixed, {"activations": T * C * (COMPILED if config.compile else EAGER) * (len(model.layers) + mtp)}
 
 
 # ------------------------------------------------------------------------------------------ the print
@@ -208,18 +187,16 @@ def print_cycles(config, sequences):
         scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
         print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 120, initial_indent="  ", subsequent_indent=" " * 33))
     chain = config.distill_from < config.cycles
-    teacher = (f"the {config.distill_teacher}"
-               + f" so far, stored on {config.packings} packings" * (config.distill_teacher == "mixture"))
-    print(f"  teacher: {teacher + ', from cycle ' + str(config.distill_from) if chain else 'none'}")
+    print(f"  teacher: {f'the predecessor, from cycle {config.distill_from}' if chain else 'none'}")
 
 
 def print_cost(config, model, sequences, options):
     flops = flops_of(config, model, sequences)
     print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, "
           f"${options.price:g} per GPU and hour:")
-    student = student_flops(config, model, sequences, config.trajectories * config.cycles)
+    student = flops_of(student_of(config), model, sequences, config.student_teachers)["distill.py"]
     for script, count in [*flops.items(), ("in all", sum(flops.values())),
-                          (f"--student, {config.student_epochs:g} epochs, at most", student)]:
+                          (f"--student of {config.student_teachers}, {config.student_epochs:g} epochs", student)]:
         hours = count / (options.ranks * options.peak_tflops * 1e12 * options.mfu) / 3600
         print(f"  {script:30} {count:>10.3e} FLOP {hours:>10.3g} h {hours * options.ranks * options.price:>10,.2f} dollars")
 
@@ -235,29 +212,31 @@ def print_machine(config, model, options):
     for part, count in per_sequence.items():
         print(f"  {part + ', per sequence':36} {count / GIB:>8.3g}")
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
-    total = (sum(fixed.values()) + config.micro_batch * sum(per_sequence.values())) / GIB
-    fits = max((m for m in micro_batches(config, options.ranks)
-                if sum(fixed.values()) + m * sum(per_sequence.values()) <= usable), default=0)
-    print(f"  with micro_batch={config.micro_batch}: {total:.1f}; the largest that fits {options.gpu_gb:g} GB, "
-          f"{usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
+    needs = lambda fixed, micro_batch: sum(fixed.values()) + micro_batch * sum(per_sequence.values())
+    share = options.ranks // groups
+    sizes = sorted({micro_batch_of(config, n, share) for n in batch_sequences(config)})
+    most = max(batch_sequences(config)) // share
+    fits = max((m for m in range(1, most + 1) if most % m == 0 and needs(fixed, m) <= usable), default=0)
+    print(f"  in micro-batches of {' and '.join(map(str, sizes))}: {needs(fixed, max(sizes)) / GIB:.1f}; the largest that fits "
+          f"{options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
     member = 2 * sum(p.numel() for p in model.parameters())
+    own = dataclasses.replace(student_of(config), micro_batch=1)
+    beside = needs(memory_of(own, model, options.ranks)[0], 1) - member
+    print(f"  --student in micro-batches of 1: {beside / GIB:.1f} and {member / GIB:.2g} for each of its K teachers; "
+          f"the most that fit: K={max(0, math.floor((usable - beside) / member))}")
     whole = memory_of(config, model, 1)[0]
     state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
-    members = config.trajectories * (config.cycles if config.keep == "all" else min(config.cycles, 3))
-    scores = config.trajectories * config.cycles * 4 * held_out_tokens(config)
-    mixtures = config.trajectories * 2 * mixture_bytes(config)
+    members, states = config.trajectories * config.cycles, 2 * config.trajectories + 1
     print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; "
-          f"{2 * config.trajectories + 1} states of {state / 1e9:.3g} = "
-          f"{(2 * config.trajectories + 1) * state / 1e9:,.4g}; scores {scores / 1e9:,.4g}"
-          + f"; stored mixtures {mixtures / 1e9:,.4g}" * (mixtures > 0)
-          + f"; --student {2 * mixture_bytes(student_config(config)) / 1e9:,.4g} while it is taught")
+          f"{states} states of {state / 1e9:.3g} = {states * state / 1e9:,.4g}; "
+          f"scores {members * 4 * held_out_tokens(config) / 1e9:,.4g}")
 
 
 def main(argv=None):
-    options, argv = take_actions(argv, **ACTIONS)
-    config = from_args(argv, __doc__)
-    options.ranks = options.ranks or [1, *fitting(config, 8)][-1]
-    for name, value in vars(options).items():
+    config, options = from_args(argv, __doc__, **OPTIONS)
+    options.ranks = options.ranks or processes(config, most=8)
+    for name in OPTIONS:
+        value = getattr(options, name)
         if not 0 < value < 1e9 or name == "mfu" and value > 1:
             refuse(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
     reason = cannot_share(config, options.ranks)

@@ -1,7 +1,8 @@
 """
 The picture of a population: python -m tools.plot CONFIG [--name=value ...] [--beside=RUN_DIR,RUN_DIR,...]
 Reads run_dir/prior.json, writes run_dir/prior.png: loss against K for each rule, each member's loss and the mixture's
-after each cycle, the weights, and loss against training epochs, beside the finished runs of other configs.
+after each cycle, the weights, and loss against training epochs, beside the finished runs of other configs; and its
+student, where prior.py --student has weighed one.
 """
 import itertools
 from pathlib import Path
@@ -12,13 +13,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import from_args, take_actions
+from config import from_args, student_of
 from errors import refuse
 from files import write_whole
 from population import read_prior
 
 RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
-         "learned": ("learned prior, K members", "tab:blue"), "student": ("one student of them all", "tab:green")}
+         "learned": ("learned prior, K members", "tab:blue")}
 
 
 def curve(axes, x, rows, errors=None, **style):
@@ -123,10 +124,9 @@ def draw(priors, path, beside):
 
 
 def main(argv=None):
-    actions, argv = take_actions(argv, beside="")
-    config = from_args(argv, __doc__)
+    config, options = from_args(argv, __doc__, beside="")
     mine, beside = read_prior(config.run_dir), {}
-    folders = list(filter(None, actions.beside.split(",")))
+    folders = list(filter(None, options.beside.split(",")))
     short = len({Path(folder).name for folder in folders}) == len(folders)
     for folder in folders:
         other = read_prior(folder)
@@ -134,6 +134,10 @@ def main(argv=None):
         if any(other["text"].get(k) != mine["text"].get(k)
                for k in ("text_sha256", "tokenizer", "val_tokens")):
             refuse(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
+    student = Path(student_of(config).run_dir)
+    if (student / "prior.json").exists():
+        [last] = read_prior(student)["growing"]         # its own epochs come on top of its teachers'
+        beside["its student"] = [{"growing": [{**last, "epochs": last["epochs"] + mine["growing"][-1]["epochs"]}]}]
     draw([mine], Path(config.run_dir) / "prior.png", beside)
     print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
 
