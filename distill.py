@@ -14,14 +14,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-from config import from_args, student_of
 from data import loader
-from errors import first_rank, refuse
-from files import read_json
+from infra.config import from_args, student_of
+from infra.console import exit_with_error, next_command, print0, script
+from infra.files import read_json
+from infra.run_directory import RunDirectory, load_prior
 from model import GPT, cross_entropy
-from population import Run, read_prior
 from train import run_cycles
-from world import next_command, one_line_errors, say_next
 
 
 # ----------------------------------------------------------------------------------------------- the loss
@@ -64,7 +63,7 @@ def distilled_loss(student, teachers, batch, alpha, temperature):
     return loss + (1 - alpha) * mtp
 
 
-# ---------------------------------------------------------------------------------------------- who teaches
+# ---------------------------------------------------------------------------------------------- the chain
 
 def frozen(config, device):
     """A model for members' weights, to be asked and not trained."""
@@ -77,8 +76,8 @@ def teacher_of(run, t, cycle):
     return cycle - 1
 
 
-class Chain:
-    """The loss of a cycle, for train.run_cycles. One teacher stays in memory, its weights replaced before every cycle."""
+class ChainLoss:
+    """The loss function of each cycle. One teacher stays in memory, its weights replaced before every cycle."""
 
     def __init__(self):
         self.teacher = None
@@ -87,40 +86,41 @@ class Chain:
         c, chosen = run.config, teacher_of(run, t, cycle)
         assert 0 <= chosen < cycle, f"cycle {chosen} cannot teach cycle {cycle}"
         self.teacher = self.teacher or frozen(c, device)
-        self.teacher.load_state_dict(run.read_member(t, chosen)[0])
+        self.teacher.load_state_dict(run.load_member(t, chosen)[0])
         return lambda student, batch: distilled_loss(
             student, [(self.teacher, 1.0)], batch, c.distill_alpha, c.distill_temperature)
 
 
-# ------------------------------------------------------------------------------------------------ one student
+# --------------------------------------------------------------------------------------------- one student
 
-def chosen_by(prior, K):
-    """What teaches a student: the learned prior's K members, [trajectory, cycle, SHA-256 of the weights, weight] each."""
-    found = next((a for a in prior["answers"] if (a["rule"], a["K"]) == ("learned", K)), None) or refuse(
-        f"student_teachers={K}: prior.json has answers for K = "
-        f"{', '.join(str(a['K']) for a in prior['answers'] if a['rule'] == 'learned')}; name one of these")
-    members = [prior["members"][i] for i in found["members"]]
-    return [[m["trajectory"], m["cycle"], m["weights_sha256"], w] for m, w in zip(members, found["weights"]) if w > 0]
+def learned_prior(prior, K):
+    """[trajectory, cycle, SHA-256 of the weights, weight] of each of prior.json's K members."""
+    answers = {a["K"]: a for a in prior["answers"] if a["rule"] == "learned"}
+    if K not in answers:
+        exit_with_error(f"student_teachers={K}: prior.json has answers for K = {', '.join(map(str, answers))}; set one of these")
+    members = [prior["members"][i] for i in answers[K]["members"]]
+    return [[m["trajectory"], m["cycle"], m["weights_sha256"], w] for m, w in zip(members, answers[K]["weights"]) if w > 0]
 
 
 def teach_student(config, argv):
-    """Train it, where that is not done, from the best member's weights on, as a population of one."""
-    population, own = Run(config, loader.load(config).fingerprint), student_of(config)
-    begun = Run(own, data_fingerprint=None).config_path         # what prior.json said then: it may change on the way
-    if begun.exists():
-        taught_by = read_json(begun)["taught_by"]
+    """One model on from the best member's weights, a population of one, taught by the mixture of K members."""
+    population, own = RunDirectory(config, loader.load(config).fingerprint), student_of(config)
+    K, config_path = config.student_teachers, RunDirectory(own, data_fingerprint=None).config_path
+    if config_path.exists():                    # begun: prior.json may have changed since
+        taught_by = read_json(config_path)["taught_by"]
     else:
-        prior, K = read_prior(config.run_dir), config.student_teachers
-        taught_by = dict(student_teachers=K, teachers=chosen_by(prior, K), first=chosen_by(prior, 1)[0])
-    if taught_by["student_teachers"] != config.student_teachers:
-        refuse(f"{begun.parent} has a student of student_teachers={taught_by['student_teachers']}, not "
-               f"{config.student_teachers}: move it away to train another")
+        prior = load_prior(config.run_dir)
+        taught_by = dict(K=K, teachers=learned_prior(prior, K), first=learned_prior(prior, 1)[0])
+    if taught_by["K"] != K:
+        exit_with_error(f"run_dir='{own.run_dir}' has a student of student_teachers={taught_by['K']}, not {K}: move it away to "
+                        "train another")
 
     def weights_of(t, c, sha256, _):
-        weights, about = population.read_member(t, c)
-        return weights if about["sha256"] == sha256 else refuse(
-            f"{population.member_path(t, c)} is not the member that prior.json weighed: run prior.py again"
-            + f", and move {begun.parent} away" * begun.exists())
+        weights, about = population.load_member(t, c)
+        if about["tensors_sha256"] != sha256:
+            exit_with_error(f"'{population.member_path(t, c)}' is not the member that prior.json weighed: run prior.py again, "
+                            f"and move '{own.run_dir}' away if it is there")
+        return weights
 
     def student_loss(run, t, cycle, device):
         teachers = [(frozen(own, device), weight) for *_, weight in taught_by["teachers"]]
@@ -128,22 +128,20 @@ def teach_student(config, argv):
             model.load_state_dict(weights_of(*member))
         return lambda student, batch: distilled_loss(student, teachers, batch, own.distill_alpha, own.distill_temperature)
 
-    with one_line_errors(own):
-        run_cycles(own, 0, 1, student_loss, next_command("distill.py", argv),
-                   first_weights=weights_of(*taught_by["first"]), taught_by=taught_by)
-    say_next("prior.py", argv)
+    run_cycles(own, range(1), student_loss, next_command("distill.py", argv), weights_of(*taught_by["first"]),
+               taught_by=taught_by)
 
 
+@script
 def main(argv=None):
     config, options = from_args(argv, __doc__, student=False)
     if options.student:
-        return teach_student(config, argv)
-    if config.distill_from < config.cycles:
-        with one_line_errors(config):
-            run_cycles(config, config.distill_from, config.cycles, Chain(), next_command("distill.py", argv))
-    elif first_rank():
-        print(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}")
-    say_next("prior.py", argv)
+        teach_student(config, argv)
+    elif config.distill_from < config.cycles:
+        run_cycles(config, range(config.distill_from, config.cycles), ChainLoss(), next_command("distill.py", argv))
+    else:
+        print0(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}")
+    print0(f"next: {next_command('prior.py', argv)}")
 
 
 if __name__ == "__main__":

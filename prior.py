@@ -17,13 +17,13 @@ import textwrap
 import numpy as np
 import torch
 
-from config import from_args, student_of
 from data import loader
-from errors import refuse, speak
+from infra.config import from_args, student_of
+from infra.console import exit_with_error, next_command, print0, progress_bar, script
+from infra.distributed import join
+from infra.files import write_json
+from infra.run_directory import SPLITS, RunDirectory
 from model import GPT
-from files import write_json
-from population import SPLITS, Run
-from world import join_world, next_command, one_line_errors
 
 BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
@@ -201,85 +201,85 @@ def model_to_score(config):
 
 
 def fill(model, path, weights):
-    """Load weights without the MTP head. Exits with code 2 where they do not fit."""
+    """Load weights, without the MTP head. Exits with code 2 where they do not fit."""
     try:
         model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")})
     except RuntimeError as e:
         first = textwrap.shorten(str(e).splitlines()[1].strip(" ."), 200)
-        refuse(f"{path} is of another model or tokenizer: {first}; use its config")
+        exit_with_error(f"'{path}' is of another model or tokenizer: {first}; use its config")
 
 
 def load_member(model, run, t, c):
     """A member's weights into a model_to_score; returns their SHA-256."""
-    weights, about = run.read_member(t, c)
+    weights, about = run.load_member(t, c)
     fill(model, run.member_path(t, c), weights)
-    return about["sha256"]
+    return about["tensors_sha256"]
 
 
-def score_members(config, data, run, world):
-    """
-    Score every member on the held-out sets where it has no scores yet, spread over the ranks. The (trajectory, cycle) of all,
-    in order.
-    """
-    members = run.members()
-    if not members:
-        refuse(f"run_dir={run.path} has no members: run train.py and distill.py (--student) on this config first", common=True)
-    run.claim(world, "scores", leftovers=("scores/*/.*", ".prior.json.*"))         # training may go on beside this
-    todo = [m for m in members[world.rank::world.size] if run.unscored(*m)]
-    model = model_to_score(config).place(world.device, config.compile) if todo else None
-    for member in world.progress(todo, unit="member", desc="scoring"):
-        sha256 = load_member(model, run, *member)
-        scores = {split: loader.score(model, getattr(data, split), config.micro_batch) for split in run.unscored(*member)}
-        run.save_scores(*member, scores, sha256)
-        run.log(kind="score", trajectory=member[0], cycle=member[1],
-                **{f"{split}_loss": -float(log_p.mean()) for split, log_p in scores.items()})
-    world.barrier(everyone=True)
-    return members
+def score_members(config, data, run, ranks):
+    """Score every member on the held-out sets where it has no scores yet, spread over the ranks."""
+    def unscored(member):
+        own = run.load_member(*member, check=False)[1]["tensors_sha256"]
+        return [split for split in SPLITS if run.load_scores(split, *member, check=False)[1] != own]
+    todo = [member for member in run.members()[ranks.rank::ranks.world_size] if unscored(member)]
+    model = model_to_score(config).place(ranks.device, config.compile) if todo else None
+    for t, c in progress_bar(todo, unit="member", desc="scoring", disable=ranks.rank > 0 or not todo):
+        sha256, losses = load_member(model, run, t, c), {}
+        for split in unscored((t, c)):
+            log_p = loader.score(model, getattr(data, split), config.micro_batch)
+            run.save_scores(split, t, c, log_p, sha256)
+            losses[f"{split}_loss"] = -float(log_p.mean())
+        run.log(kind="score", trajectory=t, cycle=c, **losses)
+    ranks.barrier(everyone=True)
 
 
 # ---------------------------------------------------------------------------------------------- the report
 
-def evaluate(mixtures, log_p, data):
+def evaluate(mixtures, best, log_p, data):
     """
-    kind -> what is reported of each of its mixtures, in one pass over each held-out set: losses, perplexity, bits per byte,
-    and the standard error of the difference to the best member over validation documents. mixtures: kind -> [(members,
-    weights)]; log_p: split -> a list of (tokens,), one a member.
+    What is reported of each of these mixtures, [(members, weights)], in one pass over each held-out set: losses,
+    perplexity, bits per byte, and the standard error of the difference to mixture number `best` over validation documents.
+    log_p: split -> a list of (tokens,), one a member.
     """
-    flat, nats, bits = sum(mixtures.values(), []), {}, {}
-    best = next(i for i, mixture in enumerate(flat) if mixture is mixtures["best"][0])
+    nats, bits = {}, {}
     for split in SPLITS:
         targets = getattr(data, split)[:, 1:].ravel()
         documents = data.val_documents if split == "val" else np.zeros(targets.size, np.int64)
-        nats[split], bits[split] = mixture_losses(flat, log_p[split], data.token_bytes[targets], documents)
-    losses = {split: (n.sum(dim=1) / len(log_p[split][0])).tolist() for split, n in nats.items()}
+        nats[split], bits[split] = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
+    fit_losses, val_losses = ((nats[split].sum(dim=1) / len(log_p[split][0])).tolist() for split in SPLITS)
     sizes = torch.from_numpy(np.bincount(data.val_documents)).double()
-    errors = [paired_error(n - nats["val"][best], sizes) for n in nats["val"]]
-    rows = iter([dict(fit_loss=f, val_loss=v, val_perplexity=math.exp(v), val_bits_per_byte=b, val_error=e)
-                 for f, v, b, e in zip(losses["fit"], losses["val"], bits["val"].tolist(), errors)])
-    return {kind: [next(rows) for _ in some] for kind, some in mixtures.items()}
+    return [dict(fit_loss=fit, val_loss=val, val_perplexity=math.exp(val), val_bits_per_byte=per_byte,
+                 val_error=paired_error(of_documents - nats["val"][best], sizes))
+            for fit, val, per_byte, of_documents in zip(fit_losses, val_losses, bits["val"].tolist(), nats["val"])]
 
 
 def print_table(config, result):
-    print(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
+    print0(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
     for a in result["answers"]:
         error = "-" if a["val_error"] is None else f"{a['val_error']:.4f}"
-        print(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} "
+        print0(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} "
               f"{a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
-    print(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; "
+    print0(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; "
           "+- is the standard error, over validation documents, of the difference to the best member. "
           f"The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
-def weigh(config, data, run, members):
+def weigh(config, data, run):
     """The contents of prior.json, from the scores of the members."""
-    scores = {split: [run.read_scores(split, *m, getattr(data, split)[:, 1:].size) for m in members] for split in SPLITS}
+    members = run.members()
+    scores = {split: [run.load_scores(split, *member) for member in members] for split in SPLITS}
     log_p = {split: [log_p for log_p, _ in of] for split, of in scores.items()}
     fit = torch.from_numpy(np.stack(log_p["fit"]))                                  # members, tokens
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
-    losses = evaluate(dict(members=[(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))],
-                           growing=[(chosen, weights) for _, chosen, weights in grown], **rules), log_p, data)
-    result = dict(text=loader.text_source(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
+    alone = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
+    mixtures = [("members", m) for m in alone] + [("growing", tuple(m)) for _, *m in grown]
+    mixtures += [(rule, answer) for rule, answers in rules.items() for answer in answers]
+    losses = {kind: [] for kind, _ in mixtures}
+    best = int(mean_log_p(fit).argmax())                            # its place among the mixtures, too: alone come first
+    for (kind, _), row in zip(mixtures, evaluate([mixture for _, mixture in mixtures], best, log_p, data)):
+        losses[kind].append(row)
+    result = dict(text=loader.read_about(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
                          for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])]
     result["growing"] = [dict(cycle=cycle, members=len(chosen),
@@ -295,24 +295,28 @@ def weigh(config, data, run, members):
     return result
 
 
+@script
 def main(argv=None):
     config, options = from_args(argv, __doc__, student=False)
     if options.student:
         config = student_of(config)
     data = loader.load(config)
-    with Run(config, data.fingerprint) as run, one_line_errors(config):
-        world = join_world(config)
-        speak()                                     # every rank scores members of its own
-        members = score_members(config, data, run, world)
-        world.close()
-        if world.rank > 0:
+    run = RunDirectory(config, data.fingerprint)
+    if not run.members():
+        exit_with_error(f"run_dir='{run.path}' has no members: run train.py and distill.py"
+                        f"{' --student' if options.student else ''} on this config first")
+    ranks = join(config)
+    with run.open(ranks, "scores"):            # training may go on beside this
+        score_members(config, data, run, ranks)
+        ranks.leave()
+        if ranks.rank > 0:
             return
-        if world.size > 1:                          # torchrun's one thread a rank: the others are done
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
-        result = weigh(config, data, run, members)
+        if ranks.world_size > 1:                            # torchrun's one thread a rank: the others are done
+            torch.set_num_threads(os.cpu_count())
+        result = weigh(config, data, run)
         write_json(run.path / "prior.json", result)
     print_table(config, result)
-    print(f"wrote {run.path / 'prior.json'}; next: {next_command('-m tools.plot', argv)}")
+    print0(f"wrote {run.path / 'prior.json'}; next: {next_command('-m tools.plot', argv)}")
 
 
 if __name__ == "__main__":

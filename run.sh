@@ -9,7 +9,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours 
 config="$root/configs/tiny.py"
 for arg; do case "$arg" in -h|--help) sed -n 2,4p "$0"; exit ;; -*) ;; *) config= ;; esac; done
 usable='import sys, importlib.util as u, importlib.metadata as m
-sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy tiktoken datasets pytest matplotlib tqdm".split()))
+sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy safetensors tiktoken datasets pytest matplotlib tqdm".split()))
          or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 11])'
 python=python
 if ! $python -c "$usable" 2>/dev/null; then                 # not the active environment: our own
@@ -27,11 +27,16 @@ if ! $python -c "$usable" 2>/dev/null; then                 # not the active env
 fi
 [ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
 [ -z "$config" ] || set -- "$config" "$@"
-processes=$("$python" -m population "$@")                   # checks config and run directory, exits 2 where they are wrong
+processes=$("$python" -m infra.distributed "$@")                   # checks config and run directory, exits 2 where they are wrong
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"         # threads that spin stop each other where the cores have other work
+# glibc keeps what tensors free, else every step on the CPU faults it in again: a tenth of the demo's time
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}" MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 launch=("$python")
 if [ "$processes" -gt 1 ]; then
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"    # to save when asked to stop
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    # torchrun passes these on, and waits so long for a checkpoint; SIGHUP is left to nohup
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+    export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT,SIGUSR1}"
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$processes")
 fi
 "$python" -m data.prepare "$@"

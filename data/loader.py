@@ -12,36 +12,33 @@ import numpy as np
 import torch
 
 from data.tokenizer import get_tokenizer
-from errors import refuse
-from files import Damaged, dense, load as load_file
+from infra.console import exit_with_error
 
 
-def file_name(config, ending):
+def file_path(config, ending):
     """Of a data file: manual_train.pt, text_val.pt, fineweb_train.pt, ..."""
-    return (config.data if config.data in ("manual", "fineweb") else "text") + ending
+    return Path(config.data_dir) / ((config.data if config.data in ("manual", "fineweb") else "text") + ending)
 
 
 def read_tokens(config, split):
-    """(tokens, doc_starts) as numpy arrays (torch's uint16 can do little), checked, of one split's file."""
-    path = Path(config.data_dir) / file_name(config, f"_{split}.pt")
+    """(tokens uint16, doc_starts int64), checked, of one split's file."""
+    path, wanted = file_path(config, f"_{split}.pt"), getattr(config, f"{split}_tokens")
     if not path.exists():
-        refuse(f"no data at {path}: run python -m data.prepare on this config first")
+        exit_with_error(f"no data at '{path}': run python -m data.prepare on this config first")
     try:
-        file = load_file(path)
-        if not all(dense(file[name]) and file[name].ndim == 1 for name in ("tokens", "doc_starts")):
-            raise Damaged
+        file = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         tokens, starts, bos = file["tokens"].numpy(), file["doc_starts"].numpy(), int(file["bos_id"])
-    except (Damaged, KeyError, TypeError, ValueError):
-        refuse(f"{path} is not a readable token file: delete it, and its .json, and run python -m data.prepare again")
-    if bos != config.vocab_size - 1 or tokens.dtype != np.uint16 or tokens.max(initial=0) > bos:
-        refuse(f"{path} was not written with tokenizer={config.tokenizer} (its separator is {bos}): "
-               "set the tokenizer or another data_dir")
-    wanted = getattr(config, f"{split}_tokens")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1 or starts[0] != 0 or (np.diff(starts) <= 0).any():
+            raise ValueError("its arrays are of another kind")
+    except Exception as e:          # torch.load raises nearly anything on damaged bytes
+        exit_with_error(f"'{path}' is not a readable token file ({type(e).__name__}): delete it, and its .json, and run "
+                        "python -m data.prepare again")
+    if bos != config.vocab_size - 1 or tokens.max(initial=0) > bos:
+        exit_with_error(f"'{path}' was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the "
+                        "tokenizer or another data_dir")
     if len(tokens) != wanted:
-        refuse(f"{split}_tokens={wanted}: {path} holds {len(tokens)}; "
-               f"set {split}_tokens={len(tokens)} or prepare another data_dir")
-    if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= len(tokens):
-        refuse(f"{path} has document starts that do not fit its tokens: delete it and prepare it again")
+        exit_with_error(f"{split}_tokens={wanted}: '{path}' holds {len(tokens)}; set {split}_tokens={len(tokens)} or prepare "
+                        "another data_dir")
     return tokens, starts
 
 
@@ -57,17 +54,15 @@ def documents_of(sequences, doc_starts):
     return np.searchsorted(doc_starts, position, side="right") - 1
 
 
-def sequences_per_epoch(tokens, sequence_len, multiple):
-    """Sequences of an epoch of so many tokens: as many as can be cut, down to a multiple."""
-    return tokens // (sequence_len + 1) // multiple * multiple
-
-
-def epoch_of(config, tokens):
-    """sequences_per_epoch() of so many tokens beside the fitness set. Exits with code 2 where there are none."""
-    n = sequences_per_epoch(tokens, config.sequence_len, config.epoch_multiple)
-    return n or refuse(f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least fitness_tokens="
-                       f"{config.fitness_tokens}, leaves {tokens}; an epoch wants epoch_multiple={config.epoch_multiple} "
-                       f"sequences of {config.sequence_len + 1}: raise train_tokens, or give shorter documents")
+def sequences_per_epoch(config, tokens):
+    """
+    Of so many training tokens: as many as can be cut, down to a multiple. Exits with code 2 where there are none.
+    """
+    n = tokens // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
+    return n or exit_with_error(
+        f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least fitness_tokens="
+        f"{config.fitness_tokens}, leaves {tokens}; an epoch wants epoch_multiple={config.epoch_multiple} sequences of "
+        f"{config.sequence_len + 1}: raise train_tokens, or give shorter documents")
 
 
 def split_fitness(tokens, starts, fitness_tokens):
@@ -81,9 +76,8 @@ def split_fitness(tokens, starts, fitness_tokens):
 def fingerprint(splits):
     """SHA-256 of the tokens and document starts of both files: {"val": (tokens, starts), "train": ...}."""
     digest = hashlib.sha256()
-    for split in ("val", "train"):
-        for array in splits[split]:
-            digest.update(np.ascontiguousarray(array))
+    for array in (*splits["val"], *splits["train"]):
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
@@ -103,36 +97,36 @@ def load(config):
     """The Data of a config. Exits with code 2 where it is missing, damaged or another config's."""
     splits = {split: read_tokens(config, split) for split in ("val", "train")}
     found = fingerprint(splits)
-    if text_source(config).get("fingerprint", found) != found:
-        refuse(f"the files in data_dir={config.data_dir} are not what data.prepare wrote, their SHA-256 is another: "
-               "delete them and run python -m data.prepare again")
+    if read_about(config).get("fingerprint", found) != found:
+        exit_with_error(f"the files in data_dir='{config.data_dir}' are not what data.prepare wrote, their SHA-256 is "
+                        "another: delete them and run python -m data.prepare again")
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     T = config.sequence_len
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
     return Data(train, starts, fit, val, documents_of(val, splits["val"][1]), read_token_bytes(config),
-                epoch_of(config, len(train)), found)
+                sequences_per_epoch(config, len(train)), found)
 
 
 def read_token_bytes(config):
-    path = Path(config.data_dir) / file_name(config, "_bytes.npy")
-    if path.exists():
-        try:
-            sizes = np.load(path)
-        except (ValueError, EOFError, OSError):
-            sizes = np.zeros(0)
-        if sizes.shape == (config.vocab_size,) and sizes.dtype == np.uint8:
+    path = file_path(config, "_bytes.npy")
+    if not path.exists():
+        return get_tokenizer(config.tokenizer)[2]       # files of the public script come without
+    try:
+        sizes = np.load(path)
+        if sizes.shape == (config.vocab_size,):
             return sizes
-        refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
-    return get_tokenizer(config.tokenizer)[2]       # files of the public script come without
+    except (ValueError, EOFError, OSError):
+        pass
+    exit_with_error(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
 
 
-def text_source(config):
+def read_about(config):
     """What prepare.py noted of the text (NAME.json); {} for files of the public script, which come without."""
-    path = Path(config.data_dir) / file_name(config, ".json")
+    path = file_path(config, ".json")
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError):
-        refuse(f"{path} is damaged: delete it and run python -m data.prepare on this config again")
+        exit_with_error(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
 
 
 DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
@@ -145,28 +139,28 @@ class Batches:
     to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
-    def __init__(self, tokens, doc_starts, sequence_len, multiple, seed):
-        self.documents, self.sequence_len, self.seed = np.split(tokens, doc_starts[1:]), sequence_len, seed
-        self.per_epoch = sequences_per_epoch(len(tokens), sequence_len, multiple)
+    def __init__(self, tokens, doc_starts, sequence_len, per_epoch, seed):
+        self.documents = np.split(tokens, doc_starts[1:])
+        self.sequence_len, self.per_epoch, self.seed = sequence_len, per_epoch, seed
         self.position, self.epoch = 0, 0
-        self.pool, self.ahead = ThreadPoolExecutor(1), (0, None)
+        self.pool, self.next_epoch = ThreadPoolExecutor(1), None
 
-    def permutation(self, number, n, salt):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + number + salt)).numpy()
+    def permutation(self, epoch, n, salt):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)).numpy()
 
     def build(self, epoch):
         """The (per_epoch, T + 1) sequences of an epoch, which counts from 1, in the order in which steps take them."""
         order = np.arange(len(self.documents))
-        for number in range(1, epoch + 1):
-            order = order[self.permutation(number, len(order), DOCUMENTS)]
+        for e in range(1, epoch + 1):
+            order = order[self.permutation(e, len(order), DOCUMENTS)]
         sequences = cut(np.concatenate([self.documents[i] for i in order]), self.sequence_len)
         return sequences[self.permutation(epoch, len(sequences), SEQUENCES)[:self.per_epoch]]
 
     def open_epoch(self, epoch):
         """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""
-        number, future = self.ahead
-        self.sequences = future.result() if number == epoch else self.build(epoch)
-        self.epoch, self.ahead = epoch, (epoch + 1, self.pool.submit(self.build, epoch + 1))
+        follows = self.next_epoch is not None and epoch == self.epoch + 1
+        self.sequences = self.next_epoch.result() if follows else self.build(epoch)
+        self.epoch, self.next_epoch = epoch, self.pool.submit(self.build, epoch + 1)
 
     def take(self, n):
         """The next n sequences, (n, T + 1) int64. They may straddle two epochs."""

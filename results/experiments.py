@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import from_args, student_of                                    # noqa: E402
+from infra.config import from_args, student_of                                    # noqa: E402
 from data import loader                                                     # noqa: E402
-from files import read_json                                                 # noqa: E402
+from infra.files import read_json                                                 # noqa: E402
 from tools import plan, plot                                                # noqa: E402
 
 TINY, SINGLE, ONE = "configs/tiny.py", "configs/single.py", ("--trajectories=1",)
 STRONG = (*ONE, "--distill_alpha=0.7", "--distill_temperature=1")
 INDEPENDENT = ("--cycles=1", "--schedule=cosine", "--distill_from=1", "--ema_decay=0.95", "--ema_every=1")
 # what no config value says: one line that replaces one function of the method
-BEST = "distill.teacher_of = lambda run, t, cycle: min(range(cycle), key=lambda c: run.read_member(t, c, check=False)[1]['fit_loss'])"
+BEST = "distill.teacher_of = lambda run, t, cycle: min(range(cycle), key=lambda c: run.load_member(t, c, check=False)[1]['fit_loss'])"
 SMALL = ("--data=manual", "--tokenizer=bytes", "--train_tokens=32768", "--fitness_tokens=16384", "--val_tokens=24576",
          "--epoch_multiple=8", "--n_layer=4", "--n_head=4", "--n_embd=128", "--sequence_len=128", "--batch_tokens=1024",
          "--micro_batch=2")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import from_args                                                # noqa: E402
+from infra.config import from_args                                                # noqa: E402
 from tools import plan                                                      # noqa: E402
 
 RECORD = [("1p8b_960", [])]

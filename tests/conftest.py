@@ -15,7 +15,7 @@ MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000,
 
 def error_line(err):
     """The one error line of a standard error that may hold progress bars (and their moves of the cursor), and no traceback."""
-    [line] = [part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")]
+    [line] = {part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")}      # of each rank, perhaps
     assert "Traceback" not in err
     return line
 

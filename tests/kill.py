@@ -20,9 +20,9 @@ import torch._dynamo         # DDP imports it, for seconds: here once, not in ev
 import distill
 import prior
 import train
-from config import from_args
+from infra.config import from_args
 from data import loader
-from population import Run
+from infra.run_directory import RunDirectory
 from tests.conftest import MICRO, ROOT
 
 SCRIPTS = (train, distill, prior)
@@ -66,9 +66,9 @@ def work(argv, output, rank, size, ports, patch, scripts):
         sys.stdout = sys.stderr = open(output, "w", buffering=1)
         if rank == 0:
             mark(loader, "score", "fitness loss")
-            mark(Run, "save_member", "member saved")
-            mark(Run, "save_resume", "state saved")
-            mark(Run, "save_scores", "scores saved")
+            mark(RunDirectory, "save_member", "member saved")
+            mark(RunDirectory, "save_checkpoint", "state saved")
+            mark(RunDirectory, "save_scores", "scores saved")
             mark(prior, "answers_for", "fit")
             mark(prior, "write_json", "prior.json saved")
         # a forked process has no other threads to compute with: it would wait for them
@@ -123,12 +123,14 @@ def ended(child):
 
 
 def finish(children, seconds=120):
-    """Wait for their exit codes."""
+    """Wait for their exit codes; as torchrun, end the others once one has failed."""
     codes, until = {}, time.monotonic() + seconds
     while len(codes) < len(children) and time.monotonic() < until:
         for child in children:
             if child not in codes and (code := ended(child)) is not None:
                 codes[child] = code
+                if code != 0:
+                    until = min(until, time.monotonic() + 2)
         time.sleep(0.002)
     for child in set(children) - set(codes):
         os.kill(child, signal.SIGKILL)
@@ -136,7 +138,7 @@ def finish(children, seconds=120):
     for writer in WRITERS:
         with contextlib.suppress(subprocess.TimeoutExpired):
             writer.wait(1)                  # a stopped rank may still hold its end
-    return [codes.get(child, "hangs") for child in children]
+    return [codes.get(child, "killed") for child in children]
 
 
 def kill_when(children, moment):
@@ -160,7 +162,7 @@ def left(folder):
     """What must be equal: bytes by name of members, scores and prior.json; and every step's loss, as its last line has it."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
              if p.suffix == ".json" and p.name != "config.json"
-             or p.suffix == ".pt" and (p.name.startswith("cycle_") or "scores" in p.parts)}
+             or p.suffix == ".safetensors" and (p.name.startswith("cycle_") or "scores" in p.parts)}
     steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"]) for r in logged(folder) if r["kind"] == "step"}
     return files | {"steps": sorted((*step, *values) for step, values in steps.items())}
 

@@ -57,9 +57,9 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--epochs_per_cycle=nan"], ["epochs_per_cycle=nan"]),
     (train, ["--lr_scale=inf"], ["lr_scale=inf"]),
     (train, ["--n_layer=99999999999999999999"], ["n_layer", "2^31"]),
-    (train, ["--tokenizer=words"], ["tokenizer", "bytes or gpt2"]),
+    (train, ["--tokenizer=words"], ["tokenizer", "bytes, gpt2"]),
     (train, ["--schedule=linear"], ["schedule", "cosine"]),
-    (train, ["--restart=anew"], ["restart", "noise, fresh or none"]),
+    (train, ["--restart=anew"], ["restart", "noise, fresh, none"]),
     (train, ["--window_pattern=SX"], ["window_pattern", "SSSL"]),
     (train, ["--batch_tokens=100"], ["batch_tokens=100", "128"]),
     (train, ["--micro_batch=0"], ["micro_batch=0"]),
@@ -87,7 +87,7 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (distill, ["--student", "--student_alpha=2"], ["student_alpha"]),
     (distill, ["--student", "--student_epochs=0"], ["student_epochs=0"]),
     (distill, ["--student", "--run_dir={place}/other"], ["prior.json", "prior.py"]),
-    (prior, ["--student"], ["student has no members", "--student"]),
+    (prior, ["--student"], ["student' has no members", "--student"]),
     (generate, ["--student"], ["student", "prior.py"]),
     (distill, ["--student", "--student_teachers=4"], ["student_teachers=4", "K = 1, 2"]),
     # flags and config files
@@ -177,11 +177,11 @@ def test_bad_environment(environment, words, place, monkeypatch, capsys):
 
 
 def test_a_damaged_member_is_named_and_the_rest_stays(place, capsys):
-    path = place / "run" / "trajectory_00" / "cycle_001.pt"
+    path = place / "run" / "trajectory_00" / "cycle_001.safetensors"
     shutil.copy(path, place / "kept")
     path.write_bytes(path.read_bytes()[:-100])
     before = tree(place)
     with pytest.raises(SystemExit) as stop:
         prior.main(arguments(place))
-    assert stop.value.code == 2 and "cycle_001.pt" in error_line(capsys.readouterr().err) and tree(place) == before
+    assert stop.value.code == 2 and "cycle_001.safetensors" in error_line(capsys.readouterr().err) and tree(place) == before
     (place / "kept").rename(path)

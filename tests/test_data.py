@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import from_args
+from infra.config import from_args
 from data import loader, prepare, tokenizer
 
 
@@ -37,7 +37,7 @@ def test_no_paragraph_of_the_manual_stands_in_two_splits(micro):
 
 
 def test_no_paragraph_of_the_manual_stands_in_two_documents():
-    texts = prepare.source_documents("manual")
+    texts = prepare.source_documents(prepare.MANUAL)
     documents = [" ".join(d.split()) for d in texts]
     everything = "\n".join(documents)
     paragraphs = [" ".join(p.split()) for d in texts for p in d.split("\n\n")]
@@ -171,10 +171,10 @@ def test_the_order_of_batches_against_plain_loops():
         flat = [token for i in order for token in documents[i].tolist()]
         rows = [flat[i:i + 17] for i in range(0, len(flat) - 16, 17)]
         wanted += [rows[i] for i in randperm(len(rows), 7 * 1009 + epoch + 2000)][:len(rows) // 4 * 4]
-    batches = loader.Batches(tokens, starts, 16, 4, seed=7)
+    batches = loader.Batches(tokens, starts, 16, len(tokens) // 17 // 4 * 4, seed=7)
     got = [row for n in (5, 1, 60, len(wanted) - 66) for row in batches.take(n).tolist()]      # steps straddle epochs
     assert got == wanted
-    later = loader.Batches(tokens, starts, 16, 4, seed=7)
+    later = loader.Batches(tokens, starts, 16, len(tokens) // 17 // 4 * 4, seed=7)
     for position in (len(wanted) - 9, 3, len(wanted) - 9):                                      # forward and back
         later.position = position
         assert later.take(9).tolist() == wanted[position:position + 9]

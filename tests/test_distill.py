@@ -1,6 +1,7 @@
 """
 Who teaches: the distilled loss against a float64 formula on all tokens, the chain, fresh cycles, the student of K members.
 """
+import collections
 import math
 import os
 import re
@@ -9,16 +10,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import distill
 import prior
 import train
-from config import from_args
+from infra.config import from_args
 from data import loader, prepare
-from files import read_json, write_json
+from infra.files import read_json, write_json
 from model import GPT
 from optim import MuonAdamW
-from population import Run
+from infra.run_directory import RunDirectory
 from tests.conftest import MICRO, ROOT, error_line
 from tools import generate, plot
 
@@ -34,7 +36,7 @@ def ready(micro):
 def population_of(argv):
     config = from_args(argv, "")[0]
     data = loader.load(config)
-    return config, data, Run(config, data.fingerprint)
+    return config, data, RunDirectory(config, data.fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -71,7 +73,7 @@ def test_another_member_can_be_made_the_teacher(ready, monkeypatch):
     monkeypatch.setattr(distill, "distilled_loss", lambda student, teachers, *rest: (
         taught.append(teachers[0][0].lm_head.weight.clone()), original(student, teachers, *rest))[1])
     distill.main(argv)
-    first = run.read_member(0, 0)[0]["lm_head.weight"].float()
+    first = run.load_member(0, 0)[0]["lm_head.weight"].float()
     assert taught and all(torch.equal(w, first) for w in taught)
     monkeypatch.setattr(distill, "teacher_of", lambda run, t, cycle: cycle)
     shutil.rmtree(run.path)
@@ -83,11 +85,10 @@ def test_another_member_can_be_made_the_teacher(ready, monkeypatch):
 def test_a_teacher_that_is_gone_is_named(ready, tmp_path, capsys):
     argv = ready(trajectories=1)
     train.main(argv)
-    (tmp_path / "run" / "trajectory_00" / "cycle_001.pt").unlink()
+    (tmp_path / "run" / "trajectory_00" / "cycle_001.safetensors").unlink()
     with pytest.raises(SystemExit) as stop:
         distill.main(argv)
-    assert (stop.value.code == 2 and f"cycle_001.pt is gone: restore it, or delete {tmp_path}/run/trajectory_00"
-            in error_line(capsys.readouterr().err))
+    assert (stop.value.code == 2 and "cycle_001.safetensors' is not readable (FileNotFoundError): restore it" in error_line(capsys.readouterr().err))
 
 
 # --------------------------------------------------------------------------------- chains of fresh models
@@ -102,17 +103,18 @@ def test_fresh_cycles_are_models_of_their_own(ready, tmp_path):
     torch.manual_seed(train.noise_seed(42, 1))
     model.init_weights()
     optimizer = MuonAdamW(model.named_parameters(), config.lr_scale, momentum_warmup=3)
-    batches = loader.Batches(data.train, data.doc_starts, 32, 4, 42)
-    first, length = train.cycle_lengths(config, data.sequences_per_epoch)
+    batches = loader.Batches(data.train, data.doc_starts, 32, data.sequences_per_epoch, 42)
+    first, length = collections.Counter(step.cycle for step in train.schedule(config, data.sequences_per_epoch)).values()
     batches.position, average = 4 * first, None
     for s in range(length):
-        train.seed_step(42, length + s, 0)
+        train.seed_dropout(42, length + s, 0)
         train.train_step(model, optimizer, batches.take(4).split(2),
                          lambda m, b: sum(m(b[:, :-1], b[:, 1:])), train.rate_multipliers("warmdown", s, length))
         if s >= 0.9 * length:
-            average = train.average_weights(average, model, 0.9)
+            weights = {n: w.detach().clone() for n, w in model.state_dict().items()}
+            average = weights if average is None else {n: 0.9 * average[n] + 0.1 * w for n, w in weights.items()}
     expected = {n: (0.6 * w + 0.4 * average[n]).bfloat16() for n, w in model.state_dict().items()}
-    weights, _ = run.read_member(0, 1)
+    weights, _ = run.load_member(0, 1)
     assert all(torch.allclose(weights[n].float(), expected[n].float(), rtol=2e-2, atol=2e-3) for n in expected)
 
 
@@ -150,7 +152,7 @@ def finished(tmp_path_factory):
         script.main(argv)
     run = population_of(argv)[2]
     generator = torch.Generator().manual_seed(0)
-    newest = run.read_member(0, 3)[0]
+    newest = run.load_member(0, 3)[0]
     for member in run.members():
         noisy = {n: w + torch.randn(w.shape, generator=generator) * (0.3 if n == "lm_head.weight" else 0)
                  for n, w in newest.items()}
@@ -187,9 +189,9 @@ def test_a_student_of_K_members(population_to_teach, tmp_path, monkeypatch, caps
     for *teachers, alpha, temperature in seen:
         assert (alpha, temperature, len(teachers)) == (0.85, 1.0, len(chosen))
         for (weight, w), (m, wanted) in zip(teachers, chosen):
-            assert w == wanted and torch.equal(weight, run.read_member(m["trajectory"], m["cycle"])[0]["lm_head.weight"].float())
+            assert w == wanted and torch.equal(weight, run.load_member(m["trajectory"], m["cycle"])[0]["lm_head.weight"].float())
     best = result["members"][next(a for a in result["answers"] if a["rule"] == "best")["members"][0]]
-    first = run.read_member(best["trajectory"], best["cycle"])[0]
+    first = run.load_member(best["trajectory"], best["cycle"])[0]
     assert all(torch.equal(steps[0][2][n].bfloat16(), w) for n, w in first.items())         # from the best member on
     cosine = [0.5 * (1 + math.cos(math.pi * s / len(steps))) for s in range(len(steps))]     # to 0, without dropout
     assert [s[:2] for s in steps] == [((pytest.approx(lr), 1.0), 0.0) for lr in cosine]
@@ -199,7 +201,7 @@ def test_a_student_of_K_members(population_to_teach, tmp_path, monkeypatch, caps
     assert (len(own["members"]), own["growing"][0]["epochs"]) == (1, 1.0)
     config, data, _ = population_of(argv)
     model = GPT(config)
-    model.load_state_dict(torch.load(tmp_path / "run" / "student" / "trajectory_00" / "cycle_000.pt")["tensors"])
+    model.load_state_dict(load_file(tmp_path / "run" / "student" / "trajectory_00" / "cycle_000.safetensors"))
     assert own["members"][0]["val_loss"] == pytest.approx(-loader.score(model, data.val, 4).astype(np.float64).mean(), abs=1e-6)
     assert (tmp_path / "run" / "prior.json").read_bytes() == before
     drawn, draw = [], plot.draw
@@ -210,9 +212,9 @@ def test_a_student_of_K_members(population_to_teach, tmp_path, monkeypatch, caps
     generate.main([*argv, "--student", "--tokens=5"])
     assert re.match("student: ['\"]The ", capsys.readouterr().out)
     monkeypatch.undo()
-    changed = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.pt")}
+    changed = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
     student(argv)                                               # done already: nothing is trained
-    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.pt")} == changed
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")} == changed
 
 
 def test_a_student_goes_on_bit_for_bit(population_to_teach, tmp_path, monkeypatch):
@@ -236,8 +238,8 @@ def test_a_student_goes_on_bit_for_bit(population_to_teach, tmp_path, monkeypatc
         a["members"] = a["members"][::-1]
     write_json(tmp_path / "other" / "prior.json", changed)
     student(other)
-    one, two = (torch.load(tmp_path / name / "student" / "trajectory_00" / "cycle_000.pt") for name in ("run", "other"))
-    assert all(torch.equal(w, two["tensors"][n]) for n, w in one["tensors"].items())
+    one, two = (load_file(tmp_path / name / "student" / "trajectory_00" / "cycle_000.safetensors") for name in ("run", "other"))
+    assert all(torch.equal(w, two[n]) for n, w in one.items())
 
 
 def test_what_a_student_needs(population_to_teach, tmp_path, capsys):
@@ -250,11 +252,11 @@ def test_what_a_student_needs(population_to_teach, tmp_path, capsys):
     assert "prior.py" in refused(f"--run_dir={tmp_path / 'none'}")
     assert "student_teachers=3" in (err := refused("--student_teachers=3")) and "K = 1, 2, 4, 8" in err
     assert "no members" in refused(script=prior)
-    member = tmp_path / "run" / "trajectory_00" / "cycle_003.pt"
+    member = tmp_path / "run" / "trajectory_00" / "cycle_003.safetensors"
     kept = member.read_bytes()
-    for path in (tmp_path / "run").glob("trajectory_*/cycle_*.pt"):         # none is what was weighed
+    for path in (tmp_path / "run").glob("trajectory_*/cycle_*.safetensors"):         # none is what was weighed
         shutil.copy(path, path.with_suffix(".kept"))
-    members = sorted((tmp_path / "run").glob("trajectory_*/cycle_*.pt"))
+    members = sorted((tmp_path / "run").glob("trajectory_*/cycle_*.safetensors"))
     for path, other in zip(members, members[1:] + members[:1]):
         shutil.copy(other.with_suffix(".kept"), path)
     err = refused()

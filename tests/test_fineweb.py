@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from config import from_args
+from infra.config import from_args
 from data import loader, prepare, tokenizer
 from tests.conftest import error_line
 
@@ -68,7 +68,7 @@ def test_the_files_are_compared_with_the_published_ones(documents, micro, tmp_pa
     config.tokenizer = "gpt2"                       # as if: what counts is the file
     of = {split: hashlib.sha256((tmp_path / "data" / f"fineweb_{split}.pt").read_bytes()).hexdigest()
           for split in ("val", "train")}
-    monkeypatch.setattr(prepare, "PUBLISHED", {("val", 1800): of["val"], ("train", 3000): "0" * 64})
+    monkeypatch.setattr(prepare, "PUBLISHED", {("_val.pt", 1800): of["val"], ("_train.pt", 3000): "0" * 64})
     prepare.compare_with_published(config)
     val, train = capsys.readouterr().out.splitlines()
     assert "equal to the published file" in val and "DIFFERENT" in train and of["train"] in train and "0" * 64 in train
@@ -87,8 +87,8 @@ def test_a_hub_out_of_reach(documents, micro, tmp_path, monkeypatch, capsys):
 def test_what_is_pinned():
     assert prepare.FINEWEB == dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
                                   revision="9bb295ddab0e05d785b879661af7260fed5140fc")
-    assert prepare.PUBLISHED == {("val", 10 ** 7): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
-                                 ("train", 10 ** 8): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf"}
+    assert prepare.PUBLISHED == {("_val.pt", 10 ** 7): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+                                 ("_train.pt", 10 ** 8): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf"}
     url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"         # tiktoken's name for it in its cache
     assert tokenizer.RANKS_NAME == hashlib.sha1(url.encode()).hexdigest()
 
@@ -120,14 +120,14 @@ def test_what_fineweb_refuses(documents, micro, tmp_path, capsys):
     prepare.main(micro(data="fineweb", data_dir=tmp_path / "half"))
     (tmp_path / "half" / "fineweb_val.pt").unlink()
     kept = files(tmp_path / "half")
-    assert ("fineweb_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys)
+    assert ("_train.pt" in bad(micro(data="fineweb", data_dir=tmp_path / "half"), capsys)
             and files(tmp_path / "half") == kept)
 
 
 @pytest.mark.parametrize("column", [[1, 2], [[1], [2]], [b"a", b"b"]])
 def test_a_column_that_is_no_text(column, documents, tmp_path, micro, monkeypatch, capsys):
     pa.parquet.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
-    assert "row 0" in (err := bad(micro(data=tmp_path / "x.parquet"), capsys)) and "not a text" in err
+    assert "row 0" in (err := bad(micro(data=tmp_path / "x.parquet"), capsys)) and "no text" in err
     monkeypatch.setattr(prepare, "FINEWEB", dict(path="parquet", data_files=str(tmp_path / "x.parquet"), split="train"))
     assert "row 0" in bad(micro(data="fineweb"), capsys)
 
@@ -143,8 +143,8 @@ def test_parquet_files_are_local_text(documents, tmp_path, micro, capsys):
     pa.parquet.write_table(pa.table({"words": pa.array([], pa.string())}), tmp_path / "none.parquet")
     (tmp_path / "torn.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:3000])
     pa.parquet.write_table(pa.table({"words": ["a"]}), tmp_path / "words.parquet")
-    for name, names in (("torn", ["torn.parquet"]), ("page", ["page.parquet"]), ("none", ["none.parquet", "'text'"]),
-                        ("words", ["words.parquet", "'text'", "only words"])):
+    for name, names in (("torn", ["torn.parquet"]), ("page", ["page.parquet"]), ("none", ["none.parquet", "empty"]),
+                        ("words", ["words.parquet", "'text'", "columns words"])):
         err = bad(micro(data=tmp_path / f"{name}.parquet"), capsys)
         assert all(n in err for n in names), err
 

@@ -8,7 +8,7 @@ import distill
 import prior
 import train
 from data import prepare
-from files import read_json, write_json
+from infra.files import read_json, write_json
 from tools import generate
 
 

@@ -2,14 +2,14 @@
 import pytest
 import torch
 
-from config import from_args, student_of
+from infra.config import from_args, student_of
 from data import prepare
 from model import GPT
 from results.reproduction import FIGURES
 from tests.conftest import ROOT, error_line
 from tools import plan
-from train import cycle_lengths
-from world import cannot_share
+from train import schedule
+from infra.distributed import can_share
 
 
 def of(name, *flags):
@@ -150,7 +150,8 @@ def test_the_published_figures_have_runs_that_start():
     for _, _, runs, _, gpus, _ in FIGURES:
         for name, flags in runs:
             config = from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")[0]
-            assert cannot_share(config, gpus) is None and min(cycle_lengths(config, 48_736)) > 1, (name, flags)
+            steps = schedule(config, 48_736)
+            assert can_share(config, gpus) and not any(step.first and step.last for step in steps), (name, flags)
 
 
 def test_looping_is_counted_by_decay_and_the_average_weighs():
@@ -176,7 +177,7 @@ def test_prepared_data_is_counted_exactly(micro):
 @pytest.mark.parametrize("flag, names", [
     ("--ranks=-1", ["ranks"]),
     ("--ranks", ["--ranks=VALUE"]),
-    ("--ranks=7", ["ranks=7", "start 4 processes"]),
+    ("--ranks=7", ["ranks=7", "--ranks=4"]),
     ("--mfu=1.5", ["mfu"]),
     ("--price=-1", ["price"]),
     ("--ranks=x", ["ranks"]),

@@ -1,7 +1,7 @@
 """The README against the repository: its length, its table of files, the commands and files that it names."""
 import re
 
-from config import FIELDS
+from infra.config import FIELDS
 from tests.conftest import ROOT
 from tools.generate import OPTIONS
 
@@ -14,7 +14,7 @@ def test_it_is_short():
 
 def test_the_tour_prints_the_real_table():
     rows = dict(re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.M))
-    files = {str(p.relative_to(ROOT)) for pattern in ("*.py", "data/*.py", "tools/*.py") for p in ROOT.glob(pattern)
+    files = {str(p.relative_to(ROOT)) for pattern in ("*.py", "data/*.py", "infra/*.py", "tools/*.py") for p in ROOT.glob(pattern)
              if p.stat().st_size}
     assert rows.keys() == files
     for file, lines in rows.items():        # a small change need not touch the README
@@ -24,7 +24,7 @@ def test_the_tour_prints_the_real_table():
 def test_what_it_names_exists():
     for path in set(re.findall(r"\b(?:configs|tools|tests|results|data)/[\w/]+\.(?:py|md|png|json)\b", README)):
         assert (ROOT / path).exists() or path.startswith("data/fineweb"), path
-    for module in re.findall(r"python -m (population|data\.\w+|tools\.\w+|tests\.\w+)", README):
+    for module in re.findall(r"python -m (infra\.\w+|data\.\w+|tools\.\w+|tests\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     for name in re.findall(r"--(\w+)=", README):
         assert name in {*FIELDS, *OPTIONS, "beside", "epochs", "snapshots", "rounds", "slowrun", "steps",

@@ -12,15 +12,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import distill
 import prior
 import train
-from config import from_args
+from infra.config import from_args
 from data import loader, prepare
 from model import GPT
-from files import load_tensors, read_json, save_tensors, write_json
-from population import Run
+from infra.files import read_json, read_tensors, seal, write_json, write_tensors
+from infra.run_directory import RunDirectory
 from tests.conftest import ROOT, error_line
 from tools import generate, import_slowrun, plot
 
@@ -77,9 +78,9 @@ def test_prior_json_holds_what_it_promises(finished, monkeypatch):
     assert [(g["cycle"], g["epochs"]) for g in result["growing"]] == [(0, 1), (1, 2), (2, 3), (3, 4)]
     config = from_args(argv, "")[0]
     data = loader.load(config)
-    population, model, log_p = Run(config, data.fingerprint), GPT(config), {"fit": [], "val": []}
+    population, model, log_p = RunDirectory(config, data.fingerprint), GPT(config), {"fit": [], "val": []}
     for t, c in population.members():                           # scored again, one by one, in float64
-        model.load_state_dict(population.read_member(t, c)[0])
+        model.load_state_dict(population.load_member(t, c)[0])
         for split in log_p:
             rows = torch.from_numpy(getattr(data, split).astype(np.int64))
             with torch.no_grad():
@@ -136,12 +137,12 @@ def test_a_member_that_changed_is_scored_again(finished, tmp_path, monkeypatch):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
     config = from_args(argv, "")[0]
-    population = Run(config, loader.load(config).fingerprint)
+    population = RunDirectory(config, loader.load(config).fingerprint)
     path = population.member_path(1, 3)
     kept = path.read_bytes()
-    scores = lambda: [(folder / "out" / "scores" / split / "01_003.pt").read_bytes() for split in ("fit", "val")]
+    scores = lambda: [(folder / "out" / "scores" / split / "01_003.safetensors").read_bytes() for split in ("fit", "val")]
     before = scores()
-    weights, about = population.read_member(1, 3)
+    weights, about = population.load_member(1, 3)
     population.save_member(1, 3, {n: w * 1.01 for n, w in weights.items()}, epochs=about["epochs"], fit_loss=about["fit_loss"])
     prior.main(argv)
     assert not any(new == old for new, old in zip(scores(), before))
@@ -157,9 +158,9 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
     path = folder / "out" / "prior.json"
     kept, scores = path.read_bytes(), {p: p.read_bytes() for p in (folder / "out" / "scores" / "val").iterdir()}
     for p in scores:
-        tensors, about = load_tensors(p)
+        tensors, about = read_tensors(p)
         noise = torch.empty_like(tensors["log_p"]).exponential_(1 / 3).neg()
-        save_tensors(p, {"log_p": noise}, split="val", weights_sha256=about["weights_sha256"])
+        write_tensors(p, {"log_p": noise}, split="val", weights_sha256=about["weights_sha256"])
     prior.main(argv)
     before, after = json.loads(kept), json.loads(path.read_bytes())
     for p, content in scores.items():
@@ -175,13 +176,13 @@ def test_an_unfinished_population_is_weighed_as_it_is(finished, monkeypatch, cap
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
     path, kept = folder / "out" / "prior.json", (folder / "out" / "prior.json").read_bytes()
-    hidden = (folder / "out" / "trajectory_01" / "cycle_003.pt").rename(folder / "hidden.pt")
+    hidden = (folder / "out" / "trajectory_01" / "cycle_003.safetensors").rename(folder / "hidden.pt")
     try:
         prior.main(argv)
         assert "7 of 8 members" in capsys.readouterr().out and len(json.loads(path.read_text())["members"]) == 7
         plot.main(argv)
     finally:
-        hidden.rename(folder / "out" / "trajectory_01" / "cycle_003.pt")
+        hidden.rename(folder / "out" / "trajectory_01" / "cycle_003.safetensors")
         path.write_bytes(kept)
 
 
@@ -200,10 +201,10 @@ def snapshots(finished, tmp_path, monkeypatch):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
     config = from_args(argv, "")[0]
-    population = Run(config, loader.load(config).fingerprint)
+    population = RunDirectory(config, loader.load(config).fingerprint)
     (tmp_path / "checkpoints").mkdir()
     for i, (t, c) in enumerate(population.members()):
-        weights, _ = population.read_member(t, c)
+        weights, _ = population.load_member(t, c)
         prefix = ("", "module.", "_orig_mod.", "module._orig_mod.")[i % 4]
         name = lambda n: prefix + (n.replace(".attn.", "._orig_mod.attn.") if i > 3 else n)
         weights = {name(n): w.float() if i % 2 else w for n, w in weights.items() if i % 3 or not n.startswith("mtp_")}
@@ -329,15 +330,15 @@ def test_members_of_another_tokenizer_or_fitness_set(key, value, finished, monke
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
     config = from_args(argv, "")[0]
-    population = Run(config, loader.load(config).fingerprint)
+    population = RunDirectory(config, loader.load(config).fingerprint)
     path = population.member_path(0, 2)
     kept = path.read_bytes()
-    weights, about = population.read_member(0, 2)
+    weights, about = population.load_member(0, 2)
     population.identity = {**population.identity, key: value}
     population.save_member(0, 2, weights, epochs=1, fit_loss=about["fit_loss"])
     try:
         err = refused(lambda: prior.main(argv), capsys)
-        assert "cycle_002.pt" in err and f"{key} is {value} there" in err
+        assert "cycle_002.safetensors" in err and f"{key} is {value} there" in err
     finally:
         path.write_bytes(kept)
 
@@ -346,22 +347,23 @@ def test_members_of_another_tokenizer_or_fitness_set(key, value, finished, monke
 def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)
-    path = folder / "out" / "scores" / "fit" / "01_002.pt"
+    path = folder / "out" / "scores" / "fit" / "01_002.safetensors"
     kept = path.read_bytes()
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        file = torch.load(path)
-        file["tensors"]["log_p"][5] = content
-        torch.save(file, path)
+        tensors, about = read_tensors(path)
+        log_p = tensors["log_p"].clone()
+        log_p[5] = content
+        save_file({"log_p": log_p}, path, metadata={"about": seal(about)})
     try:
-        assert "01_002.pt" in refused(lambda: prior.main(argv), capsys)
+        assert "01_002.safetensors" in refused(lambda: prior.main(argv), capsys)
     finally:
         path.write_bytes(kept)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"[1]", lambda b: b""])
-@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.pt", "config.json"])
+@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.safetensors", "config.json"])
 def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
     folder, argv, _ = finished
     monkeypatch.chdir(folder)

@@ -1,4 +1,5 @@
 """The schedules against tables written by hand, noise, one step in parts, the chain, resume, and 1 process against 2."""
+import collections
 import contextlib
 import json
 import math
@@ -10,20 +11,25 @@ import pytest
 import torch
 
 import distill
-import errors
 import prior
 import train
-from config import from_args
+from infra.config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from files import load_tensors, read_json, write_whole
-from population import Run
+from infra.files import read_tensors, read_json, write_whole
+from infra.run_directory import RunDirectory
 from tests import kill
 from tests.conftest import ROOT, error_line
-from world import World, cannot_share, micro_batch_of, join_world, next_command, one_line_errors, processes
+from infra.console import next_command
+from infra.distributed import Ranks, can_share, join, micro_batch_size, processes
 
 RECIPES = {name: from_args([str(ROOT / "configs" / f"{name}.py")], "")[0] for name in ("1p8b", "1p8b_960")}
+
+
+def cycle_lengths(config, sequences_per_epoch):
+    """Steps of every cycle."""
+    return list(collections.Counter(step.cycle for step in train.schedule(config, sequences_per_epoch)).values())
 
 
 def test_rates_within_a_cycle():
@@ -44,7 +50,7 @@ def test_noise_falls_by_half_a_cosine():
 @pytest.mark.parametrize("name, large", [("1p8b", range(16, 48)), ("1p8b_960", range(24, 72))])
 def test_the_record_batches_and_cycle_lengths(name, large):
     config = RECIPES[name]
-    lengths = train.cycle_lengths(config, 48_736)
+    lengths = cycle_lengths(config, 48_736)
     for cycle in range(config.cycles):
         inside = cycle in large
         assert train.tokens_per_step(config, cycle) == (524_288 if inside else 393_216)
@@ -119,7 +125,7 @@ def test_ranks_exchange_gradients_with_the_last_micro_batch_only():
 def test_dropout_differs_between_steps_ranks_and_seeds():
     draws = set()
     for seed, step, rank in ((42, 0, 0), (42, 1, 0), (42, 0, 1), (43, 0, 0)):
-        train.seed_step(seed, step, rank)
+        train.seed_dropout(seed, step, rank)
         draws.add(tuple(torch.rand(4).tolist()))
     assert len(draws) == 4
 
@@ -156,16 +162,16 @@ def model_of(state):
 
 
 def members(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("trajectory_*/cycle_*.pt"))}
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("trajectory_*/cycle_*"))}
 
 
 def test_the_loop_follows_the_recipe(ready, monkeypatch):
     """Noise, rates, batches, cycle lengths, seeds and compilation of every cycle, against the recipe written out."""
     noise, steps, seeds, placed = [], [], [], []
-    perturb, step, seed_step, place = train.perturb, train.train_step, train.seed_step, GPT.place
+    perturb, step, seed_dropout, place = train.perturb, train.train_step, train.seed_dropout, GPT.place
     monkeypatch.setattr(train, "perturb", lambda model, scale, seed: (
         noise.append((len(steps), scale, seed)), perturb(model, scale, seed)))
-    monkeypatch.setattr(train, "seed_step", lambda *args: (seeds.append(args), seed_step(*args)))
+    monkeypatch.setattr(train, "seed_dropout", lambda *args: (seeds.append(args), seed_dropout(*args)))
     monkeypatch.setattr(GPT, "place", lambda self, device, compile=False: (
         placed.append(compile), place(self, device, compile))[1])
     def record(model, optimizer, micro_batches, loss_fn, multipliers):
@@ -221,15 +227,15 @@ def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
     lr = [0.08 + 0.92 * (1 - s / len(seen)) for s in range(len(seen))]
     assert ([m for m, _ in seen] == pytest.approx(lr)
             and [d for _, d in seen] == pytest.approx([0.7 + 0.3 * (1 - m) / 0.92 for m in lr]))
-    run = Run(config, data.fingerprint)
-    assert [run.read_member(0, c)[1]["epochs"] for c in range(3)] == [1.25, 1.75, 2.25]
+    run = RunDirectory(config, data.fingerprint)
+    assert [run.load_member(0, c)[1]["epochs"] for c in range(3)] == [1.25, 1.75, 2.25]
     prior.main(argv)
     assert [g["epochs"] for g in read_json(tmp_path / "run" / "prior.json")["growing"]] == [1.25, 1.75, 2.25]
     # the same training without a snapshot on the way ends at the same weights
     train.main(ready(trajectories=1, cycles=1, distill_from=1,
                      epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
-    once = torch.load(tmp_path / "one" / "trajectory_00" / "cycle_000.pt", weights_only=True)["tensors"]
-    assert all(torch.equal(w, once[n]) for n, w in run.read_member(0, 2)[0].items())
+    once = read_tensors(tmp_path / "one" / "trajectory_00" / "cycle_000.safetensors")[0]
+    assert all(torch.equal(w, once[n]) for n, w in run.load_member(0, 2)[0].items())
 
 
 def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch, capsys):
@@ -249,10 +255,10 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
     for s in range(L):                          # the last tenth, every third step, the last one included
         if s >= 0.9 * L and (L - 1 - s) % 3 == 0:
             average = kept[s] if average is None else {n: 0.75 * average[n] + 0.25 * w for n, w in kept[s].items()}
-    run = Run(config, loader.load(config).fingerprint)
-    member, about = run.read_member(0, 1)
+    run = RunDirectory(config, loader.load(config).fingerprint)
+    member, about = run.load_member(0, 1)
     assert len(kept) == L and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
-    for name, w in model_of(run.read_resume(0)).items():
+    for name, w in model_of(run.load_checkpoint(0)).items():
         assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[name], w.bfloat16())
     model = GPT(config)
     model.load_state_dict(member)
@@ -284,22 +290,15 @@ def test_looping_from_a_part_of_the_decay_on(ready, monkeypatch):
     assert scored == [True, True]                               # as whoever uses the members runs them
 
 
-def test_memory_that_runs_out_names_the_micro_batch_to_try(ready, tmp_path, monkeypatch, capsys):
+def test_memory_that_runs_out_is_one_line(ready, tmp_path, monkeypatch, capsys):
     def out_of_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
     for script, patched in ((train, (train, "train_step")), (distill, (train, "train_step")), (prior, (loader, "score"))):
         monkeypatch.setattr(*patched, out_of_memory)
-        for size, names in ((16, "--micro_batch=2"), (2, "--micro_batch=1"), (1, "smaller model")):
-            with pytest.raises(SystemExit) as stop:
-                script.main(ready(micro_batch=size))
-            assert stop.value.code == 2 and names in error_line(capsys.readouterr().err)
-        monkeypatch.setenv("WORLD_SIZE", "2")                  # on two ranks of one trajectory a batch of 4 leaves 2 for each
-        monkeypatch.setenv("RANK", "1")                         # and the rank that fails speaks, whichever it is
-        with pytest.raises(SystemExit), one_line_errors(from_args(ready(trajectories=1), "")[0]):
-            out_of_memory()
-        assert "--micro_batch=1" in error_line(capsys.readouterr().err)
+        with pytest.raises(SystemExit) as stop:
+            script.main(ready())
+        assert stop.value.code == 2 and "lower --micro_batch" in error_line(capsys.readouterr().err)
         monkeypatch.undo()
-        errors.prints = False
         script.main(ready())
 
 
@@ -317,11 +316,11 @@ def test_the_teacher_is_the_predecessor_and_the_first_cycles_have_none(ready, tm
     assert not teachers and len(members(tmp_path / "run")) == 2
     distill.main(argv)
     config = from_args(argv, "")[0]
-    run, data = Run(config, loader.load(config).fingerprint), loader.load(config)
-    steps, rest = divmod(len(teachers), train.cycle_lengths(config, data.sequences_per_epoch)[2] * 2)        # two micro-batches
+    run, data = RunDirectory(config, loader.load(config).fingerprint), loader.load(config)
+    steps, rest = divmod(len(teachers), cycle_lengths(config, data.sequences_per_epoch)[2] * 2)        # two micro-batches
     assert (steps, rest) == (2, 0)
     for i, (weight, alpha, temperature, training, grad) in enumerate(teachers):
-        predecessor = run.read_member(0, 1 + i // (len(teachers) // 2))[0]["lm_head.weight"].float()
+        predecessor = run.load_member(0, 1 + i // (len(teachers) // 2))[0]["lm_head.weight"].float()
         assert torch.equal(weight, predecessor) and (alpha, temperature, training, grad) == (0.3, 1.7, False, False)
 
 
@@ -330,16 +329,16 @@ def test_members_say_what_they_are(ready, tmp_path):
     run_all(argv)
     config = from_args(argv, "")[0]
     data = loader.load(config)
-    run = Run(config, data.fingerprint)
+    run = RunDirectory(config, data.fingerprint)
     assert run.members() == [(t, c) for t in range(2) for c in range(4)]
-    weights, about = run.read_member(1, 3)
+    weights, about = run.load_member(1, 3)
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
-    assert (about["cycle"], about["epochs"], about["identity"]["seed"]) == (3, 2.0, 43)
+    assert (about["epochs"], about["identity"]["seed"]) == (2.0, 43)
     assert about["identity"]["n_embd"] == 32 and "run_dir" not in about["identity"]
     model = GPT(config)
     model.load_state_dict(weights)
     assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
-    state = model_of(run.read_resume(1))            # goes on from float32
+    state = model_of(run.load_checkpoint(1))            # goes on from float32
     assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
     assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -362,8 +361,8 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
                 raise Stop
             return result
         return wrapper
-    for name in ("save_member", "save_resume"):
-        monkeypatch.setattr(Run, name, dying(getattr(Run, name)))
+    for name in ("save_member", "save_checkpoint"):
+        monkeypatch.setattr(RunDirectory, name, dying(getattr(RunDirectory, name)))
     argv = ready(run_dir=tmp_path / "pieces")
     for script in (train, distill):
         for _ in range(100):
@@ -375,9 +374,9 @@ def test_a_run_in_pieces_equals_a_run_at_once(ready, tmp_path, monkeypatch):
     assert count > 25            # 16 without a death
     whole, pieces = members(tmp_path / "whole"), members(tmp_path / "pieces")
     assert len(whole) == 8 and whole == pieces
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.safetensors")}
     run_all(argv)                                   # nothing is done twice
-    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.pt")}
+    assert stamps == {p: p.stat().st_mtime_ns for p in (tmp_path / "pieces").rglob("*.safetensors")}
 
 
 def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
@@ -385,7 +384,7 @@ def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
     settings = dict(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=epochs, restart="fresh", schedule="warmdown",
                     momentum_warmup=50, ema_decay=0.75, ema_every=1, ema_share=0.4)     # cycles of 30 steps
     train.main(ready(run_dir=tmp_path / "whole", **settings))
-    argv, died, save = ready(run_dir=tmp_path / "pieces", resume_every=29, **settings), set(), Run.save_resume
+    argv, died, save = ready(run_dir=tmp_path / "pieces", resume_every=29, **settings), set(), RunDirectory.save_checkpoint
     class Stop(Exception):
         pass
     def dying(run, t, tensors, **about):
@@ -393,7 +392,7 @@ def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
         if any(name.startswith("average.") for name in tensors) and about["step"] not in died:
             died.add(about["step"])
             raise Stop
-    monkeypatch.setattr(Run, "save_resume", dying)
+    monkeypatch.setattr(RunDirectory, "save_checkpoint", dying)
     for _ in range(3):
         with contextlib.suppress(Stop):
             train.main(argv)
@@ -410,8 +409,8 @@ def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
     two = members(tmp_path / "run")
     assert len(two) == 8 and one.items() <= two.items()
     # trajectory 1 of seed 42 is trajectory 0 of seed 43: same weights
-    weights = [torch.load(p, weights_only=True)["tensors"] for p in (
-        tmp_path / "run" / "trajectory_01" / "cycle_003.pt", tmp_path / "other" / "trajectory_00" / "cycle_003.pt")]
+    weights = [read_tensors(p)[0] for p in (
+        tmp_path / "run" / "trajectory_01" / "cycle_003.safetensors", tmp_path / "other" / "trajectory_00" / "cycle_003.safetensors")]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
@@ -423,16 +422,20 @@ def test_single_config_has_no_chain(ready, capsys):
     assert "no chain" in capsys.readouterr().out
 
 
-def test_who_shares_what(micro):
+def test_who_shares_what(micro, monkeypatch, capsys):
     config = lambda **kw: from_args(micro(**kw), "")[0]
-    assert cannot_share(config(), 1) is None and cannot_share(config(trajectories=1), 2) is None
-    assert cannot_share(config(trajectories=1), 4) is None and cannot_share(config(trajectories=4), 4) is None
-    assert "start 4 processes" in cannot_share(config(trajectories=1), 8)          # 4 sequences
-    assert "start 2 processes" in cannot_share(config(trajectories=1, batch_tokens_ends=192), 3) and (
-        cannot_share(config(trajectories=1, batch_tokens_ends=192), 2) is None)
+    assert all(can_share(config(trajectories=1), n) for n in (1, 2, 4)) and not can_share(config(trajectories=1), 8)    # 4 sequences
+    assert can_share(config(trajectories=4), 4) and can_share(config(trajectories=1, batch_tokens_ends=192), 2)
+    assert not can_share(config(trajectories=1, batch_tokens_ends=192), 3)
     assert processes(config()) == min(2, os.cpu_count()) and processes(config(trajectories=1)) == 1
+    assert [processes(config(trajectories=1), n) for n in (3, 8)] == [2, 4]
     record = RECIPES["1p8b_960"]
-    assert cannot_share(record, 8) is None and cannot_share(record, 40) is None and cannot_share(record, 5 * 128) is not None
+    assert can_share(record, 8) and can_share(record, 40) and not can_share(record, 5 * 128)
+    for name, value in (("WORLD_SIZE", "8"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        join(config(trajectories=1))
+    assert "8 ranks for a trajectory: start 4 processes" in error_line(capsys.readouterr().err)
 
 
 def test_micro_batches_are_the_fewest_equal_parts(micro):
@@ -440,7 +443,7 @@ def test_micro_batches_are_the_fewest_equal_parts(micro):
     for micro_batch in range(1, 9):
         config = from_args(micro(micro_batch=micro_batch), "")[0]
         for share, ranks in ((n, r) for n in range(1, 25) for r in (1, 3)):
-            size = micro_batch_of(config, share * ranks, ranks)
+            size = micro_batch_size(config, share * ranks, ranks)
             parts = next(p for p in range(1, share + 1) if share % p == 0 and share // p <= micro_batch)
             assert size == share // parts
 
@@ -460,8 +463,8 @@ def test_two_processes_take_the_step_of_one(ready, tmp_path):
         launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1,
                            run_dir=tmp_path / name), processes, tmp_path / "log")
         steps.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
-        states.append(load_tensors(tmp_path / name / "trajectory_00" / "resume_00000001.pt"))
-    assert [about["step"] for _, about in states] == [1, 1] and [about["position"] for _, about in states] == [4, 4]
+        states.append(read_tensors(tmp_path / name / "trajectory_00" / "resume.safetensors"))
+    assert [about["step"] for _, about in states] == [1, 1]
     assert (steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5)
             and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5))
     for name, a in model_of(states[0]).items():
@@ -489,16 +492,16 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
             seen.setdefault((size, rank), []).append(torch.cat(micro_batches))
             return torch.zeros(()), torch.zeros(())
         monkeypatch.setattr(train, "train_step", step)
-        monkeypatch.setattr(train, "join_world", lambda config: World(rank, 1, torch.device("cpu"), [0], 1, rank, size))
-        monkeypatch.setattr(World, "mean", lambda self, *values: [0.0, 0.0, 0.0])
+        monkeypatch.setattr(train, "join", lambda config: Ranks(rank, 1, torch.device("cpu"), 1, [0], rank, size))
+        monkeypatch.setattr(Ranks, "mean", lambda self, *values: [0.0, 0.0, 0.0])
         train.main(argv)
     # each of these runs starts anew, and there are no other ranks to ask
-    for name in ("save_member", "save_resume"):
-        monkeypatch.setattr(Run, name, lambda *a, **k: None)
+    for name in ("save_member", "save_checkpoint"):
+        monkeypatch.setattr(RunDirectory, name, lambda *a, **k: None)
     monkeypatch.setattr(train, "distributed", lambda model, world: model)
-    drawn, seed_step = {}, train.seed_step
-    monkeypatch.setattr(train, "seed_step", lambda seed, step, rank: (
-        drawn.setdefault((seed, step), set()).add(rank), seed_step(seed, step, rank)))
+    drawn, seed_dropout = {}, train.seed_dropout
+    monkeypatch.setattr(train, "seed_dropout", lambda seed, step, rank: (
+        drawn.setdefault((seed, step), set()).add(rank), seed_dropout(seed, step, rank)))
     for rank, size in ((0, 1), (0, 2), (1, 2), (0, 4), (1, 4), (2, 4), (3, 4)):
             record(rank, size)
     for size in (2, 4):
@@ -510,20 +513,20 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     path = tmp_path / "folder" / "file"
-    write_whole(path, lambda f: f.write(b"first"))
-    def half(f):
-        f.write(b"sec")
+    write_whole(path, lambda temporary: temporary.write_bytes(b"first"))
+    def half(temporary):
+        temporary.write_bytes(b"sec")
         raise OSError(28, "No space left on device")
-    with pytest.raises(SystemExit):
+    with pytest.raises(OSError, match="No space left") as error:
         write_whole(path, half)
-    assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"first" and error.value.filename == str(path) and os.listdir(path.parent) == ["file"]
 
 
 def test_a_world_of_one_needs_no_launcher(micro):
-    world = join_world(from_args(micro(), "")[0])
-    assert (world.size, world.trajectories, world.data_size, world.lead) == (1, [0, 1], 1, True)
-    world.barrier(everyone=True)
-    world.close()
+    ranks = join(from_args(micro(), "")[0])
+    assert (ranks.world_size, ranks.trajectories, ranks.group_size, ranks.is_main) == (1, [0, 1], 1, True)
+    ranks.barrier(everyone=True)
+    ranks.leave()
 
 
 def test_the_next_command_starts_the_same_ranks(monkeypatch):
@@ -540,18 +543,17 @@ def test_a_gpu_without_flash_attention_is_refused(micro, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(SystemExit) as stop:
-        join_world(from_args(micro(), "")[0])
-    assert stop.value.code == 2 and "Tesla T4" in error_line(capsys.readouterr().err)
+        join(from_args(micro(), "")[0])
+    assert stop.value.code == 2 and "compute capability 8.0" in error_line(capsys.readouterr().err)
 
 
 def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(micro, monkeypatch, capsys):
     monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/nvidia0")
-    join_world(from_args(micro(), "")[0])                          # asked for: CUDA_VISIBLE_DEVICES is empty in the tests
+    join(from_args(micro(), "")[0])                          # asked for: CUDA_VISIBLE_DEVICES is empty in the tests
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(SystemExit) as stop:
-        join_world(from_args(micro(), "")[0])
+        join(from_args(micro(), "")[0])
     assert stop.value.code == 2 and "driver" in (err := error_line(capsys.readouterr().err)) and "CUDA_VISIBLE_DEVICES=" in err
 
 

@@ -29,17 +29,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import current_flash_attention_impl
 
-import distill
-import train
-from config import from_args
 from data import loader
-from errors import refuse
+import distill
+from infra.config import from_args
+from infra.console import exit_with_error, script
+from infra.distributed import join
 from model import GPT, attend
 from optim import MuonAdamW
 from prior import fit_weights
 from tests.parity import adamw300
 from tools import plan
-from world import join_world
+import train
 
 OPTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0, members=480, tokens=131072)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,19 +70,18 @@ class Ours:
     shared by the ranks of a group.
     """
 
-    def __init__(self, config, chain, options, world=None, one_graph=False):
+    def __init__(self, config, chain, options, ranks=None, one_graph=False):
         torch.manual_seed(config.seed)
         self.config, self.model = config, GPT(config).init_weights().place(DEVICE, config.compile)
-        self.group = group = world and world.data_group
+        self.group = group = ranks and ranks.group
         if one_graph:
             self.model.hidden = torch.compile(self.model.hidden, dynamic=False)
         self.optimizer = MuonAdamW(self.model.named_parameters(), config.lr_scale, group)
-        self.ddp_model = train.distributed(self.model, world) if world else self.model
+        self.ddp_model = train.distributed(self.model, ranks) if ranks else self.model
         tokens = np.random.default_rng(0).integers(
             config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
-        loader.epoch_of(config, len(tokens))
-        self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len, config.epoch_multiple,
-                                      config.seed)
+        self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len,
+                                      loader.sequences_per_epoch(config, len(tokens)), config.seed)
         self.loss_fn = train.label_loss
         if chain:
             teacher = distill.frozen(config, DEVICE).init_weights()
@@ -128,7 +127,7 @@ def load_slowrun(folder, honest):
     """
     path = Path(folder) / "unlimited" / "train.py"
     if not path.exists():
-        refuse(f"slowrun={folder}: has no unlimited/train.py; name a clone of the NanoGPT Slowrun's repository")
+        exit_with_error(f"slowrun={folder}: has no unlimited/train.py; name a clone of the NanoGPT Slowrun's repository")
     source, module = path.read_text(), types.ModuleType("slowrun")
     if honest and DEVICE.type == "cpu":
         source = source.replace("X = g.bfloat16()", "X = g.float()")
@@ -275,15 +274,15 @@ def kinds(config, options):
     return rows
 
 
-def bench_step(name, chain, config, options, peak, world):
+def bench_step(name, chain, config, options, peak, ranks):
     """One table: seconds of a step, tokens/s, share of the peak of all ranks, ratios to ours, memory."""
-    rows, compared = random_rows(config, ranks=world.data_size), kinds(config, options)
-    if world.size > 1:
-        compared = {"ours": functools.partial(Ours, world=world)}
-    peak, model = peak * world.data_size, plan.meta_model(config)
+    rows, compared = random_rows(config, ranks=ranks.group_size), kinds(config, options)
+    if ranks.world_size > 1:
+        compared = {"ours": functools.partial(Ours, ranks=ranks)}
+    peak, model = peak * ranks.group_size, plan.meta_model(config)
     flops = plan.step_flops(model, True, chain) * config.batch_tokens
     seconds = {kind: [] for kind in compared}
-    say = print if world.rank == 0 else lambda *words, **options: None
+    say = print if ranks.rank == 0 else lambda *words, **options: None
     say(f"\n{name} step: {config.batch_tokens:,} tokens in micro-batches of {config.micro_batch} x {config.sequence_len}")
     # a GPU may not hold both: one after the other there
     for side in [[kind] for kind in compared] if DEVICE.type == "cuda" else [list(compared)]:
@@ -300,7 +299,7 @@ def bench_step(name, chain, config, options, peak, world):
             if DEVICE.type == "cuda":
                 memory = (f", {allocated(runners[kind], rows[:config.micro_batch]):.2f} GiB beyond weights, gradients "
                           f"and state ({torch.cuda.max_memory_allocated() / plan.GIB:.1f} in all)")
-            elif world.size == 1:
+            elif ranks.world_size == 1:
                 memory = f", {extra_memory(compared[kind], chain, config, options):.2f} GiB beyond weights, gradients and state"
             ratio = "" if kind == "ours" else f", {spread([b / a for a, b in zip(seconds['ours'], took)], 2)} times ours"
             say(f"  {kind}: {spread(took)} s, {config.batch_tokens / statistics.median(took):,.0f} tokens/s, "
@@ -366,36 +365,36 @@ def bench_prior(options):
           f"{spread([b / a for a, b in zip(ours, theirs)], 1)} times ours")
 
 
+@script
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     steps = options.steps.split(",")
     if not set(steps) <= {"train", "distill", "score", "prior"} or min(options.rounds, options.members, options.tokens) < 1:
-        refuse("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, "
+        exit_with_error("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, "
                f"not {vars(options)}")
     if options.memory and DEVICE.type != "cuda":
-        refuse("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
-    world = join_world(config)
-    if world.size > 1 and (world.groups > 1 or options.slowrun or options.memory or not set(steps) <= {"train", "distill"}):
-        refuse("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory",
-               common=True)
+        exit_with_error("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
+    ranks = join(config)
+    if ranks.world_size > 1 and (ranks.groups > 1 or options.slowrun or options.memory or not set(steps) <= {"train", "distill"}):
+        exit_with_error("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory")
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
-    if world.rank == 0:
-        print(f"{device}, {world.size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+    if ranks.rank == 0:
+        print(f"{device}, {ranks.world_size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, "
               f"{current_flash_attention_impl() or 'FA2'} where it is CUDA, compile={config.compile and DEVICE.type == 'cuda'}; "
               f"medians over {options.rounds} rounds, and their range")
     peak = peak_flops(options)
-    if world.rank == 0:
+    if ranks.rank == 0:
         print(f"peak: {peak / 1e12:.3g} TFLOPS; {config.n_layer} layers x {config.n_embd}, vocabulary {config.vocab_size}")
     for name in steps:
         if name in ("train", "distill"):
-            bench_step(name, name == "distill", config, options, peak, world)
+            bench_step(name, name == "distill", config, options, peak, ranks)
         elif name == "score":
             bench_score(config, options, peak)
         else:
             bench_prior(options)
     if options.memory:
         bench_memory(config, options)
-    world.close()
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all;
 """
 import torch
 
-from config import from_args, student_of
 from data import loader
 from data.tokenizer import get_tokenizer
-from errors import refuse
-from population import Run, read_prior
+from infra.config import from_args, student_of
+from infra.console import exit_with_error, print0, script
+from infra.distributed import join
+from infra.run_directory import RunDirectory, load_prior
 from prior import load_member, model_to_score
-from world import join_world
 
 OPTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", student=False)
 
@@ -51,19 +51,19 @@ def choose(options, prior, run):
     """[(label, members as (trajectory, cycle), weights)] to sample from. Exits with code 2 where they do not exist."""
     members = [(m["trajectory"], m["cycle"]) for m in prior["members"]]
     for m in prior["members"]:
-        if run.read_member(m["trajectory"], m["cycle"], check=False)[1]["sha256"] != m["weights_sha256"]:
-            refuse(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: "
+        if run.load_member(m["trajectory"], m["cycle"], check=False)[1]["tensors_sha256"] != m["weights_sha256"]:
+            exit_with_error(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: "
                    "run prior.py on this config again")
     if options.member:
         chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
         if chosen not in members:
-            refuse(f"member={options.member}: there is no such member; write trajectory,cycle, "
+            exit_with_error(f"member={options.member}: there is no such member; write trajectory,cycle, "
                    f"such as --member={members[-1][0]},{members[-1][1]}")
         return [("student" if options.student else f"member {options.member}", [chosen], [1.0])]
     Ks = [a["K"] for a in prior["answers"] if a["rule"] == "learned"]
     K = options.K or max(K for K in Ks if K <= 4)
     if K not in Ks:
-        refuse(f"K={options.K}: prior.json has answers for K = {', '.join(map(str, Ks))}")
+        exit_with_error(f"K={options.K}: prior.json has answers for K = {', '.join(map(str, Ks))}")
     picked = []
     for rule, K in (("best", 1), ("learned", K)):
         answer = next(a for a in prior["answers"] if a["rule"] == rule and a["K"] == K)
@@ -73,6 +73,7 @@ def choose(options, prior, run):
     return picked
 
 
+@script
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     for name, holds, rule in (
@@ -81,21 +82,21 @@ def main(argv=None):
             ("top_k", options.top_k >= 0, "0 or more"),
             ("sample_seed", 0 <= options.sample_seed < 2 ** 63, "0 or more, and less than 2^63")):
         if not holds:
-            refuse(f"{name}={getattr(options, name)}: must be {rule}")
+            exit_with_error(f"{name}={getattr(options, name)}: must be {rule}")
     if any("\ud800" <= c <= "\udfff" for c in options.prompt):
-        refuse("prompt: is not text in UTF-8")
+        exit_with_error("prompt: is not text in UTF-8")
     if options.student:
         config, options.member = student_of(config), "0,0"
-    run = Run(config, loader.load(config).fingerprint)
-    picked = choose(options, read_prior(config.run_dir), run)
+    run = RunDirectory(config, loader.load(config).fingerprint)
+    picked = choose(options, load_prior(config.run_dir), run)
     encode, decode, _ = get_tokenizer(config.tokenizer)
-    bos, device = config.vocab_size - 1, join_world(config).device
+    bos, device = config.vocab_size - 1, join(config).device
     for label, members, weights in picked:
         models = [model_to_score(config).place(device).eval() for _ in members]
         for model, member in zip(models, members):
             load_member(model, run, *member)
         text = decode(sample(models, weights, [bos, *encode(options.prompt)], options, stop=bos))
-        print(f"{label}: {(options.prompt + text)!r}")
+        print0(f"{label}: {(options.prompt + text)!r}")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,20 @@ Of its own: --ranks=8 (0: the most up to 8 that can share the batches)  --mfu=0.
             --peak_tflops=989 (bf16 dense; an H100's)  --price=3 (dollars per GPU and hour)  --gpu_gb=80
 """
 import dataclasses
+import itertools
 import math
 import signal
 import textwrap
-from pathlib import Path
 
 import torch
 
-from config import from_args, student_of
 from data import loader
-from errors import refuse
+from infra.config import from_args, student_of
+from infra.console import exit_with_error, script
+from infra.distributed import batch_sizes, can_share, micro_batch_size, processes
 from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW
-from train import cycle_lengths, noise_scale, place_in_decay, rate_multipliers, tokens_per_step
-from world import batch_sequences, cannot_share, micro_batch_of, processes
+from train import noise_scale, schedule
 
 OPTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
@@ -90,9 +90,9 @@ def step_flops(model, looping, teachers):
 
 def sequences_per_epoch(config):
     """As the data has it where it is prepared, else from the token counts alone."""
-    if (Path(config.data_dir) / loader.file_name(config, "_train.pt")).exists():
+    if loader.file_path(config, "_train.pt").exists():
         return loader.load(config).sequences_per_epoch
-    return loader.epoch_of(config, config.train_tokens - config.fitness_tokens)
+    return loader.sequences_per_epoch(config, config.train_tokens - config.fitness_tokens)
 
 
 def held_out_tokens(config):
@@ -104,8 +104,9 @@ def held_out_tokens(config):
 def cycles_of(config, sequences):
     """[(first, last, steps, tokens of a step)] of runs of like cycles."""
     rows = []
-    for cycle, length in enumerate(cycle_lengths(config, sequences)):
-        like = length, tokens_per_step(config, cycle)
+    for cycle, steps in itertools.groupby(schedule(config, sequences), key=lambda step: step.cycle):
+        steps = list(steps)
+        like = len(steps), steps[0].sequences * config.sequence_len
         if rows and rows[-1][2:] == like:
             rows[-1] = (rows[-1][0], cycle, *like)
         else:
@@ -115,15 +116,12 @@ def cycles_of(config, sequences):
 
 def flops_of(config, model, sequences, teachers=1):
     """{script: model FLOPs in all}; teachers: of a distilled cycle."""
-    lengths = cycle_lengths(config, sequences)
-    flops = {"train.py": 0, "distill.py": 0}
-    for cycle, length in enumerate(lengths):
-        places = [place_in_decay(config, lengths, cycle, s) for s in range(length)]
-        chain = cycle >= config.distill_from
-        for looping in (False, True):
-            steps = sum((place >= config.loop_from * span) == looping for place, span in places)
-            flops["distill.py" if chain else "train.py"] += (config.trajectories * steps * tokens_per_step(config, cycle)
-                                                             * step_flops(model, looping, teachers * chain))
+    flops, per_token = {"train.py": 0, "distill.py": 0}, {
+        (looping, chain): step_flops(model, looping, teachers * chain) for looping in (False, True) for chain in (False, True)}
+    for step in schedule(config, sequences):
+        chain = step.cycle >= config.distill_from
+        flops["distill.py" if chain else "train.py"] += (config.trajectories * step.sequences * config.sequence_len
+                                                         * per_token[step.looping, chain])
     flops["prior.py"] = (config.trajectories * config.cycles * held_out_tokens(config)
                          * sum(forward_flops(model, looping=True, mtp=False).values()))
     return flops
@@ -177,9 +175,7 @@ def print_cycles(config, sequences):
     rows = cycles_of(config, sequences)
     for first, last, steps, tokens in rows:
         print(f"  cycles {first:>3} .. {last:>3}: {steps:>6} steps of {tokens:,} tokens")
-    lengths = cycle_lengths(config, sequences)
-    ends = [rate_multipliers(config.schedule, *place_in_decay(config, lengths, c, s))
-            for c, s in ((0, 0), (config.cycles - 1, lengths[-1] - 1))]
+    ends = [step.rates for step in (schedule(config, sequences)[i] for i in (0, -1))]
     what = "the one decay" if config.restart == "none" else "a cycle"
     print(f"  rates, first and last step of {what}: learning rate x {ends[0][0]:.4f} .. {ends[1][0]:.4f}, "
           f"weight decay x {ends[0][1]:.4f} .. {ends[1][1]:.4f}")
@@ -214,8 +210,8 @@ def print_machine(config, model, options):
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
     needs = lambda fixed, micro_batch: sum(fixed.values()) + micro_batch * sum(per_sequence.values())
     share = options.ranks // groups
-    sizes = sorted({micro_batch_of(config, n, share) for n in batch_sequences(config)})
-    most = max(batch_sequences(config)) // share
+    sizes = sorted({micro_batch_size(config, n, share) for n in batch_sizes(config)})
+    most = max(batch_sizes(config)) // share
     fits = max((m for m in range(1, most + 1) if most % m == 0 and needs(fixed, m) <= usable), default=0)
     print(f"  in micro-batches of {' and '.join(map(str, sizes))}: {needs(fixed, max(sizes)) / GIB:.1f}; the largest that fits "
           f"{options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
@@ -232,16 +228,17 @@ def print_machine(config, model, options):
           f"scores {members * 4 * held_out_tokens(config) / 1e9:,.4g}")
 
 
+@script
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     options.ranks = options.ranks or processes(config, most=8)
     for name in OPTIONS:
         value = getattr(options, name)
         if not 0 < value < 1e9 or name == "mfu" and value > 1:
-            refuse(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
-    reason = cannot_share(config, options.ranks)
-    if reason:
-        refuse(f"ranks={options.ranks}: {reason}")
+            exit_with_error(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
+    if not can_share(config, options.ranks):
+        exit_with_error(f"ranks={options.ranks}: cannot share the steps of this config equally; try "
+                        f"--ranks={processes(config, options.ranks)}")
     model, sequences = meta_model(config), sequences_per_epoch(config)
     print_model(model)
     print_cycles(config, sequences)

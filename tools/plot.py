@@ -13,10 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from config import from_args, student_of
-from errors import refuse
-from files import write_whole
-from population import read_prior
+from infra.config import from_args, student_of
+from infra.console import exit_with_error, print0, script
+from infra.files import write_whole
+from infra.run_directory import load_prior
 
 RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
          "learned": ("learned prior, K members", "tab:blue")}
@@ -119,27 +119,28 @@ def draw(priors, path, beside):
     text = priors[0]["text"]
     figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, "
                      f"SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
-    write_whole(path, lambda f: figure.savefig(f, format="png", dpi=130))
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     plt.close(figure)
 
 
+@script
 def main(argv=None):
     config, options = from_args(argv, __doc__, beside="")
-    mine, beside = read_prior(config.run_dir), {}
+    mine, beside = load_prior(config.run_dir), {}
     folders = list(filter(None, options.beside.split(",")))
     short = len({Path(folder).name for folder in folders}) == len(folders)
     for folder in folders:
-        other = read_prior(folder)
+        other = load_prior(folder)
         beside[Path(folder).name if short else folder] = [other]
         if any(other["text"].get(k) != mine["text"].get(k)
                for k in ("text_sha256", "tokenizer", "val_tokens")):
-            refuse(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
+            exit_with_error(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
     student = Path(student_of(config).run_dir)
     if (student / "prior.json").exists():
-        [last] = read_prior(student)["growing"]         # its own epochs come on top of its teachers'
+        [last] = load_prior(student)["growing"]         # its own epochs come on top of its teachers'
         beside["its student"] = [{"growing": [{**last, "epochs": last["epochs"] + mine["growing"][-1]["epochs"]}]}]
     draw([mine], Path(config.run_dir) / "prior.png", beside)
-    print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
+    print0(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
 
 
 if __name__ == "__main__":

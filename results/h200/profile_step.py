@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import distill
 import model as module
 import train
-from config import from_args
+from infra.config import from_args
 from tools import bench
 
 

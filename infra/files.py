@@ -1,0 +1,111 @@
+"""
+Files that are whole or not there, and that show when they are damaged: JSON, and named tensors (safetensors) with what they
+are. Each holds a SHA-256, so that no flipped bit passes. Neither format can hold code: a stranger's files are safe to read.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from infra.console import Damaged
+
+FORMAT = 3                  # of all files below; another one is refused
+
+
+def write_whole(path, save):
+    """
+    Write a file whole or not at all: save(temporary path), flushed to disk, then renamed. Raises OSError; what was there
+    before is then still there.
+    """
+    temporary = path.parent / f".writing-{os.getpid()}" / path.name     # its own name: torch.save puts it into the file
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        save(temporary)
+        flush_to_disk(temporary)
+        os.replace(temporary, path)
+        flush_to_disk(path.parent)              # the new name, too, outlives a power cut
+    except (OSError, RuntimeError, SafetensorError) as e:               # the libraries turn the first into the others
+        raise OSError(errno.EIO, f"could not be written ({getattr(e, 'strerror', None) or e})", str(path)) from e
+    finally:
+        shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def flush_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL:             # of a folder, on a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def clean_up(folder, pattern):
+    """Remove what killed writers left; for who holds the lock of their folder."""
+    for path in folder.glob(pattern):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sha256_of(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def seal(value):
+    """A dict of plain values as JSON, with the format and its SHA-256 inside."""
+    value = {"format": FORMAT, **value}
+    return json.dumps({**value, "sha256": sha256_of(value)}, indent=1)
+
+
+def unseal(text, path):
+    """The dict that was sealed. Raises Damaged."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        value = json.loads(text)
+        if value.pop("sha256") == sha256_of(value) and value["format"] == FORMAT:
+            return value
+    raise Damaged(f"'{path}' is damaged, or of another version of this code (this reads format {FORMAT}): restore it, or move "
+                  "it away and run the script that writes it")
+
+
+def write_json(path, value):
+    write_whole(path, lambda temporary: temporary.write_text(seal(value) + "\n"))
+
+
+def read_json(path):
+    """What write_json wrote. Raises Damaged, OSError."""
+    return unseal(path.read_bytes(), path)
+
+
+def digest(tensors):
+    """SHA-256 of named tensors: names, types, shapes, contents."""
+    sha = hashlib.sha256()
+    for name, w in sorted(tensors.items()):
+        sha.update(f"{name} {w.dtype} {tuple(w.shape)} ".encode())
+        sha.update(w.contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def write_tensors(path, tensors, **about):
+    """Named CPU tensors, and what they are: plain values, with their SHA-256 as about["tensors_sha256"]."""
+    about["tensors_sha256"] = digest(tensors)
+    # one entry of metadata: of several safetensors changes the order, and equal files would differ in their bytes
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"about": seal(about)}))
+
+
+def read_tensors(path, check=True):
+    """(tensors, mapped from disk; about). check: all contents are compared with their SHA-256. Raises Damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = unseal(file.metadata()["about"], path)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, KeyError, TypeError) as e:
+        raise Damaged(f"'{path}' is not readable ({type(e).__name__}): restore it, or move it away") from None
+    if check and digest(tensors) != about["tensors_sha256"]:
+        raise Damaged(f"'{path}' is damaged, its SHA-256 is another: restore it, or move it away")
+    return tensors, about

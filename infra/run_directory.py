@@ -1,0 +1,232 @@
+"""
+The run directory in which the scripts meet: config.json, metrics.jsonl, members (bf16 weights and what they are),
+checkpoints to resume from, scores, prior.json. Knows neither model nor data. t and c are trajectory and cycle, from 0.
+"""
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from infra.config import FIELDS
+from infra.console import ROOT, Damaged, exit_with_error, print0
+from infra.files import clean_up, read_json, read_tensors, write_json, write_tensors
+
+SPLITS = "fit", "val"       # the held-out sets: for the prior, and to report
+LAG = 120                   # seconds until another machine sees what was written on a shared disk
+DEFAULTS = {f.name: f.default for f in FIELDS.values()
+            if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
+
+
+def differences(theirs, mine):
+    """The keys in which two dicts differ, with both values, as text; empty where they agree."""
+    return "; ".join(f"{k} is {theirs.get(k)} there and {mine.get(k)} here"
+                     for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k))
+
+
+def code_version():
+    """SHA-256, shortened, of the method's Python files."""
+    files = sorted(p for pattern in ("*.py", "data/*.py", "infra/*.py") for p in ROOT.glob(pattern))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def environment(config, ranks):
+    """What the bits of a run depend on, beside its identity."""
+    machine = (torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else
+               f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    return dict(machine=machine, torch=torch.__version__.split("+")[0], ranks=ranks.group_size,
+                micro_batch=config.micro_batch, threads=torch.get_num_threads())
+
+
+class RunDirectory:
+    """
+    Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do). Nothing is written
+    before open(), whose lock a `with` holds.
+    """
+
+    def __init__(self, config, data_fingerprint):
+        self.config, self.path, self.lock = config, Path(config.run_dir), None
+        self.config_path = self.path / "config.json"
+        theirs = read_json(self.config_path)["identity"] if self.config_path.exists() else {}
+        # through JSON and back, so that what is compared is what a file can hold
+        self.identity = json.loads(json.dumps({
+            **config.identity(), "data_fingerprint": data_fingerprint or theirs.get("data_fingerprint")}))
+        differ = theirs and self.differs(theirs)
+        if differ:
+            exit_with_error(f"run_dir='{self.path}' belongs to another config: {differ}; name another --run_dir, or move it")
+        try:
+            tempfile.TemporaryFile(dir=next(p for p in [self.path, *self.path.absolute().parents] if p.exists())).close()
+        except OSError as e:
+            exit_with_error(f"run_dir='{self.path}': cannot write there: {e.strerror}; name another --run_dir")
+
+    def identity_of(self, t):
+        """Of trajectory t's files, with its own seed: trajectory 0 of seed 43 may join a run of seed 42 as its 1."""
+        return {**self.identity, "seed": self.config.seed + t}
+
+    def differs(self, identity, t=0):
+        """How a file's identity differs from ours, as text; settings that are newer than it count as their defaults."""
+        return differences({**DEFAULTS, **identity}, self.identity_of(t))
+
+    # ---- who may write
+
+    def open(self, ranks, folder=".", **about):
+        """
+        All ranks together: lock this folder of it, clean up what killed writers left there, write config.json where there is
+        none (about: more for it). Exits with code 2 where another process has the lock, or a rank sees another disk.
+        """
+        path, launch = self.path / folder / ".lock", " ".join(
+            os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
+        if ranks.rank == 0:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.lock = open(path, "a")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # goes with the process, however it ends
+            except BlockingIOError:
+                exit_with_error(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop it, or "
+                                "name another --run_dir")
+            except OSError:
+                if not self.lock:                                           # else a file system without locks
+                    raise
+            self.lock.truncate(0)
+            print(launch, end="", file=self.lock, flush=True)
+            clean_up(path.parent, ".writing-*")
+            clean_up(path.parent, "*/.writing-*")
+            self.write_config(about)
+        ranks.barrier(everyone=True)
+        until = time.monotonic() + LAG
+        while not path.exists() or path.read_text() != launch:
+            if time.monotonic() > until:
+                exit_with_error(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank 0's disk: "
+                                "name a --run_dir that all ranks share")
+            time.sleep(0.5)
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.lock:
+            self.lock.close()
+
+    def write_config(self, about):
+        code = code_version()
+        if not self.config_path.exists():
+            write_json(self.config_path, dict(identity=self.identity, config=vars(self.config), code=code,
+                                              torch=torch.__version__, **about))
+        elif read_json(self.config_path)["code"] != code:
+            print0(f"note: '{self.path}' was begun by another version of the code; what is there stays, for a fresh start name "
+                   "another --run_dir")
+
+    def check_room(self, parameters):
+        """Exits with code 2 where the disk has no room for what will still be written, of a model of so many parameters."""
+        # a member: bf16; a checkpoint: fp32 weights, two moments, their average; scores: fp32
+        c, checkpoint = self.config, (16 if self.config.ema_decay else 12) * parameters
+        need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
+            2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
+        need -= sum(path.stat().st_size for path in self.path.glob("**/*.safetensors"))
+        room = shutil.disk_usage(self.path).free
+        if need > room:
+            exit_with_error(f"run_dir='{self.path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB are "
+                            "free there: make room, or name another --run_dir")
+
+    # ---- members
+
+    def folder(self, t):
+        return self.path / f"trajectory_{t:02d}"
+
+    def member_path(self, t, c):
+        return self.folder(t) / f"cycle_{c:03d}.safetensors"
+
+    def members(self):
+        """The (t, c) of every member that is there, in order."""
+        return [(t, c) for t in range(self.config.trajectories) for c in range(self.config.cycles)
+                if self.member_path(t, c).exists()]
+
+    def save_member(self, t, c, state_dict, **about):
+        """The weights in bf16, and what they are."""
+        weights = {name: w.detach().to("cpu", torch.bfloat16, copy=True) for name, w in state_dict.items()}
+        write_tensors(self.member_path(t, c), weights, identity=self.identity_of(t), **about)
+
+    def load_own(self, t, path, check=True):
+        """read_tensors() of a file of trajectory t. Raises Damaged, also where it is another population's."""
+        tensors, about = read_tensors(path, check)
+        differ = self.differs(about["identity"], t)
+        if differ:
+            raise Damaged(f"'{path}' is of another population ({differ}): move it away")
+        return tensors, about
+
+    def load_member(self, t, c, check=True):
+        """(weights: name -> bf16 tensor on disk; about, with "tensors_sha256")."""
+        return self.load_own(t, self.member_path(t, c), check)
+
+    # ---- checkpoints: the newest, and the one before in case that is damaged
+
+    def save_checkpoint(self, t, tensors, **about):
+        newest, previous = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
+        if newest.exists():
+            os.replace(newest, previous)
+        write_tensors(newest, tensors, identity=self.identity_of(t), **about)
+
+    def load_checkpoint(self, t):
+        """(tensors on disk, about) of the newest that is whole; (None, {"step": 0}) where the trajectory is new."""
+        reason = None
+        for path in (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous")):
+            try:
+                if path.exists():
+                    return self.load_own(t, path)
+            except Damaged as e:
+                reason = reason or e
+                print0(f"note: {e}; trying the previous one", prints=True)
+        if reason or self.member_path(t, 1).exists():       # the first member may be there before the first checkpoint
+            exit_with_error(f"{reason or f'{self.folder(t)} has members but no checkpoint to resume from: restore one'}, or "
+                            f"delete '{self.folder(t)}' and train it again")
+        return None, {"step": 0}
+
+    # ---- scores, a file for each member and held-out set
+
+    def score_path(self, split, t, c):
+        return self.path / "scores" / split / f"{t:02d}_{c:03d}.safetensors"
+
+    def save_scores(self, split, t, c, log_p, weights_sha256):
+        """log_p: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
+        if not np.isfinite(log_p).all():
+            raise Damaged(f"'{self.member_path(t, c)}' gives probabilities that are no numbers: move it away")
+        write_tensors(self.score_path(split, t, c), {"log_p": torch.from_numpy(log_p)}, weights_sha256=weights_sha256,
+                      split=split)
+
+    def load_scores(self, split, t, c, check=True):
+        """((tokens,) float32, mapped from disk; the SHA-256 of the weights whose they are); (None, None): there are none."""
+        path = self.score_path(split, t, c)
+        if not path.exists():
+            return None, None
+        tensors, about = read_tensors(path, check)
+        return tensors["log_p"].numpy(), about["weights_sha256"]
+
+    # ---- metrics
+
+    def log(self, **record):
+        """
+        A line of metrics.jsonl: a step, a cycle or a score. After a kill some steps come again: the last line of a step
+        holds, and a line that the kill tore is none.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "ab+") as f:
+                torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+                f.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def load_prior(run_dir):
+    """What prior.py wrote. Exits with code 2 where it has not."""
+    path = Path(run_dir) / "prior.json"
+    return read_json(path) if path.exists() else exit_with_error(f"no '{path}': run prior.py on its config first")
