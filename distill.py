@@ -1,13 +1,12 @@
 """
-Primitive 2, chain distillation (paper, section 3.2): from cycle distill_from on, every member learns from the labels and
-from its frozen predecessor, its teacher.
+Primitive 2, chain distillation (paper, section 3.2): from cycle distill_from on, every member learns from the
+labels and from its frozen predecessor, its teacher.
 
 One process:  python distill.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
-One student:  the same and --student, after prior.py: one model learns from the learned prior's K = student_teachers members
-
-Goes on from where train.py stopped, with the same loop, and writes the same files; the student is a population of one, in
-run_dir/student, which prior.py --student reports. Run again, it does what is missing.
+One student:  the same and --student, after prior.py: one model learns from the learned prior's K members
+ Goes on from where train.py stopped, with the same loop, and writes the same files; the student is a
+population of one, in run_dir/student, which prior.py --student reports. Run again, it does what is missing.
 """
 import math
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 
 from data import loader
 from infra.config import from_args, student_of
-from infra.console import exit_with_error, next_command, print0, script
+from infra.console import fail, next_command, print0, script
 from infra.files import read_json
 from infra.run_directory import RunDirectory, load_prior
 from model import GPT, cross_entropy
@@ -34,8 +33,9 @@ def distillation_kl(student_logits, teacher_logits, temperature):
 
 def mixed_logits(teachers, states):
     """
-    Logits (n, V) whose softmax is the weighted mean of the teachers', [(frozen model, weight)], at n positions: their hidden
-    states, (n, C) for each. Added up one by one, so that of K teachers' logits two are alive at a time.
+    Logits (n, V) whose softmax is the weighted mean of the teachers', [(frozen model, weight)], at n
+    positions: their hidden states, (n, C) for each. Added up one by one, so that of K teachers' logits two
+    are alive at a time.
     """
     mix = None
     for (teacher, weight), x in zip(teachers, states):
@@ -48,8 +48,9 @@ def mixed_logits(teachers, states):
 
 def distilled_loss(student, teachers, batch, alpha, temperature):
     """
-    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL (paper, eq. 6) of sequences (B, T + 1), in
-    nats per token. teachers: [(frozen model, weight)]; the weighted mean of their probabilities teaches.
+    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL (paper, eq. 6) of sequences
+    (B, T + 1), in nats per token. teachers: [(frozen model, weight)]; the weighted mean of their
+    probabilities teaches.
     """
     with torch.no_grad():                       # N, C each: logits follow chunk by chunk, as the student's do
         states = [teacher.hidden(batch[:, :-1]).flatten(0, 1) for teacher, _ in teachers]
@@ -57,7 +58,8 @@ def distilled_loss(student, teachers, batch, alpha, temperature):
     def token_loss(logits, targets, *states):
         with torch.no_grad():
             teacher_logits = mixed_logits(teachers, states)
-        return (1 - alpha) * cross_entropy(logits, targets) + alpha * distillation_kl(logits, teacher_logits, temperature)
+        kl = distillation_kl(logits, teacher_logits, temperature)
+        return (1 - alpha) * cross_entropy(logits, targets) + alpha * kl
 
     loss, mtp = student(batch[:, :-1], batch[:, 1:], token_loss, *states)
     return loss + (1 - alpha) * mtp
@@ -68,7 +70,7 @@ def distilled_loss(student, teachers, batch, alpha, temperature):
 def frozen(config, device):
     """A model for members' weights, to be asked and not trained."""
     model = GPT(config).place(device, config.compile).eval().requires_grad_(False)      # eval: no dropout
-    return model.bfloat16() if device.type == "cuda" else model     # the members' own type; the CPU computes in float32
+    return model.bfloat16() if device.type == "cuda" else model     # the members' own type
 
 
 def teacher_of(run, t, cycle):
@@ -77,7 +79,7 @@ def teacher_of(run, t, cycle):
 
 
 class ChainLoss:
-    """The loss function of each cycle. One teacher stays in memory, its weights replaced before every cycle."""
+    """The loss function of each cycle. One teacher stays in memory, with other weights in every cycle."""
 
     def __init__(self):
         self.teacher = None
@@ -97,13 +99,14 @@ def learned_prior(prior, K):
     """[trajectory, cycle, SHA-256 of the weights, weight] of each of prior.json's K members."""
     answers = {a["K"]: a for a in prior["answers"] if a["rule"] == "learned"}
     if K not in answers:
-        exit_with_error(f"student_teachers={K}: prior.json has answers for K = {', '.join(map(str, answers))}; set one of these")
+        fail(f"student_teachers={K}: prior.json answers for K = {', '.join(map(str, answers))}")
     members = [prior["members"][i] for i in answers[K]["members"]]
-    return [[m["trajectory"], m["cycle"], m["weights_sha256"], w] for m, w in zip(members, answers[K]["weights"]) if w > 0]
+    return [[m["trajectory"], m["cycle"], m["weights_sha256"], w]
+            for m, w in zip(members, answers[K]["weights"]) if w > 0]
 
 
 def teach_student(config, argv):
-    """One model on from the best member's weights, a population of one, taught by the mixture of K members."""
+    """A population of one, on from the best member's weights, taught by the mixture of K members."""
     population, own = RunDirectory(config, loader.load(config).fingerprint), student_of(config)
     K, config_path = config.student_teachers, RunDirectory(own, data_fingerprint=None).config_path
     if config_path.exists():                    # begun: prior.json may have changed since
@@ -112,21 +115,22 @@ def teach_student(config, argv):
         prior = load_prior(config.run_dir)
         taught_by = dict(K=K, teachers=learned_prior(prior, K), first=learned_prior(prior, 1)[0])
     if taught_by["K"] != K:
-        exit_with_error(f"run_dir='{own.run_dir}' has a student of student_teachers={taught_by['K']}, not {K}: move it away to "
-                        "train another")
+        fail(f"run_dir='{own.run_dir}' has a student of student_teachers={taught_by['K']}, not {K}: move it "
+             "away to train another")
 
     def weights_of(t, c, sha256, _):
         weights, about = population.load_member(t, c)
         if about["tensors_sha256"] != sha256:
-            exit_with_error(f"'{population.member_path(t, c)}' is not the member that prior.json weighed: run prior.py again, "
-                            f"and move '{own.run_dir}' away if it is there")
+            fail(f"'{population.member_path(t, c)}' is not the member that prior.json weighed: run prior.py "
+                 f"again, and move '{own.run_dir}' away if it is there")
         return weights
 
     def student_loss(run, t, cycle, device):
         teachers = [(frozen(own, device), weight) for *_, weight in taught_by["teachers"]]
         for (model, _), member in zip(teachers, taught_by["teachers"]):
             model.load_state_dict(weights_of(*member))
-        return lambda student, batch: distilled_loss(student, teachers, batch, own.distill_alpha, own.distill_temperature)
+        return lambda student, batch: distilled_loss(
+            student, teachers, batch, own.distill_alpha, own.distill_temperature)
 
     run_cycles(own, range(1), student_loss, next_command("distill.py", argv), weights_of(*taught_by["first"]),
                taught_by=taught_by)
@@ -138,7 +142,8 @@ def main(argv=None):
     if options.student:
         teach_student(config, argv)
     elif config.distill_from < config.cycles:
-        run_cycles(config, range(config.distill_from, config.cycles), ChainLoss(), next_command("distill.py", argv))
+        cycles = range(config.distill_from, config.cycles)
+        run_cycles(config, cycles, ChainLoss(), next_command("distill.py", argv))
     else:
         print0(f"no chain: distill_from={config.distill_from} is not below cycles={config.cycles}")
     print0(f"next: {next_command('prior.py', argv)}")

@@ -1,6 +1,6 @@
 """
-The GPT of the NanoGPT Slowrun record: forward pass, training loss, log-probabilities.
-Imports nothing of ours. Shapes: B sequences, T tokens, C = n_embd, H heads, D = C // H, V = vocab_size, N = B * T.
+The GPT of the NanoGPT Slowrun record: forward pass, training loss, log-probabilities. Imports nothing of
+ours. Shapes: B sequences, T tokens, C = n_embd, H heads, D = C // H, V = vocab_size, N = B * T.
 """
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ class GPTConfig:
     n_head: int
     n_embd: int                     # width of the residual stream
     dropout: float = 0.1            # on the output of every attention and MLP
-    window_pattern: str = "SSSL"    # tiled over the layers: S sees half the sequence, L all; the last layer is L
+    window_pattern: str = "SSSL"    # tiled over the layers: S sees half the sequence, L all; the last is L
     iha: bool = True                # interleaved heads: every head's q, k, v weights are a mix of all heads'
     mtp_weight: float = 0.3         # weight of the multi-token-prediction loss; 0 = no such head
     loop_start: int = 0             # decoder layers loop_start .. loop_end - 1 run once in order,
@@ -34,7 +34,7 @@ def norm(x):
 
 
 def rotary(x, cos, sin):
-    x1, x2 = x.chunk(2, dim=-1)                         # B, T, 2 (q and k), H, D/2 each; cos, sin: T, 1, 1, D/2
+    x1, x2 = x.chunk(2, dim=-1)                         # B, T, 2 (q, k), H, D/2 each; cos, sin: T, 1, 1, D/2
     return torch.cat([x1 * cos + x2 * sin, -x1 * sin + x2 * cos], dim=-1).to(x.dtype)
 
 
@@ -49,12 +49,12 @@ def mixed_precision(method):
 
 def attend(q, k, v, window):
     """
-    Causal attention, (B, T, H, D) each; window: how many keys to the left are seen, None: all. Flash attention on CUDA,
-    where no mask is ever built; PyTorch's own elsewhere.
+    Causal attention, (B, T, H, D) each; window: how many keys to the left are seen, None: all. Flash
+    attention on CUDA, where no mask is ever built; PyTorch's own elsewhere.
     """
     B, T, H, D = q.shape
     if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn           # here: a second of import that the CPU need not wait for
+        from torch.nn.attention.varlen import varlen_attn           # here: it takes a second to import
         ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
         y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, ends, T, T,
                         window_size=(-1 if window is None else window, 0))
@@ -69,9 +69,9 @@ def attend(q, k, v, window):
 
 class Attention(nn.Module):
     """
-    Causal attention in a window, on queries, keys and values of which each head mixes all heads' (IHA). In every second
-    layer a gated projection of the token embedding, the value embedding ve, joins the values. As in the record the gates
-    see the first channels of x only: 32 for ve, 12 for the output.
+    Causal attention in a window, on queries, keys and values of which each head mixes all heads' (IHA). In
+    every second layer a gated projection of the token embedding, the value embedding ve, joins the values. As
+    in the record the gates see the first channels of x only: 32 for ve, 12 for the output.
     """
 
     def __init__(self, config, has_ve):
@@ -94,18 +94,19 @@ class Attention(nn.Module):
         What every application needs: q, k and v as one (3C, C), every head's weights a mix of all heads',
         and c_proj's (C, C).
         """
-        W = torch.stack([linear.weight.to(dtype) for linear in (self.c_q, self.c_k, self.c_v)]).view(3, self.n_head, -1)
+        W = torch.stack([linear.weight.to(dtype) for linear in (self.c_q, self.c_k, self.c_v)])
+        W = W.view(3, self.n_head, -1)                                          # 3, H, D * C
         if self.iha:
-            W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W                 # 3, H, H @ 3, H, D * C
+            W = torch.stack([self.q_mix, self.k_mix, self.v_mix]).to(dtype) @ W
         return W.view(-1, self.c_q.in_features), self.c_proj.weight.to(dtype)
 
     def forward(self, x, weights, ve, rope, window):
         """x (B, T, C) normed; weights as weights() gives them; ve (B, T, C) or None; rope = (cos, sin)."""
         qkv, proj = weights
-        qk, v = F.linear(x, qkv).view(*x.shape[:2], 3, self.n_head, -1).split([2, 1], dim=2)    # B, T, 2 and 1, H, D
-        q, k, v = *norm(rotary(qk, *rope)).unbind(2), v.squeeze(2)                              # B, T, H, D
+        qk, v = F.linear(x, qkv).view(*x.shape[:2], 3, self.n_head, -1).split([2, 1], dim=2)
+        q, k, v = *norm(rotary(qk, *rope)).unbind(2), v.squeeze(2)      # B, T, H, D
         if ve is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))         # B, T, H: starts at 1, the gate's weights at 0
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :32]))         # B, T, H: starts at 1
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
         y = attend(q, k, v, window) * torch.sigmoid(self.attn_gate(x[..., :12])).unsqueeze(-1)
         y = F.linear(y.flatten(2), proj)                                # B, T, C
@@ -139,31 +140,28 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def weights(self, dtype):
-        """Its matrices in the compute dtype, made once per forward pass however often the block is applied."""
+        """Its matrices in the compute dtype, made once per pass however often the block is applied."""
         return *self.attn.weights(dtype), *self.mlp.weights(dtype)
 
-    def forward(self, x, weights, ve, rope, window, stream=None, skip=None):
+    def forward(self, x, weights, ve, rope, window, mix):
         """
-        In order: x + s e where skip = (s, e), e from the encoder; r x + a x0 where stream = (r, a, x0);
-        x + attention; x + MLP.
+        In order: x + s e, e from the encoder, None elsewhere; r x + a x0; x + attention; x + MLP.
+        mix = (s, e, r, a, x0), or None for neither of the first two.
         """
         qkv, proj, *mlp = weights
-        if skip:
-            s, e = skip
-            x = x + s * e
-        if stream:
-            r, a, x0 = stream
-            x = r * x + a * x0
+        if mix:
+            s, e, r, a, x0 = mix
+            x = r * (x if e is None else x + s * e) + a * x0
         x = x + self.attn(norm(x), (qkv, proj), ve, rope, window)
         return x + self.mlp(norm(x), *mlp)
 
 
 class HeadLoss(torch.autograd.Function):
     """
-    The mean over N tokens of a loss of logits, from hidden states x (N, C) and the head's weight (padded V, C). Loss and
-    gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive. loss_of(z (n, padded V), *rows)
-    is the sum over a chunk; rows: tensors of N rows (targets, a teacher's states), cut into the same chunks as x. They get no
-    gradients, and backward runs once.
+    The mean over N tokens of a loss of logits, from hidden states x (N, C) and the head's weight (padded V,
+    C). Loss and gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive.
+    loss_of(z (n, padded V), *rows) is the sum over a chunk; rows: tensors of N rows (targets, a teacher's
+    states), cut into the same chunks as x. They get no gradients, and backward runs once.
     """
 
     @staticmethod
@@ -171,7 +169,7 @@ class HeadLoss(torch.autograd.Function):
         N, w, train = len(x), weight.to(x.dtype), any(ctx.needs_input_grad[:2])
         total, dx, dw = torch.zeros((), device=x.device), torch.empty_like(x), torch.zeros_like(weight)
         for chunk in chunks(x, len(w)):
-            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, padded V: the padding keeps rows aligned
+            z = (x[chunk] @ w.T).requires_grad_(train)                  # n, padded V: aligned rows
             with torch.set_grad_enabled(train):
                 loss = loss_of(z, *(row[chunk] for row in rows)) / N
             total += loss.detach()
@@ -196,7 +194,7 @@ def cap(z):
     return 15 * torch.tanh(z.float() / 15)
 
 
-# of a chunk's float32 logits; glibc gives larger blocks back to the system after each use, which doubles the time
+# of a chunk's float32 logits; glibc gives larger blocks back to the system after each use: twice the time
 CHUNK_BYTES = dict(cuda=2 ** 29, cpu=2 ** 25)
 
 
@@ -228,7 +226,7 @@ class GPT(nn.Module):
         self.config = config
         L, C = config.n_layer, config.n_embd
         padded = 64 * math.ceil(config.vocab_size / 64)
-        has_ve = [i % 2 == (L - 1) % 2 for i in range(L)]               # every second layer, the last among them
+        has_ve = [i % 2 == (L - 1) % 2 for i in range(L)]               # every second layer, the last too
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, C),
             h=nn.ModuleList(Block(config, has_ve[i]) for i in range(L)),
@@ -237,7 +235,7 @@ class GPT(nn.Module):
         self.ve_projs = nn.ModuleDict({str(i): nn.Linear(C, C, bias=False) for i in range(L) if has_ve[i]})
         self.resid_lambdas = nn.Parameter(torch.empty(L))               # before every layer: of the stream,
         self.x0_lambdas = nn.Parameter(torch.empty(L))                  # of the embedding,
-        self.skip_weights = nn.Parameter(torch.empty(L // 2))           # and, in the second half, of its partner in the first
+        self.skip_weights = nn.Parameter(torch.empty(L // 2))           # in the second half, of the first
         if config.mtp_weight:
             self.mtp_proj = nn.Linear(2 * C, C, bias=False)
             self.mtp_block = Block(config, has_ve=False)
@@ -248,8 +246,8 @@ class GPT(nn.Module):
         self.looping = True             # False: every layer once
         self.capped_loss = capped_loss  # place() may put a compiled one here
         D = C // config.n_head
-        frequency = 10000 ** -(torch.arange(0, D, 2, dtype=torch.float32) / D)
-        angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)[:, None, None, :]     # rotary: T, 1, 1, D/2
+        frequency = 1 / 10000 ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
+        angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)[:, None, None, :]
         self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
 
@@ -278,15 +276,15 @@ class GPT(nn.Module):
         return self.cos.device
 
     def place(self, device, compile=False):
-        """To the device in the recipe's types: on CUDA the embedding table, and so the residual stream, is bf16."""
+        """To the device in the recipe's types: on CUDA the embedding, and so the residual stream, is bf16."""
         self.to(device)
         if device.type == "cuda":
             self.transformer.wte.bfloat16()
-            hopper = torch.cuda.get_device_capability(device)[0] == 9
-            if hopper and importlib.util.find_spec("flash_attn_interface") and current_flash_attention_impl() is None:
+            hopper = torch.cuda.get_device_capability(device)[0] == 9 and not current_flash_attention_impl()
+            if hopper and importlib.util.find_spec("flash_attn_interface"):
                 activate_flash_attention_impl("FA3")
-            if compile:             # block by block: looped layers reuse one graph, and DDP overlaps between blocks
-                torch._dynamo.config.recompile_limit = 64       # training, scoring and teaching each have their kinds of block
+            if compile:             # block by block: loops reuse one graph, DDP overlaps between blocks
+                torch._dynamo.config.recompile_limit = 64       # training, scoring, teaching differ
                 torch._dynamo.config.optimize_ddp = False       # would cut each block at DDP's buckets
                 for block in self.modules():
                     if isinstance(block, Block):
@@ -302,15 +300,15 @@ class GPT(nn.Module):
         x = x0 = norm(self.transformer.wte(idx))                                # B, T, C
         weights, ve, encoder = {}, {}, {}
         for i in self.layers if self.looping else range(c.n_layer):
-            # once, however often the layer is applied; made here, because gradients of what is made first come last
+            # once, however often it is applied; here, because gradients of what is made first come last
             if i not in weights:
                 weights[i] = self.transformer.h[i].weights(x.dtype)
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
-            stream = self.resid_lambdas[i], self.x0_lambdas[i], x0
-            # U-Net: decoder i pairs with L-1-i
-            skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else None
-            x = self.transformer.h[i](x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, stream, skip)
+            # U-Net: decoder layer i pairs with encoder layer L-1-i
+            skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else (None, None)
+            mix = *skip, self.resid_lambdas[i], self.x0_lambdas[i], x0
+            x = self.transformer.h[i](x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, mix)
             if i < half:
                 encoder[i] = x
         return norm(x)
@@ -321,8 +319,8 @@ class GPT(nn.Module):
 
     def head_loss(self, x, targets, token_loss=cross_entropy, *rows):
         """
-        The mean over B * T tokens, from hidden states x (B, T, C). token_loss(logits (n, V) float32, targets (n,), *rows: n of
-        each) gives the sum over n tokens; each of rows here has B * T.
+        The mean over B * T tokens, from hidden states x (B, T, C). token_loss(logits (n, V) float32, targets
+        (n,), *rows: n of each) gives the sum over n tokens; each of rows here has B * T.
         """
         loss_of = functools.partial(self.capped_loss, token_loss, self.config.vocab_size)
         return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, loss_of, targets.flatten(), *rows)
@@ -333,19 +331,21 @@ class GPT(nn.Module):
         e = norm(self.transformer.wte(targets[:, :-1]))
         h = self.mtp_proj(torch.cat([x[:, :-1], e], dim=-1))                    # B, T-1, C
         T = h.size(1)
-        h = self.mtp_block(h, self.mtp_block.weights(h.dtype), None, (self.cos[:T], self.sin[:T]), None)
+        h = self.mtp_block(h, self.mtp_block.weights(h.dtype), None, (self.cos[:T], self.sin[:T]), None, None)
         return self.head_loss(norm(h), targets[:, 1:])
 
     @mixed_precision
     def forward(self, idx, targets=None, token_loss=cross_entropy, *rows):
         """
-        Without targets the logits (B, T, V) float32; with them two scalars in nats: the mean of token_loss (see head_loss),
-        by default the cross-entropy, and, in training, the weighted multi-token-prediction loss (else 0).
+        Without targets the logits (B, T, V) float32; with them two scalars in nats: the mean of token_loss
+        (see head_loss), by default the cross-entropy, and, in training, the weighted multi-token-prediction
+        loss (else 0).
         """
         x = self.hidden(idx)
         if targets is None:
             return self.logits(x)
-        mtp = self.config.mtp_weight * self.mtp_loss(targets, x) if self.config.mtp_weight and self.training else 0
+        weight = self.config.mtp_weight if self.training else 0
+        mtp = weight * self.mtp_loss(targets, x) if weight else 0
         return self.head_loss(x, targets, token_loss, *rows), mtp
 
     def log_p(self, idx, targets):

@@ -1,13 +1,14 @@
 """
-Primitive 3, the learned prior (paper, section 3.3): weights over members that minimise the loss of their mixture, the
-weighted mean of probabilities, on held-out text (the fitness set), for every inference budget K = members that answer.
+Primitive 3, the learned prior (paper, section 3.3): weights over members that minimise the loss of their
+mixture, the weighted mean of probabilities, on held-out text (the fitness set), for every inference budget K
+= members that answer.
 
 One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
-A student:    the same and --student: of run_dir/student, which distill.py --student wrote, a population of one
-
-Scores every member on the held-out sets that it has no scores for yet, fits, and writes run_dir/prior.json: members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the
-members and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
+A student:    the same and --student: of run_dir/student, a population of one
+ Scores every member on the held-out sets that it has no scores for yet, fits, and writes run_dir/prior.json:
+members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the members
+and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """
 import dataclasses
 import math
@@ -19,7 +20,7 @@ import torch
 
 from data import loader
 from infra.config import from_args, student_of
-from infra.console import exit_with_error, next_command, print0, progress_bar, script
+from infra.console import fail, next_command, print0, progress_bar, script
 from infra.distributed import join
 from infra.files import write_json
 from infra.run_directory import SPLITS, RunDirectory
@@ -31,7 +32,7 @@ BLOCK = 1 << 13         # tokens of all members held in float64 at once
 # --------------------------------------------------------------------------------------------- the fit
 
 def nonnegative_qp(H, b, y):
-    """argmin of y'Hy/2 - b'y over y >= 0, from a feasible y: the active-set method of Lawson and Hanson (1974)."""
+    """argmin of y'Hy/2 - b'y over y >= 0, from a feasible y: the active sets of Lawson and Hanson (1974)."""
     free = y > 0
     for _ in range(20 * len(b)):
         z = torch.zeros_like(b)
@@ -56,7 +57,7 @@ def fit_on(P, w):
         R = P / (w @ P)
         s, H = R.mean(dim=1), R @ R.T / R.size(1)           # gradient 1 - s, Hessian H
         # Newton's model (1-s)'(y-w) + (y-w)'H(y-w)/2 is, since Hw = s, y'Hy/2 - (2s-1)'y and a constant
-        y = nonnegative_qp(H + 1e-11 * H.diagonal().diag(), 2 * s - 1, w)      # the ridge splits equal members' share
+        y = nonnegative_qp(H + 1e-11 * H.diagonal().diag(), 2 * s - 1, w)      # ridge: equal members share
         slope, t = (1 - s) @ (y - w), 1.0
         if s.max() - 1 < 1e-10 or slope > -1e-16:
             break
@@ -69,14 +70,15 @@ def fit_on(P, w):
 
 def fit_weights(log_p, tolerance=1e-7):
     """
-    The weights w (members,) float64 on the simplex that minimise -mean_t log(sum_i w_i p_i,t), and the proven bound on
-    their distance from the optimum in nats: gap = max_i mean_t(p_i,t / mix_t) - 1 <= tolerance (paper, eq. 8; the
-    problem is convex); RuntimeError where it stays above. log_p: (members, tokens) float32 log-probabilities of the
-    targets, read only; of the members that get no weight at most a block of tokens is copied.
+    The weights w (members,) float64 on the simplex that minimise -mean_t log(sum_i w_i p_i,t), and the proven
+    bound on their distance from the optimum in nats: gap = max_i mean_t(p_i,t / mix_t) - 1 <= tolerance
+    (paper, eq. 8; the problem is convex); RuntimeError where it stays above. log_p: (members, tokens) float32
+    log-probabilities of the targets, read only; of the members that get no weight at most a block of tokens
+    is copied.
     """
     members, tokens = log_p.shape
     blocks = [slice(i, i + BLOCK) for i in range(0, tokens, BLOCK)]
-    largest = to_float64(log_p.max(dim=0).values)               # a factor per token changes nothing but the range
+    largest = to_float64(log_p.max(dim=0).values)               # a factor per token changes the range alone
     w = torch.zeros(members, dtype=torch.float64)
     w[mean_log_p(log_p).argmax()] = 1
     for _ in range(1000):
@@ -86,9 +88,9 @@ def fit_weights(log_p, tolerance=1e-7):
         gap = s.max().item() - 1
         if gap <= tolerance:
             return w, gap
-        better = s.topk(min(32, members)).indices               # members whose share would lower the loss join,
+        better = s.topk(min(32, members)).indices               # those whose share would lower the loss join,
         better = better[(s[better] > 1) & (w[better] == 0)]
-        w[better] = 0.01                                        # with a share: Newton does not start at the edge
+        w[better] = 0.01                                        # with a share: Newton starts inside
         support = w > 0
         w[support] = fit_on(relative(log_p[support], largest), w[support] / w.sum())
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
@@ -100,7 +102,7 @@ def to_float64(log_p):
 
 
 def relative(log_p, largest):
-    """Probabilities over the largest that any member gives. Below e^-45 of it nothing is added to a mixture worth having."""
+    """Probabilities over the largest that any member gives; below e^-45 of it they add nothing."""
     return to_float64(log_p).sub_(largest).clamp_(min=-45).exp_()         # in place, on the copy
 
 
@@ -113,9 +115,9 @@ def mean_log_p(log_p):
 
 def eliminate(log_p, weights):
     """
-    {K: (members, weights)} for K = 1 .. as many as have weight: from the optimum over all, the member without whom the
-    others' mixture loses least goes, the others are fitted again, and so on (greedy: good, not proven best); for K = 1
-    the best member, exactly.
+    {K: (members, weights)} for K = 1 .. as many as have weight: from the optimum over all, the member without
+    whom the others' mixture loses least goes, the others are fitted again, and so on (greedy: good, not
+    proven best); for K = 1 the best member, exactly.
     """
     members = weights.nonzero()[:, 0]
     P = relative(log_p[members], to_float64(log_p.max(dim=0).values))
@@ -123,7 +125,8 @@ def eliminate(log_p, weights):
     while len(members) > 1:
         found[len(members)] = members, w
         mix, rest = w @ P, (1 - w).clamp(min=1e-300)
-        without = torch.stack([((mix - w_i * p) / r).clamp(min=1e-300).log().mean() for w_i, p, r in zip(w, P, rest)])
+        without = torch.stack([((mix - w_i * p) / r).clamp(min=1e-300).log().mean()
+                               for w_i, p, r in zip(w, P, rest)])
         keep = torch.arange(len(w)) != without.argmax()
         members, P, w = members[keep], P[keep], w[keep] / w[keep].sum()
         w = fit_on(P, w)
@@ -133,15 +136,16 @@ def eliminate(log_p, weights):
 
 def answers_for(log_p):
     """
-    {rule: [(members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness loss;
-    uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the paper's);
-    learned: what elimination leaves. A rule may give fewer members than K: others join with weight 0, by loss.
+    {rule: [(members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness
+    loss; uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the
+    paper's); learned: what elimination leaves. A rule may give fewer members than K: others join with weight
+    0, by loss.
     """
     weights, gap = fit_weights(log_p)
     by_loss = mean_log_p(log_p).argsort(descending=True, stable=True)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
     left = eliminate(log_p, weights)
-    rules = {"best": [(by_loss[:1], torch.ones(1, dtype=torch.float64))], "uniform": [], "topk": [], "learned": []}
+    rules = {"uniform": [], "topk": [], "learned": []}
     for K in range(1, len(log_p) + 1):
         rules["uniform"].append((by_loss[:K], torch.full((K,), 1 / K, dtype=torch.float64)))
         rules["topk"].append((by_weight[:K], weights[by_weight[:K]] / weights[by_weight[:K]].sum()))
@@ -150,7 +154,8 @@ def answers_for(log_p):
     def filled(K, members, weights):
         idle = by_loss[~torch.isin(by_loss, members)][:K - len(members)]
         return torch.cat([members, idle]), torch.cat([weights, weights.new_zeros(len(idle))])
-    return {rule: [filled(K, *answer) for K, answer in enumerate(answers, 1)] for rule, answers in rules.items()}, gap
+    rules = {"best": rules["uniform"][:1], **rules}
+    return {rule: [filled(K, *answer) for K, answer in enumerate(of, 1)] for rule, of in rules.items()}, gap
 
 
 def growing(members, log_p):
@@ -166,9 +171,10 @@ def growing(members, log_p):
 
 def mixture_losses(mixtures, log_p, token_bytes, documents):
     """
-    Of each mixture (members, weights): the nats in every document (mixtures, documents) and bits per byte (mixtures,).
-    log_p: a list of (tokens,) arrays, one a member; token_bytes (tokens,): bytes of each target, 0 for the separator,
-    which is left out of the bits; documents (tokens,): the document of each target, from 0.
+    Of each mixture (members, weights): the nats in every document (mixtures, documents) and bits per byte
+    (mixtures,). log_p: a list of (tokens,) arrays, one a member; token_bytes (tokens,): bytes of each target,
+    0 for the separator, which is left out of the bits; documents (tokens,): the document of each target, from
+    0.
     """
     W = torch.zeros(len(mixtures), len(log_p), dtype=torch.float64)
     for row, (members, weights) in zip(W, mixtures):
@@ -176,7 +182,7 @@ def mixture_losses(mixtures, log_p, token_bytes, documents):
     nats, text_nats = W.new_zeros(len(W), int(documents.max()) + 1), W.new_zeros(len(W))
     for i in range(0, len(token_bytes), BLOCK):
         p = torch.from_numpy(np.stack([member[i:i + BLOCK] for member in log_p])).double().exp()
-        loss = -(W @ p).clamp(min=1e-12).log()                              # mixtures, block; the public script's floor
+        loss = -(W @ p).clamp(min=1e-12).log()          # mixtures, block; the script's floor
         nats.index_add_(1, torch.from_numpy(documents[i:i + BLOCK]), loss)
         text_nats += loss[:, torch.from_numpy(token_bytes[i:i + BLOCK] > 0)].sum(dim=1)
     return nats, text_nats / (math.log(2) * max(1, int(token_bytes.sum(dtype=np.int64))))
@@ -184,8 +190,8 @@ def mixture_losses(mixtures, log_p, token_bytes, documents):
 
 def paired_error(difference, sizes):
     """
-    Standard error of the mean difference per token, over documents: (documents,) nats and (documents,) tokens. None for
-    a single document, which says nothing of another.
+    Standard error of the mean difference per token, over documents: (documents,) nats and (documents,)
+    tokens. None for a single document, which says nothing of another.
     """
     if len(sizes) < 2:
         return None
@@ -206,7 +212,7 @@ def fill(model, path, weights):
         model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")})
     except RuntimeError as e:
         first = textwrap.shorten(str(e).splitlines()[1].strip(" ."), 200)
-        exit_with_error(f"'{path}' is of another model or tokenizer: {first}; use its config")
+        fail(f"'{path}' is of another model or tokenizer: {first}; use its config")
 
 
 def load_member(model, run, t, c):
@@ -237,31 +243,33 @@ def score_members(config, data, run, ranks):
 
 def evaluate(mixtures, best, log_p, data):
     """
-    What is reported of each of these mixtures, [(members, weights)], in one pass over each held-out set: losses,
-    perplexity, bits per byte, and the standard error of the difference to mixture number `best` over validation documents.
-    log_p: split -> a list of (tokens,), one a member.
+    What is reported of each of these mixtures, [(members, weights)], in one pass over each held-out set:
+    losses, perplexity, bits per byte, and the standard error of the difference to mixture number `best` over
+    validation documents. log_p: split -> a list of (tokens,), one a member.
     """
     nats, bits = {}, {}
     for split in SPLITS:
         targets = getattr(data, split)[:, 1:].ravel()
         documents = data.val_documents if split == "val" else np.zeros(targets.size, np.int64)
-        nats[split], bits[split] = mixture_losses(mixtures, log_p[split], data.token_bytes[targets], documents)
-    fit_losses, val_losses = ((nats[split].sum(dim=1) / len(log_p[split][0])).tolist() for split in SPLITS)
-    sizes = torch.from_numpy(np.bincount(data.val_documents)).double()
-    return [dict(fit_loss=fit, val_loss=val, val_perplexity=math.exp(val), val_bits_per_byte=per_byte,
-                 val_error=paired_error(of_documents - nats["val"][best], sizes))
-            for fit, val, per_byte, of_documents in zip(fit_losses, val_losses, bits["val"].tolist(), nats["val"])]
+        sizes = data.token_bytes[targets]
+        nats[split], bits[split] = mixture_losses(mixtures, log_p[split], sizes, documents)
+    fit, val = ((nats[split].sum(dim=1) / len(log_p[split][0])).tolist() for split in SPLITS)
+    lengths = torch.from_numpy(np.bincount(data.val_documents)).double()
+    return [dict(fit_loss=fit[i], val_loss=val[i], val_perplexity=math.exp(val[i]),
+                 val_bits_per_byte=bits["val"][i].item(),
+                 val_error=paired_error(nats["val"][i] - nats["val"][best], lengths))
+            for i in range(len(mixtures))]
 
 
 def print_table(config, result):
-    print0(f"{'K':>4} {'rule':8} {'fitness':>8} {'validation':>10} {'+-':>6} {'perplexity':>10} {'bits/byte':>9}")
+    print0("   K rule      fitness validation     +- perplexity bits/byte")
     for a in result["answers"]:
         error = "-" if a["val_error"] is None else f"{a['val_error']:.4f}"
         print0(f"{a['K']:>4} {a['rule']:8} {a['fit_loss']:>8.4f} {a['val_loss']:>10.4f} {error:>6} "
-              f"{a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
-    print0(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per token; "
-          "+- is the standard error, over validation documents, of the difference to the best member. "
-          f"The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
+               f"{a['val_perplexity']:>10.3f} {a['val_bits_per_byte']:>9.4f}")
+    print0(f"{len(result['members'])} of {config.trajectories * config.cycles} members. Losses in nats per "
+           "token, +- is the standard error, over validation documents, of the difference to the best "
+           f"member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
 def weigh(config, data, run):
@@ -276,10 +284,11 @@ def weigh(config, data, run):
     mixtures = [("members", m) for m in alone] + [("growing", tuple(m)) for _, *m in grown]
     mixtures += [(rule, answer) for rule, answers in rules.items() for answer in answers]
     losses = {kind: [] for kind, _ in mixtures}
-    best = int(mean_log_p(fit).argmax())                            # its place among the mixtures, too: alone come first
+    best = int(mean_log_p(fit).argmax())        # its place among the mixtures, too
     for (kind, _), row in zip(mixtures, evaluate([mixture for _, mixture in mixtures], best, log_p, data)):
         losses[kind].append(row)
-    result = dict(text=loader.read_about(config), distill_from=config.distill_from, gap=gap, answers=[], losses={})
+    result = dict(text=loader.read_about(config), distill_from=config.distill_from, gap=gap)
+    result |= dict(answers=[], losses={})
     result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
                          for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])]
     result["growing"] = [dict(cycle=cycle, members=len(chosen),
@@ -290,7 +299,7 @@ def weigh(config, data, run):
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **row)
                    for (m, w), row in zip(answers, losses[rule])]
         result["answers"] += [a for a in answers if a["K"] in kept]
-        result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}       # for every K
+        result["losses"][rule] = {split: [a[f"{split}_loss"] for a in answers] for split in log_p}
     result["answers"].sort(key=lambda a: a["K"])
     return result
 
@@ -303,15 +312,15 @@ def main(argv=None):
     data = loader.load(config)
     run = RunDirectory(config, data.fingerprint)
     if not run.members():
-        exit_with_error(f"run_dir='{run.path}' has no members: run train.py and distill.py"
-                        f"{' --student' if options.student else ''} on this config first")
+        fail(f"run_dir='{run.path}' has no members: run train.py and "
+             f"distill.py{' --student' if options.student else ''} on this config first")
     ranks = join(config)
     with run.open(ranks, "scores"):            # training may go on beside this
         score_members(config, data, run, ranks)
         ranks.leave()
         if ranks.rank > 0:
             return
-        if ranks.world_size > 1:                            # torchrun's one thread a rank: the others are done
+        if ranks.world_size > 1:              # torchrun's one thread a rank: the others are done
             torch.set_num_threads(os.cpu_count())
         result = weigh(config, data, run)
         write_json(run.path / "prior.json", result)

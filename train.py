@@ -1,13 +1,14 @@
 """
-Primitive 1, the cyclic schedule (paper, section 3.1): few trajectories, many cycles, one member at the end of each.
-Within a cycle the learning rate falls while the weight decay rises; between cycles the weights get noise.
+Primitive 1, the cyclic schedule (paper, section 3.1): few trajectories, many cycles, one member at the end of
+each. Within a cycle the learning rate falls while the weight decay rises; between cycles the weights get
+noise.
 
 One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
-
-Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir: config.json,
-metrics.jsonl, per trajectory its members cycle_CCC.safetensors and the checkpoint resume.safetensors. Run again, it does
-only what is missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) it finishes its step and saves a checkpoint first.
+ Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir:
+config.json, metrics.jsonl, per trajectory its members cycle_CCC.safetensors and the checkpoint
+resume.safetensors. Run again, it does only what is missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1)
+it finishes its step and saves a checkpoint first.
 """
 import contextlib
 import gc
@@ -21,15 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import loader
 from infra.config import from_args
-from infra.console import FAILED, STOPPED, exit_with_error, next_command, print0, progress_bar, script
+from infra.console import FAILED, STOPPED, fail, next_command, print0, progress_bar, script
 from infra.distributed import StopRequest, batch_sizes, join, micro_batch_size
 from infra.run_directory import RunDirectory, differences, environment
 from model import GPT
 from optim import MuonAdamW
 
 LR_FLOOR, WD_FLOOR = 0.08, 0.7              # f and g of the paper: the multipliers' lowest values
-NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, after the first cycle and before the last
-EMA_FROM = 0.9                              # the part of a cycle after which weights are averaged, where they are
+NOISE_FIRST, NOISE_LAST = 0.25, 0.05        # of a weight's standard deviation, first and last time
+EMA_FROM = 0.9                              # where weights are averaged: from this part of a cycle on
 WARMDOWN = 5                                # schedule=warmdown: constant, then down to 0 over the last 1/5
 
 
@@ -37,8 +38,8 @@ WARMDOWN = 5                                # schedule=warmdown: constant, then 
 
 def rate_multipliers(schedule, step, length):
     """
-    (learning rate, weight decay) multipliers at `step` of a decay of `length` steps: cycle (paper, eq. 4), the baseline's
-    cosine, record 11's warmdown.
+    (learning rate, weight decay) multipliers at `step` of a decay of `length` steps: cycle (paper, eq. 4),
+    the baseline's cosine, record 11's warmdown.
     """
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / length)), 1.0
@@ -49,13 +50,13 @@ def rate_multipliers(schedule, step, length):
 
 
 def noise_scale(cycle, cycles):
-    """Noise before `cycle` = 1 .. cycles - 1, in standard deviations of a weight: half a cosine down (paper, eq. 5)."""
+    """Noise before `cycle` = 1 .. cycles - 1, in standard deviations: half a cosine down (paper, eq. 5)."""
     progress = (cycle - 1) / max(1, cycles - 2)
     return NOISE_LAST + (NOISE_FIRST - NOISE_LAST) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def tokens_per_step(config, cycle):
-    """Constant within a cycle: one value in the middle half of the cycles, another in the quarters at both ends."""
+    """One value in the middle half of the cycles, another in the quarters at both ends."""
     last = config.cycles - 1
     middle = last == 0 or last <= 4 * cycle <= 3 * last
     return config.batch_tokens if middle else config.batch_tokens_ends
@@ -75,22 +76,24 @@ class Step(NamedTuple):
 
 
 def schedule(config, sequences_per_epoch):
-    """Every Step of a trajectory, in order. Exits with code 2 where a cycle's end is too short for an average."""
-    epoch = sequences_per_epoch * config.sequence_len
-    lengths = [max(1, round(config.cycle_epochs(c) * epoch / tokens_per_step(config, c))) for c in range(config.cycles)]
+    """Every Step of a trajectory, in order. Exits with code 2 where a cycle is too short for an average."""
+    epoch, steps, position = sequences_per_epoch * config.sequence_len, [], 0
+    lengths = [max(1, round(config.cycle_epochs(cycle) * epoch / tokens_per_step(config, cycle)))
+               for cycle in range(config.cycles)]
     if config.ema_decay and min(lengths) - 1 - config.ema_every < EMA_FROM * min(lengths):
-        exit_with_error(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates of "
-                        "the average; lower it")
-    steps, position = [], 0
+        fail(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates "
+             "of the average; lower it")
     for cycle, length in enumerate(lengths):
         sequences = tokens_per_step(config, cycle) // config.sequence_len
         for s in range(length):
             # a decay is a cycle, or with restart=none all of them
             at, span = (len(steps), sum(lengths)) if config.restart == "none" else (s, length)
-            steps.append(Step(
-                cycle, s == 0, s == length - 1, sequences, position, s if config.restart == "fresh" else len(steps),
-                rate_multipliers(config.schedule, at, span), looping=at >= config.loop_from * span,
-                averaging=config.ema_decay > 0 and s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0))
+            ending = s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0
+            steps.append(Step(cycle, s == 0, s == length - 1, sequences, position,
+                              updates=s if config.restart == "fresh" else len(steps),
+                              rates=rate_multipliers(config.schedule, at, span),
+                              looping=at >= config.loop_from * span,
+                              averaging=config.ema_decay > 0 and ending))
             position += sequences
     return steps
 
@@ -102,7 +105,7 @@ def noise_seed(seed, cycle):
 
 @torch.no_grad()
 def perturb(model, scale, seed):
-    """Gaussian noise of `scale` standard deviations on every parameter, drawn on the CPU: the same on every rank."""
+    """Gaussian noise of `scale` standard deviations on every parameter, drawn on the CPU: ranks agree."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.numel() > 1:
@@ -113,15 +116,15 @@ def perturb(model, scale, seed):
 # ---------------------------------------------------------------------------------------------- one step
 
 def label_loss(model, batch):
-    """Cross-entropy plus the weighted multi-token-prediction loss of sequences (B, T + 1), in nats per token."""
+    """Cross-entropy plus the weighted multi-token-prediction loss of tokens (B, T + 1), in nats per token."""
     loss, mtp = model(batch[:, :-1], batch[:, 1:])
     return loss + mtp
 
 
 def train_step(model, optimizer, micro_batches, loss_fn, rates):
     """
-    One optimizer step over this rank's micro-batches, each (B, T + 1), gradients clipped to norm 1; loss_fn(model, tokens)
-    in nats per token. Returns (mean loss, gradient norm before clipping).
+    One optimizer step over this rank's micro-batches, each (B, T + 1), gradients clipped to norm 1;
+    loss_fn(model, tokens) in nats per token. Returns (mean loss, gradient norm before clipping).
     """
     model.zero_grad(set_to_none=False)          # in place: gradients stay what DDP reduces
     total = 0
@@ -145,7 +148,7 @@ def seed_dropout(seed, step, rank):
 # ------------------------------------------------------------------------------------------ a trajectory
 
 class Trajectory:
-    """One model in training. What it is after `step` steps is in its checkpoint, from which it goes on bit for bit."""
+    """One model in training. All that it is after `step` steps is in its checkpoint."""
 
     def __init__(self, run, t, data, ranks, first_weights):
         self.run, self.t, self.ranks, self.config, self.seed = run, t, ranks, run.config, run.config.seed + t
@@ -154,33 +157,15 @@ class Trajectory:
         if first_weights:
             self.model.load_state_dict(first_weights)
         self.optimizer = self.new_optimizer()
-        self.batches = loader.Batches(data.train, data.doc_starts, self.config.sequence_len, data.sequences_per_epoch, self.seed)
-        self.step, self.average = 0, None               # steps done; EMA of the weights: name -> float32, or None
+        self.batches = loader.Batches(data, self.config.sequence_len, self.seed)
+        self.step, self.average = 0, None       # steps done; EMA of the weights: name -> float32, or None
 
     def new_optimizer(self):
-        return MuonAdamW(self.model.named_parameters(), self.config.lr_scale, self.ranks.group, self.config.momentum_warmup)
-
-    def resume(self, tensors, about, steps):
-        """From a checkpoint after about["step"] of these steps."""
-        differ = differences(about["environment"], environment(self.config, self.ranks))
-        if differ:
-            print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit what it would have "
-                   "been", self.ranks.is_main)
-        self.step, last = about["step"], steps[about["step"] - 1]
-        named = {kind: {name[len(kind) + 1:]: w for name, w in tensors.items() if name.startswith(kind + ".")}
-                 for kind in ("model", "average", "m", "v")}
-        try:
-            self.model.load_state_dict(named["model"])
-            self.optimizer.load_state_dict(dict(steps=last.updates + 1, moments={
-                name: (m, named["v"][name]) for name, m in named["m"].items()}))
-        except (KeyError, RuntimeError, AssertionError):
-            exit_with_error(f"the checkpoint of trajectory {self.t} is of another model: restore it, or delete the "
-                           "trajectory's folder and train it again")
-        self.average = {name: w.to(self.model.device, copy=True) for name, w in named["average"].items()} or None
-        self.batches.position = last.position + last.sequences
+        c = self.config
+        return MuonAdamW(self.model.named_parameters(), c.lr_scale, self.ranks.group, c.momentum_warmup)
 
     def restart(self, cycle):
-        """Between two cycles. noise: on the weights, moments stay; fresh: new weights and moments; none: nothing."""
+        """Between two cycles. noise: on the weights, moments stay; fresh: all new; none: nothing."""
         if self.config.restart == "noise":
             perturb(self.model, noise_scale(cycle, self.config.cycles), noise_seed(self.seed, cycle))
         if self.config.restart == "fresh":
@@ -190,50 +175,71 @@ class Trajectory:
 
     def update_average(self):
         weights = {name: w.detach().float() for name, w in self.model.state_dict().items()}
-        self.average = {name: self.average[name].lerp_(w, 1 - self.config.ema_decay) if self.average else w.clone()
-                        for name, w in weights.items()}
+        old = self.average or {name: w.clone() for name, w in weights.items()}
+        self.average = {name: old[name].lerp_(w, 1 - self.config.ema_decay) for name, w in weights.items()}
 
     def save_member(self, cycle, fitness_set):
-        """At a cycle's end, before the noise; its loss on the fitness set is logged, to watch a long run by."""
+        """At a cycle's end, before the noise. Its loss on the fitness set is logged, to watch a run by."""
+        model, c = self.model, self.config
         if self.average:                        # the next cycle, too, starts from it
-            self.model.load_state_dict({name: w.float().lerp(self.average[name], self.config.ema_share)
-                                        for name, w in self.model.state_dict().items()})
+            model.load_state_dict({name: w.float().lerp(self.average[name], c.ema_share)
+                                   for name, w in model.state_dict().items()})
             self.average = None
-        self.model.looping = True               # as whoever uses the member runs it
+        model.looping = True                    # as whoever uses the member runs it
         if self.ranks.is_main:
-            fit_loss = -float(loader.score(self.model, fitness_set, self.config.micro_batch).mean())
-            self.check_finite(cycle, f"fitness loss {fit_loss}", fit_loss)
-            self.run.log(kind="cycle", trajectory=self.t, cycle=cycle, step=self.step, fit_loss=fit_loss)
-            self.run.save_member(self.t, cycle, self.model.state_dict(), fit_loss=fit_loss,
-                                 epochs=self.config.epochs_until(cycle + 1))
+            loss = -float(loader.score(model, fitness_set, c.micro_batch).mean())
+            self.check_finite(cycle, f"fitness loss {loss}", loss)
+            self.run.log(kind="cycle", trajectory=self.t, cycle=cycle, step=self.step, fit_loss=loss)
+            self.run.save_member(self.t, cycle, model.state_dict(), fit_loss=loss,
+                                 epochs=c.epochs_until(cycle + 1))
 
     def save_checkpoint(self):
         """All ranks of the group together: each holds a part of the moments."""
         moments = self.optimizer.state_dict()["moments"]
         if self.ranks.is_main:
-            named = {f"model.{name}": w for name, w in self.model.state_dict().items()}
-            named |= {f"average.{name}": w for name, w in (self.average or {}).items()}
-            named |= {f"{kind}.{name}": w for name, pair in moments.items() for kind, w in zip("mv", pair)}
-            tensors = {name: w.detach().cpu().contiguous() for name, w in named.items()}
-            self.run.save_checkpoint(self.t, tensors, step=self.step, environment=environment(self.config, self.ranks))
+            tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
+            tensors |= {f"average.{name}": w for name, w in (self.average or {}).items()}
+            tensors |= {f"{kind}.{name}": w for name, pair in moments.items() for kind, w in zip("mv", pair)}
+            tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
+            self.run.save_checkpoint(self.t, tensors, self.step, environment(self.config, self.ranks))
         self.ranks.barrier()                    # on disk for all of them
+
+    def resume(self, tensors, about, steps):
+        """From a checkpoint after about["step"] of these steps."""
+        self.step, last = about["step"], steps[about["step"] - 1]
+        differ = differences(about["environment"], environment(self.config, self.ranks))
+        if differ:
+            print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit "
+                   "what it would have been", self.ranks.is_main)
+        parts = {kind: {name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
+                 for kind in ("model.", "average.", "m.", "v.")}
+        try:
+            self.model.load_state_dict(parts["model."])
+            moments = {name: (m, parts["v."][name]) for name, m in parts["m."].items()}
+            self.optimizer.load_state_dict(dict(steps=last.updates + 1, moments=moments))
+        except (KeyError, RuntimeError, AssertionError):
+            fail(f"the checkpoint of trajectory {self.t} is of another model: restore it, or delete "
+                 f"'{self.run.folder(self.t)}' and train it again")
+        device = self.model.device
+        self.average = {name: w.to(device, copy=True) for name, w in parts["average."].items()} or None
+        self.batches.position = last.position + last.sequences
 
     def check_finite(self, cycle, what, value):
         if not math.isfinite(value):
-            exit_with_error(f"trajectory {self.t}, cycle {cycle}, step {self.step}, sequences up to {self.batches.position - 1} "
-                           f"of its order: {what}; what was saved before stays: start anew in another --run_dir, with a "
-                           "lower --lr_scale or another --seed", FAILED)
+            fail(f"trajectory {self.t}, cycle {cycle}, step {self.step}, sequences up to "
+                 f"{self.batches.position - 1} of its order: {what}; what was saved before stays: start anew "
+                 "in another --run_dir, with a lower --lr_scale or another seed", FAILED)
 
 
 def distributed(model, ranks):
     """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank."""
     if ranks.group_size == 1:
         return model
-    with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers, which 2.11 only knows by this name
+    with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers
         warnings.simplefilter("ignore", FutureWarning)
         ddp_model = DistributedDataParallel(
             model, process_group=ranks.group, gradient_as_bucket_view=True, broadcast_buffers=False)
-    # after a first pass DDP lays out its buckets anew and sums in another order: now, so that a resumed run sums alike
+    # after a first pass DDP sums in another order: have that behind us, so that a resumed run agrees
     size = micro_batch_size(model.config, max(batch_sizes(model.config)), ranks.group_size)
     tokens = torch.zeros(size, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)
     label_loss(ddp_model, tokens).backward()
@@ -243,30 +249,31 @@ def distributed(model, ranks):
 # --------------------------------------------------------------------------------------------- the loop
 
 def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
-    """These steps of a trajectory. Asked to stop, it saves a checkpoint after the step at hand and returns True."""
+    """These steps of a trajectory. Asked to stop, it saves after the step at hand and returns True."""
     config, ranks, t = trajectory.config, trajectory.ranks, trajectory.t
     model, loss_fn = distributed(trajectory.model, ranks), None
     for step in steps:
         began = time.perf_counter()
         if step.first and step.cycle > 0:
             trajectory.restart(step.cycle)
-        if step.first or loss_fn is None:                       # None: resumed inside a cycle
+        if step.first or loss_fn is None:                               # None: resumed inside a cycle
             loss_fn = loss_for_cycle(trajectory.run, t, step.cycle, ranks.device)
         trajectory.model.looping = step.looping
         seed_dropout(trajectory.seed, trajectory.step, ranks.group_rank)
-        batch = trajectory.batches.take(step.sequences)[ranks.group_rank::ranks.group_size]         # this rank's share
-        micro_batches = ranks.to_device(batch).split(micro_batch_size(config, step.sequences, ranks.group_size))
+        batch = trajectory.batches.take(step.sequences)[ranks.group_rank::ranks.group_size]
+        size = micro_batch_size(config, step.sequences, ranks.group_size)
+        micro_batches = ranks.to_device(batch).split(size)              # this rank's share
         loss, norm = train_step(model, trajectory.optimizer, micro_batches, loss_fn, step.rates)
-        loss, norm, stop_requested = ranks.mean(loss, norm, stop.requested)                         # by any rank
+        loss, norm, stop_requested = ranks.mean(loss, norm, stop.requested)
         trajectory.check_finite(step.cycle, f"loss {loss}, gradient norm {norm}", loss + norm)
         trajectory.step += 1
         if step.averaging:
             trajectory.update_average()
-        tokens_per_s = step.sequences * config.sequence_len * ranks.groups / (time.perf_counter() - began)
+        speed = step.sequences * config.sequence_len * ranks.groups / (time.perf_counter() - began)
         if ranks.is_main:
-            trajectory.run.log(kind="step", trajectory=t, cycle=step.cycle, step=trajectory.step, loss=loss, grad_norm=norm,
-                               tokens_per_s=round(tokens_per_s))
-        bar.set_postfix_str(f"trajectory {t} cycle {step.cycle} loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            trajectory.run.log(kind="step", trajectory=t, cycle=step.cycle, step=trajectory.step, loss=loss,
+                               grad_norm=norm, tokens_per_s=round(speed))
+        bar.set_postfix_str(f"trajectory {t} cycle {step.cycle} loss {loss:.3f} {speed:,.0f} tokens/s", False)
         bar.update()
         if step.last:
             trajectory.save_member(step.cycle, fitness_set)
@@ -279,26 +286,28 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
 
 def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=None, **about):
     """
-    Train these cycles, a range, of every trajectory that has not had them. loss_for_cycle(run, t, cycle, device) gives the
-    loss function of a cycle: (model, tokens (B, T + 1)) -> nats per token. first_weights: a state dict to begin with; about:
-    what config.json keeps beside the config. Asked to stop, it saves, prints resume_command and exits with code 75.
+    Train these cycles, a range, of every trajectory that has not had them. loss_for_cycle(run, t, cycle,
+    device) gives the loss function of a cycle: (model, tokens (B, T + 1)) -> nats per token. first_weights: a
+    state dict to begin with; about: more for config.json. Asked to stop, it saves, prints resume_command and
+    exits with code 75.
     """
     data = loader.load(config)
     run, steps = RunDirectory(config, data.fingerprint), schedule(config, data.sequences_per_epoch)
-    before, end = (sum(step.cycle < cycle for step in steps) for cycle in (cycles.start, cycles.stop))
-    if before and not run.folder(0).exists():
-        exit_with_error(f"run_dir='{run.path}' has no members: run train.py on this config first")
+    begin, end = (sum(step.cycle < cycle for step in steps) for cycle in (cycles.start, cycles.stop))
+    if begin and not run.folder(0).exists():
+        fail(f"run_dir='{run.path}' has no members: run train.py on this config first")
     ranks = join(config)
-    sizes = {micro_batch_size(config, n, ranks.group_size) for n in batch_sizes(config)}
     with run.open(ranks, **about), StopRequest() as stop, progress_bar(
             total=len(steps) * len(ranks.trajectories), unit="step", disable=ranks.rank > 0) as bar:
-        print0(f"cycles {cycles.start} .. {cycles.stop - 1} of {config.cycles}; trajectories: {config.trajectories}, at a "
-               f"time: {ranks.groups}, ranks for each: {ranks.group_size}, on {ranks.device.type}, micro-batches: "
-               f"{', '.join(map(str, sorted(sizes)))}; {config.trajectories * config.epochs_until(config.cycles):g} epochs in all")
-        for t in ranks.trajectories:            # one after another; other groups of ranks take other trajectories
+        sizes = sorted({micro_batch_size(config, n, ranks.group_size) for n in batch_sizes(config)})
+        epochs = config.trajectories * config.epochs_until(config.cycles)
+        print0(f"cycles {cycles.start} .. {cycles.stop - 1} of {config.cycles}; trajectories: "
+               f"{config.trajectories}, at a time: {ranks.groups}, ranks for each: {ranks.group_size}, on "
+               f"{ranks.device.type}, micro-batches: {sizes}; {epochs:g} epochs in all")
+        for t in ranks.trajectories:            # one after another; other groups of ranks take the others
             tensors, at = run.load_checkpoint(t)
-            if at["step"] < before:
-                exit_with_error(f"trajectory {t} has not had the {cycles.start} cycles before distill_from: run train.py first")
+            if at["step"] < begin:
+                fail(f"trajectory {t} has not had its first {cycles.start} cycles: run train.py")
             bar.update(at["step"])
             if at["step"] >= end:
                 continue
@@ -308,8 +317,8 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
                 trajectory.resume(tensors, at, steps)
             run.check_room(sum(p.numel() for p in trajectory.model.parameters()))
             if train(trajectory, steps[trajectory.step:end], loss_for_cycle, data.fit, stop, bar):
-                print0(f"stopped after step {trajectory.step} of trajectory {t}, saved; resume with: {resume_command}",
-                       ranks.is_main)
+                print0(f"stopped after step {trajectory.step} of trajectory {t}, saved; resume with: "
+                       f"{resume_command}", ranks.is_main)
                 raise SystemExit(STOPPED)
             trajectory = tensors = None
         ranks.barrier(everyone=True)

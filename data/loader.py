@@ -1,6 +1,6 @@
 """
-Token files -> batches in the recipe's order, and the one loop over held-out sequences.
-Shapes: n sequences of T + 1 tokens; inputs are [:, :-1], targets [:, 1:]. Attention crosses document boundaries.
+Token files -> batches in the recipe's order, and the one loop over held-out sequences. Shapes: n sequences of
+T + 1 tokens; inputs are [:, :-1], targets [:, 1:]. Attention crosses document boundaries.
 """
 import hashlib
 import json
@@ -12,33 +12,34 @@ import numpy as np
 import torch
 
 from data.tokenizer import get_tokenizer
-from infra.console import exit_with_error
+from infra.console import fail
 
 
 def file_path(config, ending):
     """Of a data file: manual_train.pt, text_val.pt, fineweb_train.pt, ..."""
-    return Path(config.data_dir) / ((config.data if config.data in ("manual", "fineweb") else "text") + ending)
+    name = config.data if config.data in ("manual", "fineweb") else "text"
+    return Path(config.data_dir) / f"{name}{ending}"
 
 
 def read_tokens(config, split):
     """(tokens uint16, doc_starts int64), checked, of one split's file."""
     path, wanted = file_path(config, f"_{split}.pt"), getattr(config, f"{split}_tokens")
     if not path.exists():
-        exit_with_error(f"no data at '{path}': run python -m data.prepare on this config first")
+        fail(f"no data at '{path}': run python -m data.prepare on this config first")
     try:
         file = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         tokens, starts, bos = file["tokens"].numpy(), file["doc_starts"].numpy(), int(file["bos_id"])
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or starts[0] != 0 or (np.diff(starts) <= 0).any():
             raise ValueError("its arrays are of another kind")
     except Exception as e:          # torch.load raises nearly anything on damaged bytes
-        exit_with_error(f"'{path}' is not a readable token file ({type(e).__name__}): delete it, and its .json, and run "
-                        "python -m data.prepare again")
+        fail(f"'{path}' is not a readable token file ({type(e).__name__}): delete it, and its .json, and run "
+             "python -m data.prepare again")
     if bos != config.vocab_size - 1 or tokens.max(initial=0) > bos:
-        exit_with_error(f"'{path}' was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the "
-                        "tokenizer or another data_dir")
+        fail(f"'{path}' was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the "
+             "tokenizer or another data_dir")
     if len(tokens) != wanted:
-        exit_with_error(f"{split}_tokens={wanted}: '{path}' holds {len(tokens)}; set {split}_tokens={len(tokens)} or prepare "
-                        "another data_dir")
+        fail(f"{split}_tokens={wanted}: '{path}' holds {len(tokens)}; set {split}_tokens={len(tokens)} or "
+             "prepare another data_dir")
     return tokens, starts
 
 
@@ -49,24 +50,25 @@ def cut(tokens, sequence_len):
 
 
 def documents_of(sequences, doc_starts):
-    """The document, from 0, of every target of (n, T + 1) sequences cut from the front of a file: (n * T,)."""
+    """The document, from 0, of every target of sequences cut from the front of a file: (n * T,)."""
     position = np.arange(sequences.size).reshape(sequences.shape)[:, 1:].ravel()
     return np.searchsorted(doc_starts, position, side="right") - 1
 
 
 def sequences_per_epoch(config, tokens):
     """
-    Of so many training tokens: as many as can be cut, down to a multiple. Exits with code 2 where there are none.
+    Of so many training tokens: as many as can be cut, down to a multiple. Exits with code 2 where there are
+    none.
     """
     n = tokens // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
-    return n or exit_with_error(
-        f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least fitness_tokens="
-        f"{config.fitness_tokens}, leaves {tokens}; an epoch wants epoch_multiple={config.epoch_multiple} sequences of "
-        f"{config.sequence_len + 1}: raise train_tokens, or give shorter documents")
+    return n or fail(f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least "
+                     f"fitness_tokens={config.fitness_tokens}, leaves {tokens}; an epoch wants "
+                     f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}: raise "
+                     "train_tokens, or give shorter documents")
 
 
 def split_fitness(tokens, starts, fitness_tokens):
-    """Whole documents from the front until at least fitness_tokens: (fitness, training tokens, training starts)."""
+    """Whole documents from the front until at least fitness_tokens: (fitness, training tokens and starts)."""
     ends = np.append(starts[1:], len(tokens))
     last = min(int(np.searchsorted(ends, fitness_tokens)), len(ends) - 1)
     end = int(ends[last])
@@ -98,8 +100,8 @@ def load(config):
     splits = {split: read_tokens(config, split) for split in ("val", "train")}
     found = fingerprint(splits)
     if read_about(config).get("fingerprint", found) != found:
-        exit_with_error(f"the files in data_dir='{config.data_dir}' are not what data.prepare wrote, their SHA-256 is "
-                        "another: delete them and run python -m data.prepare again")
+        fail(f"the files in data_dir='{config.data_dir}' are not what data.prepare wrote, their SHA-256 is "
+             "another: delete them and run python -m data.prepare again")
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     T = config.sequence_len
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
@@ -117,16 +119,16 @@ def read_token_bytes(config):
             return sizes
     except (ValueError, EOFError, OSError):
         pass
-    exit_with_error(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
+    fail(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
 
 
 def read_about(config):
-    """What prepare.py noted of the text (NAME.json); {} for files of the public script, which come without."""
+    """What prepare.py noted of the text (NAME.json); {} for files of the public script."""
     path = file_path(config, ".json")
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError):
-        exit_with_error(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
+        fail(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
 
 
 DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
@@ -134,22 +136,24 @@ DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
 
 class Batches:
     """
-    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch reorders the
-    documents (from the last epoch's order), concatenates them, cuts sequences, permutes these and drops the last ones, down
-    to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
+    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch
+    reorders the documents (from the last epoch's order), concatenates them, cuts sequences, permutes these
+    and drops the last ones, down to a multiple. `position`, the sequences taken so far, is the whole state,
+    and may be set.
     """
 
-    def __init__(self, tokens, doc_starts, sequence_len, per_epoch, seed):
-        self.documents = np.split(tokens, doc_starts[1:])
-        self.sequence_len, self.per_epoch, self.seed = sequence_len, per_epoch, seed
+    def __init__(self, data, sequence_len, seed):
+        self.documents, self.per_epoch = np.split(data.train, data.doc_starts[1:]), data.sequences_per_epoch
+        self.sequence_len, self.seed = sequence_len, seed
         self.position, self.epoch = 0, 0
         self.pool, self.next_epoch = ThreadPoolExecutor(1), None
 
     def permutation(self, epoch, n, salt):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)).numpy()
+        generator = torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)
+        return torch.randperm(n, generator=generator).numpy()
 
     def build(self, epoch):
-        """The (per_epoch, T + 1) sequences of an epoch, which counts from 1, in the order in which steps take them."""
+        """The (per_epoch, T + 1) sequences of an epoch, from 1, in the order in which steps take them."""
         order = np.arange(len(self.documents))
         for e in range(1, epoch + 1):
             order = order[self.permutation(e, len(order), DOCUMENTS)]
@@ -157,7 +161,7 @@ class Batches:
         return sequences[self.permutation(epoch, len(sequences), SEQUENCES)[:self.per_epoch]]
 
     def open_epoch(self, epoch):
-        """Make this the epoch to take from, and begin to build the next one: no step waits at an epoch's end."""
+        """Take from this one, and begin to build the next: no step waits at an epoch's end."""
         follows = self.next_epoch is not None and epoch == self.epoch + 1
         self.sequences = self.next_epoch.result() if follows else self.build(epoch)
         self.epoch, self.next_epoch = epoch, self.pool.submit(self.build, epoch + 1)
@@ -177,10 +181,10 @@ class Batches:
 
 @torch.no_grad()
 def score(model, sequences, batch_size):
-    """Natural-log probability of every target of held-out sequences (n, T + 1), in order: (n * T,) float32 on the CPU."""
+    """Log-probability in nats of every target of held-out sequences (n, T + 1): (n * T,) float32 numpy."""
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    rows = torch.from_numpy(sequences.astype(np.int64)).split(batch_size)       # the last may be smaller: no padding
+    rows = torch.from_numpy(sequences.astype(np.int64)).split(batch_size)       # no padding
     log_p = [model.log_p(row[:, :-1].to(device), row[:, 1:].to(device)) for row in rows]
     model.train(training)
     return torch.cat(log_p).flatten().float().cpu().numpy()

@@ -1,18 +1,21 @@
 """
-Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...]
-Reads the Python manual (data=manual: manual.jsonl beside this file), local .txt, .jsonl and .parquet files, or FineWeb
-(data=fineweb), splits whole documents into validation and training (the fitness set is the front of the training file),
-and writes into data_dir:
+Text -> token files. One process: python -m data.prepare CONFIG [--name=value ...] Reads the Python manual
+(data=manual: manual.jsonl beside this file), local .txt, .jsonl and .parquet files, or FineWeb
+(data=fineweb), splits whole documents into validation and training (the fitness set is the front of the
+training file), and writes into data_dir:
   NAME_val.pt, NAME_train.pt   tokens (uint16), doc_starts (int64), bos_id, seq_shuffle_seed, seq_size
   NAME_bytes.npy               UTF-8 bytes of every token, 0 for the separator
-  NAME.json                    what was read: source, SHA-256 of the text, sizes; written last, it says "whole"
-NAME is manual, text or fineweb. The format is the public Slowrun script's: its files and ours are interchangeable.
+  NAME.json                    what was read: source, SHA-256 of the text, sizes; written last
+NAME is manual, text or fineweb. The format is the public Slowrun script's: its files and ours are
+interchangeable.
 """
 import glob
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +24,17 @@ import torch
 from data.loader import file_path, fingerprint, load, read_about, sequences_per_epoch, split_fitness
 from data.tokenizer import get_tokenizer
 from infra.config import from_args
-from infra.console import exit_with_error, print0, progress_bar, script
-from infra.files import clean_up, write_whole
+from infra.console import fail, print0, progress_bar, script
+from infra.files import write_whole
 from infra.run_directory import RunDirectory, differences
 
-SHUFFLE_SEED = 0        # of the documents, before the split (FineWeb's stay in file order, as the public script takes them)
+SHUFFLE_SEED = 0        # of the documents, before the split (FineWeb's stay in file order)
 ENDINGS = ("_val.pt", "_train.pt", "_bytes.npy", ".json")
 KINDS = (".txt", ".jsonl", ".parquet")
 MANUAL = str(Path(__file__).with_name("manual.jsonl"))
 FINEWEB = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
                revision="9bb295ddab0e05d785b879661af7260fed5140fc")          # v1.4.0
-PUBLISHED = {           # (ending, tokens) -> SHA-256 of the file that the public script wrote, with torch 2.10
+PUBLISHED = {           # (ending, tokens) -> SHA-256 of the public script's file, written by torch 2.10
     ("_val.pt", 10_000_000): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
     ("_train.pt", 100_000_000): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
 }
@@ -40,7 +43,7 @@ PUBLISHED = {           # (ending, tokens) -> SHA-256 of the file that the publi
 # ---------------------------------------------------------------------------------------- text to documents
 
 def streamed(**source):
-    """The column text of a Hugging Face data set, or of .parquet files, row by row as it comes; "" where it is null."""
+    """The column text of a Hugging Face data set, or of .parquet files, as it comes; "" where it is null."""
     import datasets                         # slow, and needed here alone
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     for number, row in enumerate(datasets.load_dataset(**source, streaming=True, batch_size=100)):
@@ -61,7 +64,8 @@ def json_text(number, line):
 
 def file_documents(path):
     """
-    Of a .txt file (separated by white-space-only lines; without any, one a line), a .jsonl or a .parquet (column text).
+    Of a .txt file (separated by white-space-only lines; without any, one a line), or the column text of a
+    .jsonl or .parquet. Raises ValueError and whatever reading raises.
     """
     if path.suffix == ".parquet":
         documents = streamed(path="parquet", data_files=glob.escape(str(path)), split="train")
@@ -69,8 +73,8 @@ def file_documents(path):
         text = path.read_text("utf-8-sig")                      # any line ending becomes \n
         if "\0" in text:
             raise ValueError("it is binary, not text")
-        blank = re.search(r"\n[^\S\n]*\n", text.strip())
-        documents = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank and path.suffix == ".txt" else text.split("\n")
+        paragraphs = path.suffix == ".txt" and re.search(r"\n[^\S\n]*\n", text.strip())
+        documents = re.split(r"\n(?:[^\S\n]*\n)+", text) if paragraphs else text.split("\n")
         if path.suffix == ".jsonl":
             documents = [json_text(number, line) for number, line in enumerate(documents, 1) if line.strip()]
     documents = [document for document in documents if document.strip()]
@@ -80,34 +84,35 @@ def file_documents(path):
 
 
 def source_documents(source):
-    """Of files and folders separated by commas, each file once. Exits with code 2 where one is none, or cannot be read."""
+    """Of files and folders separated by commas, each file once. Exits with code 2 on a bad one."""
     files = []
     for path in (Path(os.path.expanduser(name)) for name in source.split(",") if name):
         found = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else [path]
         inside = sorted(p for p in found if p.suffix in KINDS)
         if not inside or not path.exists():
-            exit_with_error(f"data: '{path}' {'is no' if path.exists() else 'does not exist; name a'} .txt, .jsonl or .parquet "
-                            "file, or a folder of them")
+            fail(f"data: '{path}' {'is no' if path.exists() else 'does not exist; name a'} .txt, .jsonl or "
+                 ".parquet file, or a folder of them")
         if len(inside) < len(found):
             kinds = ", ".join(sorted({p.suffix for p in found} - {*KINDS, ""})[:9]) or "no ending"
             print0(f"data: '{path}': {len(found) - len(inside)} files left out, of other kinds ({kinds})")
         files += inside
     if not files:
-        exit_with_error(f"data={source!r} names no file: give .txt, .jsonl or .parquet files, or folders of them, with commas")
+        fail(f"data={source!r} names no file: give .txt, .jsonl or .parquet files, or folders of them, with "
+             "commas")
     documents = []
     for path in dict.fromkeys(map(os.path.abspath, files)):
         try:
             documents += file_documents(Path(path))
         except Exception as e:              # missing, another encoding, torn, no such column
-            exit_with_error(f"data: cannot read '{path}' ({type(e).__name__}: {e}): UTF-8 text, or rows with a column 'text', "
-                            "are read; fix it, or leave it out")
+            fail(f"data: cannot read '{path}' ({type(e).__name__}: {e}): UTF-8 text, or rows with a column "
+                 "'text', are read; fix it, or leave it out")
     return documents
 
 
 # -------------------------------------------------------------------------------------- documents to tokens
 
 def take(documents, budget):
-    """(tokens uint16 of the first `budget` tokens, doc_starts int64) from an iterator of documents' ids; the last is cut."""
+    """(tokens uint16, doc_starts int64) of the first `budget` tokens of documents' ids; the last is cut."""
     parts, starts, n = [], [], 0
     for ids in documents:
         starts.append(n)
@@ -120,43 +125,48 @@ def take(documents, budget):
 
 def tokenize(config, documents):
     """
-    {split: take() of its tokens}: every document is [separator] and its ids; a split drops the rest of its last one.
-    Exits with code 2 where the documents are too short.
+    {split: take() of its tokens}: every document is [separator] and its ids; a split drops the rest of its
+    last one. Exits with code 2 where the documents are too short.
     """
     encode, c = get_tokenizer(config.tokenizer)[0], config
     stream = (np.array([c.vocab_size - 1, *encode(document)], np.uint16) for document in documents)
     splits = {"val": take(stream, c.val_tokens), "train": take(stream, c.train_tokens)}
     have, count = (sum(len(arrays[i]) for arrays in splits.values()) for i in (0, 1))
     if have < c.val_tokens + c.train_tokens:
-        exit_with_error(f"data={c.data} is too short: val_tokens={c.val_tokens} + train_tokens={c.train_tokens} want "
-                        f"{c.val_tokens + c.train_tokens} tokens, its {count} documents give {have}: lower them (and "
-                        "fitness_tokens), add text, or give shorter documents (each split drops the rest of its last one)")
-    sequences_per_epoch(c, len(split_fitness(*splits["train"], c.fitness_tokens)[1]))       # before anything is written
+        fail(f"data={c.data} is too short: val_tokens={c.val_tokens} + train_tokens={c.train_tokens} want "
+             f"{c.val_tokens + c.train_tokens} tokens, its {count} documents give {have}: lower them (and "
+             "fitness_tokens), add text, or give shorter documents (each split drops the rest of its last "
+             "one)")
+    sequences_per_epoch(c, len(split_fitness(*splits["train"], c.fitness_tokens)[1]))       # its check
     return splits
 
 
 def write(config, splits, about):
     """The files of a data_dir, the .json last."""
-    clean_up(Path(config.data_dir), ".writing-*")
+    for left in Path(config.data_dir).glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
     for split, (tokens, starts) in splits.items():
-        file = dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts), bos_id=config.vocab_size - 1,
-                    seq_shuffle_seed={"val": 42, "train": 43}[split], seq_size=config.sequence_len + 1)
+        file = dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts),
+                    bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[split],
+                    seq_size=config.sequence_len + 1)
         write_whole(file_path(config, f"_{split}.pt"), lambda temporary: torch.save(file, temporary))
-    write_whole(file_path(config, "_bytes.npy"), lambda temporary: np.save(temporary, get_tokenizer(config.tokenizer)[2]))
+    np.save(sizes := io.BytesIO(), get_tokenizer(config.tokenizer)[2])      # its own file may miss a full disk
+    write_whole(file_path(config, "_bytes.npy"), lambda temporary: temporary.write_bytes(sizes.getbuffer()))
     about = json.dumps({**about, "fingerprint": fingerprint(splits)}, indent=1) + "\n"
     write_whole(file_path(config, ".json"), lambda temporary: temporary.write_text(about))
-    print0(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to '{config.data_dir}', "
-           f"from {sum(len(starts) for _, starts in splits.values()):,} documents; --train_tokens takes more of a longer text")
+    print0(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to "
+           f"'{config.data_dir}', from {sum(len(starts) for _, starts in splits.values()):,} documents; "
+           "--train_tokens takes more of a longer text")
 
 
 def compare_with_published(config):
     """Says how FineWeb's files that are there compare with the public script's."""
-    for ending in ("_val.pt", "_train.pt"):
-        path, tokens = file_path(config, ending), config.val_tokens if ending == "_val.pt" else config.train_tokens
+    for ending, tokens in (("_val.pt", config.val_tokens), ("_train.pt", config.train_tokens)):
+        path = file_path(config, ending)
         with open(path, "rb") as f:
             mine = hashlib.file_digest(f, "sha256").hexdigest()
         published = PUBLISHED.get((ending, tokens)) if config.tokenizer == "gpt2" else None
-        verdict = f"DIFFERENT from the published {published} (another torch may write other bytes for the same tokens)"
+        verdict = f"DIFFERENT from the published {published} (another torch may write other bytes)"
         if published in (None, mine):
             verdict = "equal to the published file" if published else "none of this size is published"
         print0(f"data: '{path}' has SHA-256 {mine}: {verdict}")
@@ -165,25 +175,26 @@ def compare_with_published(config):
 def prepare_fineweb(config, there, about):
     if not {"_val.pt", "_train.pt"} <= there:
         if there:
-            exit_with_error(f"data_dir='{config.data_dir}' holds only a part of the FineWeb files (*{', *'.join(sorted(there))}): "
-                            "add the rest, or move them away")
+            fail(f"data_dir='{config.data_dir}' holds only a part of the FineWeb files "
+                 f"(*{', *'.join(sorted(there))}): add the rest, or move them away")
         try:
             splits = tokenize(config, progress_bar(streamed(**FINEWEB), unit="document", desc="FineWeb"))
         except Exception as e:              # a lost network; nothing was written
-            exit_with_error(f"data=fineweb: cannot read {FINEWEB['path']} ({type(e).__name__}: {e}): connect and run this again, or "
-                            "put the public fineweb_val.pt and fineweb_train.pt into data_dir")
+            fail(f"data=fineweb: cannot read {FINEWEB['path']} ({type(e).__name__}: {e}): connect and run "
+                 "this again, or put the public fineweb_val.pt and fineweb_train.pt into data_dir")
         write(config, splits, {**about, "source": FINEWEB})
     compare_with_published(config)
 
 
 def prepare(config):
-    """Write the data of a config, unless it is there. Exits with code 2 where other data is, or the text is too short."""
+    """Write the data of a config, unless it is there. Exits with code 2 where other data is there."""
     there = {ending for ending in ENDINGS if file_path(config, ending).exists()}
-    about = dict(data=config.data, tokenizer=config.tokenizer, val_tokens=config.val_tokens, train_tokens=config.train_tokens)
+    about = {name: getattr(config, name) for name in ("data", "tokenizer", "val_tokens", "train_tokens")}
     if config.data == "fineweb":
         return prepare_fineweb(config, there, about)
     documents = source_documents(MANUAL if config.data == "manual" else config.data)
-    about |= dict(documents=len(documents), text_sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
+    text_sha256 = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    about |= dict(documents=len(documents), text_sha256=text_sha256)
     print0(f"data: {config.data}, {len(documents)} documents, SHA-256 of the text {about['text_sha256']}")
     repeated = len(documents) - len(set(documents))
     if repeated:
@@ -191,7 +202,8 @@ def prepare(config):
     if ".json" in there:
         theirs, mine = ({k: of.get(k) for k in about if k != "data"} for of in (read_about(config), about))
         if theirs != mine:
-            exit_with_error(f"data_dir='{config.data_dir}' holds other data ({differences(theirs, mine)}); name another --data_dir")
+            fail(f"data_dir='{config.data_dir}' holds other data ({differences(theirs, mine)}); name another "
+                 "--data_dir")
         if there == set(ENDINGS):
             return print0(f"data: '{config.data_dir}' holds it already")
     order = np.random.default_rng(SHUFFLE_SEED).permutation(len(documents))
@@ -202,7 +214,7 @@ def prepare(config):
 def main(argv=None):
     config, _ = from_args(argv, __doc__)
     prepare(config)
-    RunDirectory(config, load(config).fingerprint)       # a run directory of other data is refused here, before any launcher
+    RunDirectory(config, load(config).fingerprint)       # one of other data ends here, before any launcher
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-What a script shows its user: errors in one line, progress bars, the next command; on a terminal, a pipe or a file that may
-vanish or fill up at any time.
+What a script shows its user: errors in one line, progress bars, the next command; on a terminal, a pipe or a
+file that may vanish or fill up at any time.
 """
 import functools
 import os
@@ -15,22 +15,23 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-BAD_INPUT, FAILED, STOPPED = 2, 1, 75       # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL: try again later)
+BAD_INPUT, FAILED, STOPPED = 2, 1, 75       # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL)
 
 
 class Damaged(Exception):
     """Why a file cannot be used, and what to do about it."""
 
 
-def exit_with_error(message, code=BAD_INPUT, wait=False) -> NoReturn:
+def fail(message, code=BAD_INPUT, wait=False) -> NoReturn:
     """
-    One line on standard error that says what is wrong and how to fix it. The first rank on a machine prints it at once;
-    torchrun then ends the others, which may have found the same: they (wait: this one, too) print what they alone have found.
+    One line on standard error that says what is wrong and how to fix it. The first rank on a machine prints
+    it at once; torchrun then ends the others, which may have found the same. They (wait: this one, too) wait,
+    and print what they alone have found.
     """
     if wait or os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
-        print(file=sys.stderr)                                                  # below the first rank's progress bar
-    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)     # below any progress bar
+        print(file=sys.stderr)                              # below the first rank's progress bar
+    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -46,7 +47,7 @@ def progress_bar(iterable=None, **options):
 
 
 class SafeStream:
-    """Standard output or error that never raises: once it fails, what is printed is lost and the script goes on."""
+    """Standard output or error that never raises: once it fails, what is printed is lost."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -55,7 +56,7 @@ class SafeStream:
     def write(self, text):
         try:
             self.stream.write(text)
-            self.stream.flush()                             # now, not when Python exits and nobody can catch it
+            self.stream.flush()                             # now, not when Python exits
         except (OSError, ValueError):                       # its reader has gone, its disk is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
@@ -65,7 +66,7 @@ class SafeStream:
 
 
 def protect_output():
-    for descriptor in (0, 1, 2):                            # a closed one would be given to the next file we open
+    for descriptor in (0, 1, 2):                            # a closed one would be the next file's
         try:
             os.fstat(descriptor)
         except OSError:
@@ -77,44 +78,42 @@ def protect_output():
 
 
 def script(main):
-    """Decorates a script's main(argv): what goes wrong outside the code ends in one line, not in a traceback."""
+    """Decorates main(argv): what goes wrong outside the code ends in one line, not in a traceback."""
     @functools.wraps(main)
     def wrapped(argv=None):
         protect_output()
         try:
             return main(argv)
         except KeyboardInterrupt:
-            exit_with_error("interrupted; what is saved stays, run this again to resume", 130)
+            fail("interrupted; what is saved stays, run this again to resume", 130)
         except Damaged as e:
-            exit_with_error(e)
-        except OSError as e:                                # a full disk, no right to write, a name that is too long
-            exit_with_error(f"'{e.filename}': {e.strerror or e}: make room or fix it, and run this again; what was there stays")
+            fail(e)
+        except OSError as e:                                # a full disk, no right to write, too long a name
+            fail(f"'{e.filename}': {e.strerror or e}: make room or fix it, and run this again; what was "
+                 "there stays")
         except torch.OutOfMemoryError:
-            exit_with_error("this GPU's memory is too small: set a lower --micro_batch (python -m tools.plan says which fits); "
-                            "what is saved stays")
+            fail("this GPU's memory is too small: set a lower --micro_batch (python -m tools.plan says "
+                 "which fits); what is saved stays")
         except RuntimeError as e:
             if not isinstance(e, dist.DistError) and "gloo" not in str(e):
                 raise
-            exit_with_error("another rank ended or hangs: see its own last line, then start all again; what is saved stays",
-                            FAILED, wait=True)
+            fail("another rank ended or hangs: see its own last line, then start all again; what is saved "
+                 "stays", FAILED, wait=True)
     return wrapped
 
 
 def next_command(name, argv):
     """
-    The command line that runs another script, or a module ("-m NAME", one process), from the user's folder with the same
-    arguments (None: this process's) and as many ranks.
+    The command that runs another script, or a module ("-m NAME"), from the user's folder with the same
+    arguments (None: this process's) and, on this machine, as many ranks.
     """
-    arguments, environ = shlex.join(sys.argv[1:] if argv is None else argv), os.environ
-    python = shlex.quote(sys.executable)                    # "python" may be another environment's
+    words, local = [sys.executable], os.environ.get("LOCAL_WORLD_SIZE", "1")
+    argv = sys.argv[1:] if argv is None else argv
     if name.startswith("-m"):
-        path = "" if Path.cwd() == ROOT else f"PYTHONPATH={shlex.quote(str(ROOT))} "
-        return f"{path}{python} {name} {arguments}"
-    name, nodes = shlex.quote(os.path.relpath(ROOT / name)), environ.get("GROUP_WORLD_SIZE", "1")
-    if environ.get("WORLD_SIZE", "1") == "1":
-        return f"{python} {name} {arguments}"
-    several = f"--nnodes={nodes}" if nodes != "1" else "--standalone"
-    every = "    # on every node, with the same --rdzv flags" if nodes != "1" else ""
-    local = environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])
-    return (f"{python} -m torch.distributed.run {several} --nproc_per_node={local} {name} "
-            f"{arguments}{every}")
+        return f"PYTHONPATH={shlex.quote(str(ROOT))} {words[0]} {name} {shlex.join(argv)}"
+    if local != "1":
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        words += ["-m", "torch.distributed.run", "--standalone" if nodes == "1" else f"--nnodes={nodes}",
+                  f"--nproc_per_node={local}"]
+    command = shlex.join([*words, os.path.relpath(ROOT / name), *argv])
+    return command if "nnodes" not in command else f"{command}    # on every node, with the same --rdzv flags"

@@ -1,8 +1,7 @@
 """
 Who trains what, on which rank; how the ranks of a trajectory exchange numbers; how a run is asked to stop.
-
-`python -m infra.distributed CONFIG [--name=value ...]` checks a config and its run directory, and prints how many processes
-run.sh starts for it.
+ `python -m infra.distributed CONFIG [--name=value ...]` checks a config and its run directory, and prints how
+many processes run.sh starts for it.
 """
 import math
 import os
@@ -16,18 +15,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from infra.console import exit_with_error
+from infra.console import fail
 
-JOIN, HANG = timedelta(minutes=10), timedelta(hours=1)      # how long ranks wait for the last to start; for one of a group
+JOIN, HANG = timedelta(minutes=10), timedelta(hours=1)      # how long ranks wait for one
 
 
 def batch_sizes(config):
     """Sequences of a step, over all ranks of a trajectory: the values that occur."""
-    return sorted({config.batch_tokens // config.sequence_len, config.batch_tokens_ends // config.sequence_len})
+    return sorted({n // config.sequence_len for n in (config.batch_tokens, config.batch_tokens_ends)})
 
 
 def micro_batch_size(config, sequences, ranks):
-    """Sequences of a backward pass: a rank's share of a step in the fewest equal parts of at most micro_batch."""
+    """Sequences of a backward pass: a rank's share in the fewest equal parts of at most micro_batch."""
     share = sequences // ranks
     return max(n for n in range(1, min(config.micro_batch, share) + 1) if share % n == 0)
 
@@ -38,7 +37,7 @@ def can_share(config, world_size):
 
 
 def processes(config, most=None):
-    """How many to start on one machine, at most so many (None: one per GPU, else one per trajectory up to the cores)."""
+    """How many to start on one machine, at most so many (None: one per GPU, else one per trajectory)."""
     most = most or torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
     return next(n for n in range(most, 0, -1) if can_share(config, n))
 
@@ -46,8 +45,8 @@ def processes(config, most=None):
 @dataclass
 class Ranks:
     """
-    gcd(world size, trajectories) groups of equally many ranks; a group takes every groups-th trajectory, one after another.
-    Each rank of a group takes its share of every batch; the group's first rank writes.
+    gcd(world size, trajectories) groups of equally many ranks; a group takes every groups-th trajectory, one
+    after another. Each rank of a group takes its share of every batch; the group's first rank writes.
     """
     rank: int
     world_size: int
@@ -57,7 +56,7 @@ class Ranks:
     group_rank: int
     group_size: int
     group: object = None                # process group of this group; None for a single process
-    world: object = None                # of all ranks, over gloo: groups may finish hours apart, which NCCL takes for a hang
+    world: object = None                # of all ranks, over gloo: NCCL would take hours for a hang
 
     @property
     def is_main(self):
@@ -70,7 +69,7 @@ class Ranks:
 
     def mean(self, *values):
         """Of numbers, over the ranks of a group: floats, in one exchange."""
-        total = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values])
+        total = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in values])
         if self.group_size > 1:
             dist.all_reduce(total, group=self.group)
         return [value / self.group_size for value in total.tolist()]
@@ -84,40 +83,44 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def pick_device(local_rank):
+def pick_device(config, local_rank):
     """This rank's GPU, or the CPU. Exits with code 2 where there is a GPU that cannot be used."""
     if not torch.cuda.is_available():
         if os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            exit_with_error(f"torch {torch.__version__} cannot use this machine's GPU: install one that fits its driver, or set "
-                            "CUDA_VISIBLE_DEVICES= for the CPU")
+            fail(f"torch {torch.__version__} cannot use this machine's GPU: install one that fits its "
+                 "driver, or set CUDA_VISIBLE_DEVICES= for the CPU")
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
-    if local_rank >= torch.cuda.device_count() or torch.cuda.get_device_capability(device) < (8, 0):
-        exit_with_error(f"every process needs a GPU of compute capability 8.0 or more (bf16, flash attention); this machine has "
-                        f"{torch.cuda.device_count()} GPUs: start fewer processes, or set CUDA_VISIBLE_DEVICES= for the CPU")
+    device, width = torch.device("cuda", local_rank), config.n_embd // config.n_head
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus or torch.cuda.get_device_capability(device) < (8, 0) or width % 8 or width > 256:
+        fail("flash attention in bf16 wants a GPU of compute capability 8.0 for every process (there are "
+             f"{gpus}) and heads of a multiple of 8, at most 256 (not {width}): change them, or set "
+             "CUDA_VISIBLE_DEVICES= for the CPU")
     torch.cuda.set_device(device)
     return device
 
 
 def join(config):
-    """The Ranks of this process, from torchrun's environment. Exits with code 2 where they cannot share a step."""
+    """The Ranks of this process, by torchrun's environment. Exits with code 2 where they cannot be."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": ""}
-    rank, world_size, local_rank, *master = (os.environ.get(name, default) for name, default in names.items())
-    if not (rank + world_size + local_rank).isdecimal() or int(rank) >= int(world_size) or world_size != "1" and not all(master):
-        exit_with_error(f"RANK={rank}, WORLD_SIZE={world_size}, LOCAL_RANK={local_rank}, with MASTER_ADDR and MASTER_PORT, are "
-                        "torchrun's to set: start with torchrun, or unset them")
-    rank, world_size = int(rank), int(world_size)
+    values = {name: os.environ.get(name, default) for name, default in names.items()}
+    try:
+        rank, world_size, local_rank = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        good = 0 <= rank < world_size and (world_size == 1 or values["MASTER_ADDR"] and values["MASTER_PORT"])
+    except ValueError:
+        good = False
+    if not good:
+        fail(f"{values} are torchrun's to set: start with torchrun, or unset them")
     groups = math.gcd(world_size, config.trajectories)
     size = world_size // groups
     if not can_share(config, world_size):
-        exit_with_error(f"steps of {' and '.join(map(str, batch_sizes(config)))} sequences (batch_tokens, batch_tokens_ends) "
-                        f"cannot be shared equally by {size} ranks for a trajectory: start {processes(config, world_size)} "
-                        "processes")
-    ranks = Ranks(rank, world_size, pick_device(int(local_rank)), groups,
+        fail(f"steps of {batch_sizes(config)} sequences (batch_tokens, batch_tokens_ends) cannot be shared "
+             f"equally by {size} ranks for a trajectory: start {processes(config, world_size)} processes")
+    ranks = Ranks(rank, world_size, pick_device(config, local_rank), groups,
                   list(range(rank // size, config.trajectories, groups)), rank % size, size)
     if world_size > 1:
-        cuda = ranks.device.type == "cuda"
-        dist.init_process_group(**(dict(backend="nccl", device_id=ranks.device) if cuda else dict(backend="gloo")), timeout=JOIN)
+        nccl, gloo = dict(backend="nccl", device_id=ranks.device), dict(backend="gloo")
+        dist.init_process_group(**nccl if ranks.device.type == "cuda" else gloo, timeout=JOIN)
         ranks.group, _ = dist.new_subgroups(size, timeout=HANG)
         ranks.world = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return ranks
@@ -125,16 +128,17 @@ def join(config):
 
 class StopRequest:
     """
-    While entered, SIGTERM, Ctrl-C, SIGUSR1 (SLURM's warning) and SIGHUP (a closed terminal; not under nohup) only set
-    `requested`: the step is finished and saved first. One more, a second or more later (torchrun passes Ctrl-C on, so that it
-    comes twice), ends the process at once, also where it waits for another rank: a thread listens.
+    While entered, SIGTERM, Ctrl-C, SIGUSR1 (SLURM's warning) and SIGHUP (a closed terminal; not under nohup)
+    only set `requested`: the step is finished and saved first. One more, a second or more later (torchrun
+    passes Ctrl-C on, so that it comes twice), ends the process at once, also where it waits for another rank:
+    a thread listens.
     """
 
     def __enter__(self):
         self.requested = False
         self.receiver, self.sender = socket.socketpair()
         self.sender.setblocking(False)
-        self.wakeup = signal.set_wakeup_fd(self.sender.fileno())        # a byte for every signal, whatever the main thread does
+        self.wakeup = signal.set_wakeup_fd(self.sender.fileno())        # a byte for every signal
         self.handlers = {number: signal.signal(number, lambda *_: None)
                          for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
                          if signal.getsignal(number) is not signal.SIG_IGN}

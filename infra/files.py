@@ -1,6 +1,7 @@
 """
-Files that are whole or not there, and that show when they are damaged: JSON, and named tensors (safetensors) with what they
-are. Each holds a SHA-256, so that no flipped bit passes. Neither format can hold code: a stranger's files are safe to read.
+Files that are whole or not there, and that show when they are damaged: JSON, and named tensors (safetensors)
+with what they are. Each holds a SHA-256, so that no flipped bit passes. Neither can hold code: a stranger's
+files are safe.
 """
 import contextlib
 import errno
@@ -20,18 +21,19 @@ FORMAT = 3                  # of all files below; another one is refused
 
 def write_whole(path, save):
     """
-    Write a file whole or not at all: save(temporary path), flushed to disk, then renamed. Raises OSError; what was there
-    before is then still there.
+    Write a file whole or not at all: save(temporary path), flushed to disk, then renamed. Raises OSError;
+    what was there before is then still there.
     """
-    temporary = path.parent / f".writing-{os.getpid()}" / path.name     # its own name: torch.save puts it into the file
+    temporary = path.parent / f".writing-{os.getpid()}" / path.name     # torch.save writes the name, too
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         flush_to_disk(temporary)
         os.replace(temporary, path)
         flush_to_disk(path.parent)              # the new name, too, outlives a power cut
-    except (OSError, RuntimeError, SafetensorError) as e:               # the libraries turn the first into the others
-        raise OSError(errno.EIO, f"could not be written ({getattr(e, 'strerror', None) or e})", str(path)) from e
+    except (OSError, RuntimeError, SafetensorError) as e:       # the libraries turn the first into others
+        reason = getattr(e, "strerror", None) or e
+        raise OSError(errno.EIO, f"could not be written ({reason})", str(path)) from e
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
 
@@ -45,12 +47,6 @@ def flush_to_disk(path):
             raise
     finally:
         os.close(descriptor)
-
-
-def clean_up(folder, pattern):
-    """Remove what killed writers left; for who holds the lock of their folder."""
-    for path in folder.glob(pattern):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256_of(value):
@@ -69,8 +65,8 @@ def unseal(text, path):
         value = json.loads(text)
         if value.pop("sha256") == sha256_of(value) and value["format"] == FORMAT:
             return value
-    raise Damaged(f"'{path}' is damaged, or of another version of this code (this reads format {FORMAT}): restore it, or move "
-                  "it away and run the script that writes it")
+    raise Damaged(f"'{path}' is damaged, or of another version of this code (this reads format {FORMAT}): "
+                  "restore it, or move it away and run the script that writes it")
 
 
 def write_json(path, value):
@@ -94,12 +90,12 @@ def digest(tensors):
 def write_tensors(path, tensors, **about):
     """Named CPU tensors, and what they are: plain values, with their SHA-256 as about["tensors_sha256"]."""
     about["tensors_sha256"] = digest(tensors)
-    # one entry of metadata: of several safetensors changes the order, and equal files would differ in their bytes
+    # one entry of metadata: safetensors writes several in any order, and equal files would differ
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"about": seal(about)}))
 
 
 def read_tensors(path, check=True):
-    """(tensors, mapped from disk; about). check: all contents are compared with their SHA-256. Raises Damaged."""
+    """(tensors, mapped from disk; about). check: all contents are compared with their SHA-256."""
     try:
         with safe_open(path, "pt") as file:
             about = unseal(file.metadata()["about"], path)

@@ -1,6 +1,7 @@
 """
-The run directory in which the scripts meet: config.json, metrics.jsonl, members (bf16 weights and what they are),
-checkpoints to resume from, scores, prior.json. Knows neither model nor data. t and c are trajectory and cycle, from 0.
+The run directory in which the scripts meet: config.json, metrics.jsonl, members (bf16 weights and what they
+are), checkpoints to resume from, scores, prior.json. Knows neither model nor data. t and c: trajectory and
+cycle, from 0.
 """
 import dataclasses
 import fcntl
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 
 from infra.config import FIELDS
-from infra.console import ROOT, Damaged, exit_with_error, print0
-from infra.files import clean_up, read_json, read_tensors, write_json, write_tensors
+from infra.console import ROOT, Damaged, fail, print0
+from infra.files import read_json, read_tensors, write_json, write_tensors
 
 SPLITS = "fit", "val"       # the held-out sets: for the prior, and to report
 LAG = 120                   # seconds until another machine sees what was written on a shared disk
@@ -40,16 +41,23 @@ def code_version():
 
 def environment(config, ranks):
     """What the bits of a run depend on, beside its identity."""
-    machine = (torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else
-               f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}")
+    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    if ranks.device.type == "cuda":
+        machine = torch.cuda.get_device_name(ranks.device)
     return dict(machine=machine, torch=torch.__version__.split("+")[0], ranks=ranks.group_size,
                 micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
+def load_prior(run_dir):
+    """What prior.py wrote. Exits with code 2 where it has not."""
+    path = Path(run_dir) / "prior.json"
+    return read_json(path) if path.exists() else fail(f"no '{path}': run prior.py on its config first")
+
+
 class RunDirectory:
     """
-    Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do). Nothing is written
-    before open(), whose lock a `with` holds.
+    Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do), or
+    cannot be written. Nothing is written before open(), whose lock a `with` holds.
     """
 
     def __init__(self, config, data_fingerprint):
@@ -61,51 +69,52 @@ class RunDirectory:
             **config.identity(), "data_fingerprint": data_fingerprint or theirs.get("data_fingerprint")}))
         differ = theirs and self.differs(theirs)
         if differ:
-            exit_with_error(f"run_dir='{self.path}' belongs to another config: {differ}; name another --run_dir, or move it")
+            fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it")
         try:
-            tempfile.TemporaryFile(dir=next(p for p in [self.path, *self.path.absolute().parents] if p.exists())).close()
+            existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+            tempfile.TemporaryFile(dir=existing).close()
         except OSError as e:
-            exit_with_error(f"run_dir='{self.path}': cannot write there: {e.strerror}; name another --run_dir")
+            fail(f"run_dir='{self.path}': cannot write there: {e.strerror}; name another --run_dir")
 
     def identity_of(self, t):
-        """Of trajectory t's files, with its own seed: trajectory 0 of seed 43 may join a run of seed 42 as its 1."""
+        """Of trajectory t's files, with its own seed: trajectory 0 of seed 43 may join seed 42's run as 1."""
         return {**self.identity, "seed": self.config.seed + t}
 
     def differs(self, identity, t=0):
-        """How a file's identity differs from ours, as text; settings that are newer than it count as their defaults."""
+        """How a file's identity differs from ours, as text; settings newer than it have their defaults."""
         return differences({**DEFAULTS, **identity}, self.identity_of(t))
 
     # ---- who may write
 
     def open(self, ranks, folder=".", **about):
         """
-        All ranks together: lock this folder of it, clean up what killed writers left there, write config.json where there is
-        none (about: more for it). Exits with code 2 where another process has the lock, or a rank sees another disk.
+        All ranks together: lock this folder of it, remove what killed writers left there, write config.json
+        where there is none (about: more for it). Exits with code 2 where it is locked, or a rank sees another
+        disk.
         """
         path, launch = self.path / folder / ".lock", " ".join(
             os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
         if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(path, "a")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.lock = open(path, "a")
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # goes with the process, however it ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until the process ends, however
             except BlockingIOError:
-                exit_with_error(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop it, or "
-                                "name another --run_dir")
+                fail(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop "
+                     "it, or name another --run_dir")
             except OSError:
-                if not self.lock:                                           # else a file system without locks
-                    raise
+                pass                                                        # a file system without locks
             self.lock.truncate(0)
             print(launch, end="", file=self.lock, flush=True)
-            clean_up(path.parent, ".writing-*")
-            clean_up(path.parent, "*/.writing-*")
+            for left in [*path.parent.glob(".writing-*"), *path.parent.glob("*/.writing-*")]:
+                shutil.rmtree(left, ignore_errors=True)
             self.write_config(about)
         ranks.barrier(everyone=True)
         until = time.monotonic() + LAG
         while not path.exists() or path.read_text() != launch:
             if time.monotonic() > until:
-                exit_with_error(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank 0's disk: "
-                                "name a --run_dir that all ranks share")
+                fail(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank 0's "
+                     "disk: name a --run_dir that all ranks share")
             time.sleep(0.5)
         return self
 
@@ -122,20 +131,19 @@ class RunDirectory:
             write_json(self.config_path, dict(identity=self.identity, config=vars(self.config), code=code,
                                               torch=torch.__version__, **about))
         elif read_json(self.config_path)["code"] != code:
-            print0(f"note: '{self.path}' was begun by another version of the code; what is there stays, for a fresh start name "
-                   "another --run_dir")
+            print0(f"note: '{self.path}' was begun by another version of the code; what is there stays")
 
     def check_room(self, parameters):
-        """Exits with code 2 where the disk has no room for what will still be written, of a model of so many parameters."""
-        # a member: bf16; a checkpoint: fp32 weights, two moments, their average; scores: fp32
+        """Exits with code 2 where the disk has no room for what a model of so many will still write."""
+        # a checkpoint: fp32 weights, two moments, their average; a member: bf16, with fp32 scores
         c, checkpoint = self.config, (16 if self.config.ema_decay else 12) * parameters
         need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
             2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
         need -= sum(path.stat().st_size for path in self.path.glob("**/*.safetensors"))
         room = shutil.disk_usage(self.path).free
         if need > room:
-            exit_with_error(f"run_dir='{self.path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB are "
-                            "free there: make room, or name another --run_dir")
+            fail(f"run_dir='{self.path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB "
+                 "are free there: make room, or name another --run_dir")
 
     # ---- members
 
@@ -169,14 +177,14 @@ class RunDirectory:
 
     # ---- checkpoints: the newest, and the one before in case that is damaged
 
-    def save_checkpoint(self, t, tensors, **about):
+    def save_checkpoint(self, t, tensors, step, environment):
         newest, previous = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
         if newest.exists():
             os.replace(newest, previous)
-        write_tensors(newest, tensors, identity=self.identity_of(t), **about)
+        write_tensors(newest, tensors, identity=self.identity_of(t), step=step, environment=environment)
 
     def load_checkpoint(self, t):
-        """(tensors on disk, about) of the newest that is whole; (None, {"step": 0}) where the trajectory is new."""
+        """(tensors on disk, about) of the newest that is whole; (None, {"step": 0}) of a new trajectory."""
         reason = None
         for path in (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous")):
             try:
@@ -185,9 +193,9 @@ class RunDirectory:
             except Damaged as e:
                 reason = reason or e
                 print0(f"note: {e}; trying the previous one", prints=True)
-        if reason or self.member_path(t, 1).exists():       # the first member may be there before the first checkpoint
-            exit_with_error(f"{reason or f'{self.folder(t)} has members but no checkpoint to resume from: restore one'}, or "
-                            f"delete '{self.folder(t)}' and train it again")
+        if reason or self.member_path(t, 1).exists():       # the first may be there before a checkpoint
+            reason = reason or f"'{self.folder(t)}' has members but no checkpoint to resume from: restore one"
+            fail(f"{reason}, or delete '{self.folder(t)}' and train it again")
         return None, {"step": 0}
 
     # ---- scores, a file for each member and held-out set
@@ -199,11 +207,11 @@ class RunDirectory:
         """log_p: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
         if not np.isfinite(log_p).all():
             raise Damaged(f"'{self.member_path(t, c)}' gives probabilities that are no numbers: move it away")
-        write_tensors(self.score_path(split, t, c), {"log_p": torch.from_numpy(log_p)}, weights_sha256=weights_sha256,
-                      split=split)
+        scores = {"log_p": torch.from_numpy(log_p)}
+        write_tensors(self.score_path(split, t, c), scores, weights_sha256=weights_sha256)
 
     def load_scores(self, split, t, c, check=True):
-        """((tokens,) float32, mapped from disk; the SHA-256 of the weights whose they are); (None, None): there are none."""
+        """((tokens,) float32, mapped from disk; the SHA-256 of the weights); (None, None): none."""
         path = self.score_path(split, t, c)
         if not path.exists():
             return None, None
@@ -214,19 +222,12 @@ class RunDirectory:
 
     def log(self, **record):
         """
-        A line of metrics.jsonl: a step, a cycle or a score. After a kill some steps come again: the last line of a step
-        holds, and a line that the kill tore is none.
+        A line of metrics.jsonl: a step, a cycle or a score. After a kill some steps come again: the last line
+        of a step holds, and a line that the kill tore is none.
         """
-        path = self.path / "metrics.jsonl"
-        try:
-            with open(path, "ab+") as f:
-                torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+        with open(self.path / "metrics.jsonl", "ab+", buffering=0) as f:
+            torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+            try:
                 f.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, str(path)) from e
-
-
-def load_prior(run_dir):
-    """What prior.py wrote. Exits with code 2 where it has not."""
-    path = Path(run_dir) / "prior.json"
-    return read_json(path) if path.exists() else exit_with_error(f"no '{path}': run prior.py on its config first")
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, f.name) from e

@@ -29,6 +29,7 @@ from data import loader                                                     # no
 from infra.files import read_json                                                 # noqa: E402
 from tools import plan, plot                                                # noqa: E402
 
+RESULTS = ROOT / "results"
 TINY, SINGLE, ONE = "configs/tiny.py", "configs/single.py", ("--trajectories=1",)
 STRONG = (*ONE, "--distill_alpha=0.7", "--distill_temperature=1")
 INDEPENDENT = ("--cycles=1", "--schedule=cosine", "--distill_from=1", "--ema_decay=0.95", "--ema_every=1")
@@ -68,7 +69,7 @@ PLANS = {               # name -> ({variant's name: Variant}, [(variant, rule, v
         **{f"{of}_live{K}": student(of, population.label, population, K)
            for of, population in (("chain", CHAIN), ("best", BY_BEST)) for K in (4, 8)}},
         [("best", rule, "chain", rule) for rule in ("learned", "best")]
-        + [(f"{of}_live8", "best", f"{of}_live4", "best") for of in ("chain", "best")]),
+        + [(f"{of}_live{K}", "best", f"{of}_stored", "best") for of in ("chain", "best") for K in (4, 8)]),
     "baselines": ({
         "independent": Variant("8 independent models of 32 epochs", flags=(*INDEPENDENT, "--trajectories=8",
                                                                            "--epochs_per_cycle=32")),
@@ -93,15 +94,16 @@ def commit():
 
 # --------------------------------------------------------------------------------------------------- the runs
 
-def script(name, variant, folder, source, seed, *more):
-    """One script of a variant, on one thread."""
+def scripts(names, variant, folder, source, seed, *more):
+    """These scripts of a variant, one after another, in one process of one thread."""
     argv = [str(ROOT / variant.config), *variant.flags, f"--seed={seed}", f"--run_dir={folder}", f"--data={source}",
             f"--data_dir={folder.parent / 'data'}", *more]
-    code = f"import sys, train, distill, prior\nfrom data import prepare\n{variant.change}\n{name}.main(sys.argv[1:])"
+    calls = "; ".join(f"{name}.main(sys.argv[1:])" for name in names.split())
+    code = f"import sys, train, distill, prior\nfrom data import prepare\n{variant.change}\n{calls}"
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}.py {' '.join(argv)}: {done.stderr[-500:]}")
+        raise RuntimeError(f"{names} {' '.join(argv)}: {done.stderr[-500:]}")
 
 
 def run(name, variant, folder, source, seed):
@@ -114,8 +116,10 @@ def run(name, variant, folder, source, seed):
             shutil.rmtree(half, ignore_errors=True)
             shutil.copytree(folder / f"{variant.of}_{seed}", half, copy_function=os.link,
                             ignore=shutil.ignore_patterns("metrics.jsonl", "student", ".*")).rename(own)
-        for step in ("distill", "prior") if variant.student else ("train", "distill", "prior"):
-            script(step, variant, own, source, seed, *(["--student", *variant.student] if variant.student else []))
+        if variant.student:
+            scripts("distill prior", variant, own, source, seed, "--student", *variant.student)
+        else:
+            scripts("train distill prior", variant, own, source, seed)
     return time.monotonic() - began, read_json(finished)
 
 
@@ -136,9 +140,9 @@ def run_all(name, root, texts, seeds, jobs):
     """All rows of the .csv, best first what others wait for: populations, then students."""
     variants, rows = PLANS[name][0], []
     for text, source in texts.items():
-        for config, flags in {(v.config, v.flags if name == "rehearsals" else ()) for v in variants.values()}:
+        for config, flags in dict.fromkeys((v.config, v.flags) for v in variants.values()):
             (root / text).mkdir(parents=True, exist_ok=True)
-            script("prepare", Variant("", config, flags), root / text / "none", source, seeds[0])
+            scripts("prepare", Variant("", config, flags), root / text / "none", source, seeds[0])
     todo = [(text, seed, key) for seed in seeds for text in texts for key in variants]
     todo.sort(key=lambda job: bool(variants[job[2]].student))
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", desc=name) as bar:
@@ -153,18 +157,17 @@ def run_all(name, root, texts, seeds, jobs):
                 rows += [dict(about, rule=a["rule"], K=a["K"], fit_loss=a["fit_loss"], val_loss=a["val_loss"])
                          for a in prior["answers"]]
                 bar.update()
-    (ROOT / "results" / f"{name}.csv").unlink(missing_ok=True)
-    with open(ROOT / "results" / f"{name}.csv", "w", newline="") as f:
+    with open(RESULTS / f"{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys())
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda r: (r["text"], r["variant"], r["seed"], r["rule"], r["K"])))
+        writer.writerows(sorted(rows, key=lambda r: (r["text"], r["variant"], int(r["seed"]), r["rule"], r["K"])))
     if name == "demo":
         picture(root / "manual", variants, seeds)
 
 
 def picture(folder, variants, seeds):
     priors = {name: [read_json(folder / f"{name}_{seed}" / "prior.json") for seed in seeds] for name in variants}
-    plot.draw(priors["tiny"], ROOT / "results" / "demo.png", {variants[n].label: priors[n] for n in priors if n != "tiny"})
+    plot.draw(priors["tiny"], RESULTS / "demo.png", {variants[n].label: priors[n] for n in priors if n != "tiny"})
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -176,20 +179,22 @@ def mean_error(values):
 
 def page(name):
     """Lines of the table and the differences, from results/NAME.csv."""
-    with open(ROOT / "results" / f"{name}.csv", newline="") as f:
+    with open(RESULTS / f"{name}.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     variants, pairs = PLANS[name]
+    def label(key):             # of a variant that this code cannot run any more, its name
+        return variants[key].label if key in variants else key
     of = {}             # (text, variant, rule, K) -> {seed: row}
     for r in rows:
         of.setdefault((r["text"], r["variant"], r["rule"], int(r["K"])), {})[r["seed"]] = r
     lines = []
     for text in dict.fromkeys(r["text"] for r in rows):
         lines += [f"\n## {text}\n", "| | epochs | TFLOP | rule | K | validation loss | seeds |", "|---|---|---|---|---|---|---|"]
-        for key in variants:
+        for key in dict.fromkeys([*variants, *(r["variant"] for r in rows)]):
             for (_, _, rule, K), seeds in sorted(k for k in of.items() if k[0][:2] == (text, key)):
                 some = list(seeds.values())
                 losses = [float(r["val_loss"]) for r in some]
-                lines.append(f"| {variants[key].label} | {some[0]['epochs']} | {some[0]['tflop']} | {rule} | {K} | "
+                lines.append(f"| {label(key)} | {some[0]['epochs']} | {some[0]['tflop']} | {rule} | {K} | "
                              f"{mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |")
         lines += ["\n| | less | difference (negative: the first is better) | seeds |", "|---|---|---|---|"] * bool(pairs)
         for a, rule, b, other in pairs:
@@ -198,7 +203,7 @@ def page(name):
             if first and second:
                 x, y = first[max(first)], second[max(second)]       # of all members; of best there is K = 1 alone
                 found = [float(x[s]["val_loss"]) - float(y[s]["val_loss"]) for s in x if s in y]
-                lines.append(f"| {variants[a].label}: {rule} | {variants[b].label}: {other} | {mean_error(found)} | "
+                lines.append(f"| {label(a)}: {rule} | {label(b)}: {other} | {mean_error(found)} | "
                              f"{', '.join(f'{d:+.4f}' for d in found)} |")
     commits = ", ".join(sorted({r["commit"] for r in rows}))
     head = [f"# {name}", "", f"Printed by `python results/experiments.py {name}` from {name}.csv, at commit {commits}: torch "
@@ -211,19 +216,19 @@ def page(name):
     return [*head, *lines]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("texts", nargs="*", metavar="NAME=TEXT")
     parser.add_argument("--seeds", default="42,1042,2042")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.folder:
         texts = {"manual": "manual", **dict(text.split("=", 1) for text in options.texts)}
         run_all(options.plan, options.folder.resolve(), texts, options.seeds.split(","), options.jobs)
     lines = page(options.plan)
-    (ROOT / "results" / f"{options.plan}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{options.plan}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

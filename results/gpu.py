@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from infra.config import from_args                            # noqa: E402
-from infra.console import exit_with_error                               # noqa: E402
+from infra.console import fail                               # noqa: E402
 from results.experiments import commit                         # noqa: E402
 from infra.distributed import processes                             # noqa: E402
 
@@ -50,7 +50,7 @@ def parts(slowrun, gpus):
 
 def main():
     if not torch.cuda.is_available():
-        exit_with_error("results/gpu.py wants a GPU, and torch sees none here")
+        fail("results/gpu.py wants a GPU, and torch sees none here")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slowrun", default="")
     parser.add_argument("parts", nargs="*")
@@ -60,7 +60,7 @@ def main():
     clone = [f"--slowrun={Path(options.slowrun).resolve()}"] * bool(options.slowrun)
     found = parts(clone, torch.cuda.device_count())
     if not set(chosen) <= found.keys():
-        exit_with_error(f"results/gpu.py has the parts {', '.join(found)}, not {' '.join(chosen)}")
+        fail(f"results/gpu.py has the parts {', '.join(found)}, not {' '.join(chosen)}")
     folder = ROOT / "results" / "gpu" / device.replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
     for name in chosen or found:

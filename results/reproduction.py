@@ -109,7 +109,7 @@ def reproduction():
 
 With 5 trajectories on 5 nodes each node is one group of ranks. All ranks must see one disk (a rank that does not see rank 0's is refused).
 Without one, train a trajectory on each node as a run of its own, `--trajectories=1 --seed=42`, `--seed=43`, ..., copy the second's
-`trajectory_00` into the first's run directory as `trajectory_01`, and so on (its `scores/*/00_*.pt` as `01_*.pt`, or they are made
+`trajectory_00` into the first's run directory as `trajectory_01`, and so on (its `scores/*/00_*` as `01_*`, or they are made
 again), and run `prior.py --trajectories=5 --seed=42` there. `data_dir` must be on every node (copy the files that data.prepare wrote).
 Where a rank fails, its node ends; the others finish their trajectories first, or, where that node
 held the rendezvous, stop and save. Then start all nodes again (SIGTERM to each torchrun makes the rest save sooner). Launches of 8 ranks, five

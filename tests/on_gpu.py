@@ -21,7 +21,7 @@ from torch.nn.attention import current_flash_attention_impl
 import distill
 import train
 from data import loader
-from infra.console import exit_with_error
+from infra.console import fail
 from infra.files import read_tensors, read_json
 from model import GPT, GPTConfig, attend
 from optim import MuonAdamW
@@ -250,11 +250,11 @@ PARTS = {part.__name__: part for part in (attention, model_and_losses, the_step_
 
 def main():
     if not torch.cuda.is_available():
-        exit_with_error("tests.on_gpu wants a GPU; the other tests are the CPU's")
+        fail("tests.on_gpu wants a GPU; the other tests are the CPU's")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {current_flash_attention_impl() or 'FA2'}, "
           f"Python {sys.version.split()[0]}")
     if not PARTS.keys() >= set(sys.argv[1:]):
-        exit_with_error(f"tests.on_gpu has the parts {', '.join(PARTS)}, not {' '.join(sys.argv[1:])}")
+        fail(f"tests.on_gpu has the parts {', '.join(PARTS)}, not {' '.join(sys.argv[1:])}")
     for name in sys.argv[1:] or PARTS:
         PARTS[name]()
     print(f"out: {FAILED or 'nothing'}")

@@ -17,7 +17,7 @@ import torch
 import distill
 import train
 from data import loader
-from infra.console import exit_with_error
+from infra.console import fail
 from model import GPT, GPTConfig
 from optim import POLAR_EXPRESS, MuonAdamW
 from prior import fit_weights
@@ -222,7 +222,8 @@ def data_order(facts):
     sequences, trajectories = loader.cut(fitness, f["sequence_len"]), []
     for t in range(2):
         cuts = types.SimpleNamespace(sequence_len=f["sequence_len"], epoch_multiple=f["multiple"])
-        batches, epochs = loader.Batches(rest, starts, f["sequence_len"], loader.sequences_per_epoch(cuts, len(rest)), seed + t), []
+        data = types.SimpleNamespace(train=rest, doc_starts=starts, sequences_per_epoch=loader.sequences_per_epoch(cuts, len(rest)))
+        batches, epochs = loader.Batches(data, f["sequence_len"], seed + t), []
         for epoch in (1, 2, 3):
             rows = batches.take(batches.per_epoch).numpy()
             epochs.append(dict(epoch=epoch, sequences=len(rows), first_8_tokens=rows[0, :8].tolist(), sha256=sha(rows)))
@@ -307,12 +308,12 @@ def compare(facts):
 
 def main(paths):
     out = 0
-    for path in paths or exit_with_error("no facts: python -m tests.parity tests/data/slowrun_facts.json"):
+    for path in paths or fail("no facts: python -m tests.parity tests/data/slowrun_facts.json"):
         try:
             with open(path) as f:
                 facts = dict(json.load(f))
         except (OSError, ValueError, TypeError) as e:
-            exit_with_error(f"{path} is no facts file ({type(e).__name__}): tests/data/slowrun_facts.json is one")
+            fail(f"{path} is no facts file ({type(e).__name__}): tests/data/slowrun_facts.json is one")
         rows = compare(facts)
         short = lambda v: (f"{v:.6g}" if isinstance(v, float) else str(v))[:24]
         print(f"{path}\n{'quantity':66} {'theirs':>24} {'ours':>24} {'difference':>10} {'allowed':>8}")

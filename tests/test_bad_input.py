@@ -76,9 +76,9 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--fitness_tokens=3000"], ["train_tokens=3000", "fitness_tokens"]),
     (train, ["--train_tokens=2000000000"], ["train_tokens", "3000"]),
     (train, ["--ema_decay=0.5", "--run_dir={place}/other"], ["ema_every"]),
-    (train, ["--distill_teacher=mixture"], ["distill_teacher", "teacher_of", "distill.py --student"]),
+    (train, ["--distill_teacher=mixture"], ["distill_teacher", "teacher_of", "--student"]),
     (train, ["--packings=4"], ["packings", "nothing is stored"]),
-    (train, ["--student_from=scratch"], ["student_from", "best member"]),
+    (train, ["--student_from=scratch"], ["student_from", "did you mean"]),
     (train, ["--student"], ["student"]),
     (train, ["--student_teachers=0"], ["student_teachers=0"]),
     (train, ["--ema_share=1.5"], ["ema_share", "at most 1"]),
@@ -116,7 +116,7 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--data_dir={place}/none"], ["none", "data.prepare"]),
     (train, ["--run_dir=/proc/none"], ["run_dir", "/proc/none"]),
     (train, ["--run_dir={place}/file"], ["run_dir"]),
-    *((train, [f"--{key}={name}"], [key, "too long"]) for key in ("run_dir", "data_dir") for name in ("a" * 256, "a/" * 3000)),
+    *((train, [f"--{key}={name}"], ["too long"]) for key in ("run_dir", "data_dir") for name in ("a" * 256, "a/" * 3000)),
     (train, ["--epochs=" + "9" * 5000], ["epochs=", "whole number"]),
     (train, ["--seed=7"], ["seed is 42 there and 7 here", "--run_dir"]),
     (distill, ["--run_dir={place}/other"], ["train.py"]),
@@ -160,9 +160,9 @@ def test_bad_input(script, wrong, words, place, capsys):
 
 @pytest.mark.parametrize("environment, words", [
     (dict(WORLD_SIZE="3"), ["torchrun"]),
-    (dict(WORLD_SIZE="many"), ["WORLD_SIZE=many", "torchrun"]),
-    (dict(RANK="1"), ["RANK=1", "torchrun"]),
-    (dict(RANK="-1"), ["RANK=-1"]),
+    (dict(WORLD_SIZE="many"), ["many", "torchrun"]),
+    (dict(RANK="1"), ["RANK", "torchrun"]),
+    (dict(RANK="-1"), ["-1"]),
     (dict(WORLD_SIZE="3", MASTER_ADDR="localhost", MASTER_PORT="1"), ["3 ranks", "start 2 processes"]),
 ])
 def test_bad_environment(environment, words, place, monkeypatch, capsys):

@@ -101,7 +101,7 @@ def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, ga
 
 
 @pytest.mark.parametrize("args, names", [
-    (["--epochs=0"], ["epochs", "whole number"]),
+    (["--epochs=0"], ["epochs", "from 1"]),
     (["--epochs=-8"], ["epochs"]),
     (["--epochs=1.5"], ["epochs", "whole number"]),
     (["--epochs="], ["epochs"]),

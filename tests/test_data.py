@@ -171,10 +171,11 @@ def test_the_order_of_batches_against_plain_loops():
         flat = [token for i in order for token in documents[i].tolist()]
         rows = [flat[i:i + 17] for i in range(0, len(flat) - 16, 17)]
         wanted += [rows[i] for i in randperm(len(rows), 7 * 1009 + epoch + 2000)][:len(rows) // 4 * 4]
-    batches = loader.Batches(tokens, starts, 16, len(tokens) // 17 // 4 * 4, seed=7)
+    data = types.SimpleNamespace(train=tokens, doc_starts=starts, sequences_per_epoch=len(tokens) // 17 // 4 * 4)
+    batches = loader.Batches(data, 16, seed=7)
     got = [row for n in (5, 1, 60, len(wanted) - 66) for row in batches.take(n).tolist()]      # steps straddle epochs
     assert got == wanted
-    later = loader.Batches(tokens, starts, 16, len(tokens) // 17 // 4 * 4, seed=7)
+    later = loader.Batches(data, 16, seed=7)
     for position in (len(wanted) - 9, 3, len(wanted) - 9):                                      # forward and back
         later.position = position
         assert later.take(9).tolist() == wanted[position:position + 9]

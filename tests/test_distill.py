@@ -103,7 +103,7 @@ def test_fresh_cycles_are_models_of_their_own(ready, tmp_path):
     torch.manual_seed(train.noise_seed(42, 1))
     model.init_weights()
     optimizer = MuonAdamW(model.named_parameters(), config.lr_scale, momentum_warmup=3)
-    batches = loader.Batches(data.train, data.doc_starts, 32, data.sequences_per_epoch, 42)
+    batches = loader.Batches(data, 32, 42)
     first, length = collections.Counter(step.cycle for step in train.schedule(config, data.sequences_per_epoch)).values()
     batches.position, average = 4 * first, None
     for s in range(length):

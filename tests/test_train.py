@@ -387,10 +387,10 @@ def test_an_average_half_made_goes_on_bit_for_bit(ready, tmp_path, monkeypatch):
     argv, died, save = ready(run_dir=tmp_path / "pieces", resume_every=29, **settings), set(), RunDirectory.save_checkpoint
     class Stop(Exception):
         pass
-    def dying(run, t, tensors, **about):
-        save(run, t, tensors, **about)
-        if any(name.startswith("average.") for name in tensors) and about["step"] not in died:
-            died.add(about["step"])
+    def dying(run, t, tensors, step, environment):
+        save(run, t, tensors, step, environment)
+        if any(name.startswith("average.") for name in tensors) and step not in died:
+            died.add(step)
             raise Stop
     monkeypatch.setattr(RunDirectory, "save_checkpoint", dying)
     for _ in range(3):

@@ -32,7 +32,7 @@ from torch.nn.attention import current_flash_attention_impl
 from data import loader
 import distill
 from infra.config import from_args
-from infra.console import exit_with_error, script
+from infra.console import fail, script
 from infra.distributed import join
 from model import GPT, attend
 from optim import MuonAdamW
@@ -80,8 +80,9 @@ class Ours:
         self.ddp_model = train.distributed(self.model, ranks) if ranks else self.model
         tokens = np.random.default_rng(0).integers(
             config.vocab_size, size=config.train_tokens - config.fitness_tokens, dtype=np.uint16)
-        self.batches = loader.Batches(tokens, np.arange(0, len(tokens), 1000), config.sequence_len,
-                                      loader.sequences_per_epoch(config, len(tokens)), config.seed)
+        data = types.SimpleNamespace(train=tokens, doc_starts=np.arange(0, len(tokens), 1000),
+                                     sequences_per_epoch=loader.sequences_per_epoch(config, len(tokens)))
+        self.batches = loader.Batches(data, config.sequence_len, config.seed)
         self.loss_fn = train.label_loss
         if chain:
             teacher = distill.frozen(config, DEVICE).init_weights()
@@ -127,7 +128,7 @@ def load_slowrun(folder, honest):
     """
     path = Path(folder) / "unlimited" / "train.py"
     if not path.exists():
-        exit_with_error(f"slowrun={folder}: has no unlimited/train.py; name a clone of the NanoGPT Slowrun's repository")
+        fail(f"slowrun={folder}: has no unlimited/train.py; name a clone of the NanoGPT Slowrun's repository")
     source, module = path.read_text(), types.ModuleType("slowrun")
     if honest and DEVICE.type == "cpu":
         source = source.replace("X = g.bfloat16()", "X = g.float()")
@@ -370,13 +371,13 @@ def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     steps = options.steps.split(",")
     if not set(steps) <= {"train", "distill", "score", "prior"} or min(options.rounds, options.members, options.tokens) < 1:
-        exit_with_error("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, "
+        fail("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or more, "
                f"not {vars(options)}")
     if options.memory and DEVICE.type != "cuda":
-        exit_with_error("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
+        fail("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
     ranks = join(config)
     if ranks.world_size > 1 and (ranks.groups > 1 or options.slowrun or options.memory or not set(steps) <= {"train", "distill"}):
-        exit_with_error("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory")
+        fail("under torchrun bench takes --trajectories=1 and --steps=train,distill, without --slowrun and --memory")
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     if ranks.rank == 0:
         print(f"{device}, {ranks.world_size} ranks, {torch.get_num_threads()} threads, torch {torch.__version__}, "

@@ -12,7 +12,7 @@ import torch
 from data import loader
 from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
-from infra.console import exit_with_error, print0, script
+from infra.console import fail, print0, script
 from infra.distributed import join
 from infra.run_directory import RunDirectory, load_prior
 from prior import load_member, model_to_score
@@ -52,18 +52,18 @@ def choose(options, prior, run):
     members = [(m["trajectory"], m["cycle"]) for m in prior["members"]]
     for m in prior["members"]:
         if run.load_member(m["trajectory"], m["cycle"], check=False)[1]["tensors_sha256"] != m["weights_sha256"]:
-            exit_with_error(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: "
+            fail(f"prior.json does not match the member of trajectory {m['trajectory']}, cycle {m['cycle']}: "
                    "run prior.py on this config again")
     if options.member:
         chosen = tuple(int(n) if n.strip().isdecimal() else -1 for n in options.member.split(","))
         if chosen not in members:
-            exit_with_error(f"member={options.member}: there is no such member; write trajectory,cycle, "
+            fail(f"member={options.member}: there is no such member; write trajectory,cycle, "
                    f"such as --member={members[-1][0]},{members[-1][1]}")
         return [("student" if options.student else f"member {options.member}", [chosen], [1.0])]
     Ks = [a["K"] for a in prior["answers"] if a["rule"] == "learned"]
     K = options.K or max(K for K in Ks if K <= 4)
     if K not in Ks:
-        exit_with_error(f"K={options.K}: prior.json has answers for K = {', '.join(map(str, Ks))}")
+        fail(f"K={options.K}: prior.json has answers for K = {', '.join(map(str, Ks))}")
     picked = []
     for rule, K in (("best", 1), ("learned", K)):
         answer = next(a for a in prior["answers"] if a["rule"] == rule and a["K"] == K)
@@ -82,9 +82,9 @@ def main(argv=None):
             ("top_k", options.top_k >= 0, "0 or more"),
             ("sample_seed", 0 <= options.sample_seed < 2 ** 63, "0 or more, and less than 2^63")):
         if not holds:
-            exit_with_error(f"{name}={getattr(options, name)}: must be {rule}")
+            fail(f"{name}={getattr(options, name)}: must be {rule}")
     if any("\ud800" <= c <= "\udfff" for c in options.prompt):
-        exit_with_error("prompt: is not text in UTF-8")
+        fail("prompt: is not text in UTF-8")
     if options.student:
         config, options.member = student_of(config), "0,0"
     run = RunDirectory(config, loader.load(config).fingerprint)

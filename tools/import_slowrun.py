@@ -11,7 +11,7 @@ import torch
 
 from data import loader
 from infra.config import from_args
-from infra.console import exit_with_error, print0, script
+from infra.console import fail, print0, script
 from infra.distributed import join
 from infra.run_directory import RunDirectory
 from prior import fill, model_to_score
@@ -21,8 +21,10 @@ def snapshots(folder, expected):
     """Paths of model_0.pt, ..., of at most `expected`."""
     there = {int(m[1]): p for p in Path(folder).glob("model_*.pt") if (m := re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name))}
     if not there or max(there) >= expected:
-        exit_with_error(f"snapshots={folder} holds {f'model_{max(there)}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; this config's "
-               f"trajectories x cycles are model_0.pt .. model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
+        fail(f"snapshots={folder} holds "
+             f"{f'model_{max(there)}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; this config's "
+             f"trajectories x cycles are model_0.pt .. model_{expected - 1}.pt: name their folder, and its "
+             "trajectories and cycles")
     return there
 
 
@@ -31,12 +33,13 @@ def read(path):
     try:
         weights = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as e:              # torch.load raises nearly anything on damaged bytes
-        exit_with_error(f"'{path}' is not readable ({type(e).__name__}): fetch it again, or leave it out")
+        fail(f"'{path}' is not readable ({type(e).__name__}): fetch it again, or leave it out")
     if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
                                                 for n, w in weights.items()):
-        exit_with_error(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: leave it out")
+        fail(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: leave it out")
     own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
-    return own if len(own) == len(weights) else exit_with_error(f"{path} holds a weight twice, with and without a prefix: fetch it again")
+    return own if len(own) == len(weights) else fail(f"{path} holds a weight twice, with and without a "
+                                                     "prefix: fetch it again")
 
 
 @script
@@ -45,7 +48,8 @@ def main(argv=None):
     run, model = RunDirectory(config, loader.load(config).fingerprint), model_to_score(config)
     there = snapshots(options.snapshots, config.trajectories * config.cycles)
     if run.members():
-        exit_with_error(f"run_dir={run.path} has members of its own: name another --run_dir for those of {options.snapshots}")
+        fail(f"run_dir={run.path} has members of its own: name another --run_dir for those of "
+             f"{options.snapshots}")
     for path in there.values():                     # all of them, before the first is written
         fill(model, path, read(path))
     with run.open(join(config)):

@@ -15,7 +15,7 @@ import torch
 
 from data import loader
 from infra.config import from_args, student_of
-from infra.console import exit_with_error, script
+from infra.console import fail, script
 from infra.distributed import batch_sizes, can_share, micro_batch_size, processes
 from model import CHUNK_BYTES, GPT
 from optim import MuonAdamW
@@ -235,9 +235,9 @@ def main(argv=None):
     for name in OPTIONS:
         value = getattr(options, name)
         if not 0 < value < 1e9 or name == "mfu" and value > 1:
-            exit_with_error(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
+            fail(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
     if not can_share(config, options.ranks):
-        exit_with_error(f"ranks={options.ranks}: cannot share the steps of this config equally; try "
+        fail(f"ranks={options.ranks}: cannot share the steps of this config equally; try "
                         f"--ranks={processes(config, options.ranks)}")
     model, sequences = meta_model(config), sequences_per_epoch(config)
     print_model(model)

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from infra.config import from_args, student_of
-from infra.console import exit_with_error, print0, script
+from infra.console import fail, print0, script
 from infra.files import write_whole
 from infra.run_directory import load_prior
 
@@ -134,7 +134,7 @@ def main(argv=None):
         beside[Path(folder).name if short else folder] = [other]
         if any(other["text"].get(k) != mine["text"].get(k)
                for k in ("text_sha256", "tokenizer", "val_tokens")):
-            exit_with_error(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
+            fail(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
     student = Path(student_of(config).run_dir)
     if (student / "prior.json").exists():
         [last] = load_prior(student)["growing"]         # its own epochs come on top of its teachers'
