@@ -2,6 +2,7 @@
 What a script shows its user: errors in one line, progress bars, the next command; on a terminal, a pipe or a
 file that may vanish or fill up at any time.
 """
+import contextlib
 import functools
 import os
 import shlex
@@ -58,7 +59,8 @@ class SafeStream:
             self.stream.write(text)
             self.stream.flush()                             # now, not when Python exits
         except (OSError, ValueError):                       # its reader has gone, its disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(OSError, ValueError):  # it is no file, or closed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
     def __getattr__(self, name):
