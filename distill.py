@@ -74,7 +74,7 @@ def frozen(config, device):
 
 
 def teacher_of(run, t, cycle):
-    """The cycle of trajectory t whose member teaches this one: the last."""
+    """The cycle of trajectory t whose member teaches this cycle: the previous one."""
     return cycle - 1
 
 
@@ -96,7 +96,7 @@ class ChainLoss:
 # --------------------------------------------------------------------------------------------- one student
 
 def learned_prior(prior, K):
-    """[trajectory, cycle, SHA-256 of the weights, weight] of each of prior.json's K members."""
+    """[trajectory, cycle, SHA-256 of the weights, weight] of prior.json's K members, where that is not 0."""
     answers = {a["K"]: a for a in prior["answers"] if a["rule"] == "learned"}
     if K not in answers:
         fail(f"student_teachers={K}: prior.json answers for K = {', '.join(map(str, answers))}")

@@ -105,7 +105,10 @@ def noise_seed(seed, cycle):
 
 @torch.no_grad()
 def perturb(model, scale, seed):
-    """Gaussian noise of `scale` standard deviations on every parameter, drawn on the CPU: ranks agree."""
+    """
+    Gaussian noise of `scale` standard deviations on every parameter that has one (of more than one number),
+    drawn on the CPU, so that all ranks agree.
+    """
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.numel() > 1:
@@ -124,7 +127,7 @@ def label_loss(model, batch):
 def train_step(model, optimizer, micro_batches, loss_fn, rates):
     """
     One optimizer step over this rank's micro-batches, each (B, T + 1), gradients clipped to norm 1;
-    loss_fn(model, tokens) in nats per token. Returns (mean loss, gradient norm before clipping).
+    loss_fn(model, tokens) in nats per token. Returns (this rank's mean loss, gradient norm before clipping).
     """
     model.zero_grad(set_to_none=False)          # in place: gradients stay what DDP reduces
     total = 0
@@ -206,7 +209,8 @@ class Trajectory:
 
     def resume(self, tensors, about, steps):
         """From a checkpoint after about["step"] of these steps."""
-        self.step, last = about["step"], steps[about["step"] - 1]
+        self.step = about["step"]
+        last = steps[self.step - 1]
         differ = differences(about["environment"], environment(self.config, self.ranks))
         if differ:
             print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit "
@@ -264,7 +268,8 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
         size = micro_batch_size(config, step.sequences, ranks.group_size)
         micro_batches = ranks.to_device(batch).split(size)              # this rank's share
         loss, norm = train_step(model, trajectory.optimizer, micro_batches, loss_fn, step.rates)
-        loss, norm, stop_requested = ranks.mean(loss, norm, stop.requested)
+        loss, norm, stopping = ranks.mean(loss, norm, stop.requested)
+        stop_requested = stopping > 0                                   # any rank was asked to
         trajectory.check_finite(step.cycle, f"loss {loss}, gradient norm {norm}", loss + norm)
         trajectory.step += 1
         if step.averaging:
@@ -298,7 +303,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
         fail(f"run_dir='{run.path}' has no members: run train.py on this config first")
     ranks = join(config)
     with run.open(ranks, **about), StopRequest() as stop, progress_bar(
-            total=len(steps) * len(ranks.trajectories), unit="step", disable=ranks.rank > 0) as bar:
+            total=end * len(ranks.trajectories), unit="step", disable=ranks.rank > 0) as bar:
         sizes = sorted({micro_batch_size(config, n, ranks.group_size) for n in batch_sizes(config)})
         epochs = config.trajectories * config.epochs_until(config.cycles)
         print0(f"cycles {cycles.start} .. {cycles.stop - 1} of {config.cycles}; trajectories: "
@@ -308,7 +313,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             tensors, at = run.load_checkpoint(t)
             if at["step"] < begin:
                 fail(f"trajectory {t} has not had its first {cycles.start} cycles: run train.py")
-            bar.update(at["step"])
+            bar.update(min(at["step"], end))
             if at["step"] >= end:
                 continue
             gc.collect()                        # the last one's memory: a compiled block refers to itself
@@ -321,7 +326,12 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
                        f"{resume_command}", ranks.is_main)
                 raise SystemExit(STOPPED)
             trajectory = tensors = None
-        ranks.barrier(everyone=True)
+        try:
+            ranks.barrier(everyone=True)
+        except RuntimeError:                    # another group was asked to stop, too, and has left
+            if stop.requested:
+                raise SystemExit(STOPPED) from None
+            raise
     ranks.leave()
 
 

@@ -133,7 +133,7 @@ def tokenize(config, documents):
     splits = {"val": take(stream, c.val_tokens), "train": take(stream, c.train_tokens)}
     have, count = (sum(len(arrays[i]) for arrays in splits.values()) for i in (0, 1))
     if have < c.val_tokens + c.train_tokens:
-        fail(f"data={c.data} is too short: val_tokens={c.val_tokens} + train_tokens={c.train_tokens} want "
+        fail(f"data={c.data} is too short: val_tokens={c.val_tokens} + train_tokens={c.train_tokens} need "
              f"{c.val_tokens + c.train_tokens} tokens, its {count} documents give {have}: lower them (and "
              "fitness_tokens), add text, or give shorter documents (each split drops the rest of its last "
              "one)")
@@ -150,7 +150,7 @@ def write(config, splits, about):
                     bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[split],
                     seq_size=config.sequence_len + 1)
         write_whole(file_path(config, f"_{split}.pt"), lambda temporary: torch.save(file, temporary))
-    np.save(sizes := io.BytesIO(), get_tokenizer(config.tokenizer)[2])      # its own file may miss a full disk
+    np.save(sizes := io.BytesIO(), get_tokenizer(config.tokenizer)[2])      # its file may miss a full disk
     write_whole(file_path(config, "_bytes.npy"), lambda temporary: temporary.write_bytes(sizes.getbuffer()))
     about = json.dumps({**about, "fingerprint": fingerprint(splits)}, indent=1) + "\n"
     write_whole(file_path(config, ".json"), lambda temporary: temporary.write_text(about))

@@ -42,7 +42,7 @@ class Config(GPTConfig):
     seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
     restart: str = "noise"                  # between cycles: noise; fresh weights; none: one decay for all
     # a decay: a cycle, or with restart=none all of them
-    schedule: str = "cycle"                 # cycle: rate falls, decay rises; cosine; warmdown: flat, then to 0
+    schedule: str = "cycle"                 # cycle (rate falls, decay rises), cosine, or warmdown (flat, falls)
     loop_from: float = 0.0                  # the part of it after which the looped layers run
     ema_decay: float = 0.0                  # a member is an EMA of a cycle's last weights; 0: the last ones
     ema_every: int = 10                     # steps between two updates of that EMA
@@ -86,7 +86,7 @@ MAY_BE_ZERO = {"first_cycle_epochs", "momentum_warmup", "student_alpha", "dropou
                "loop_start", "loop_end", "loop_extra", "ema_decay", "seed", "distill_alpha", "resume_every"}
 CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"),
            "restart": ("noise", "fresh", "none")}
-GONE = {            # settings of older versions -> what took their place
+REMOVED = {            # settings of older versions -> what took their place
     "vocab_size": "it follows from the tokenizer",
     "keep": "every member keeps its weights, and train.py checks the disk for room before its first step",
     "packings": "distill.py --student asks its teachers themselves, nothing is stored",
@@ -146,8 +146,8 @@ def typed(name, kind, value):
 
 def known(name):
     """The name of a setting. Exits with code 2 where there is none, with the nearest one."""
-    if name in GONE:
-        fail(f"'{name}' is no setting: {GONE[name]}")
+    if name in REMOVED:
+        fail(f"'{name}' is not a setting: {REMOVED[name]}")
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else "infra/config.py lists the known ones"

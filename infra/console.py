@@ -99,7 +99,7 @@ def script(main):
         except RuntimeError as e:
             if not isinstance(e, dist.DistError) and "gloo" not in str(e):
                 raise
-            fail("another rank ended or hangs: see its own last line, then start all again; what is saved "
+            fail("another rank exited or hangs: see its last line, then start all again; what is saved "
                  "stays", FAILED, wait=True)
     return wrapped
 

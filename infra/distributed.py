@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from infra.console import fail
 
-JOIN, HANG = timedelta(minutes=10), timedelta(hours=1)      # how long ranks wait for one
+JOIN_TIMEOUT, GROUP_TIMEOUT = timedelta(minutes=10), timedelta(hours=1)      # how long ranks wait for one
 
 
 def batch_sizes(config):
@@ -56,7 +56,7 @@ class Ranks:
     group_rank: int
     group_size: int
     group: object = None                # process group of this group; None for a single process
-    world: object = None                # of all ranks, over gloo: NCCL would take hours for a hang
+    world: object = None                # of all ranks, over gloo: NCCL takes hours of waiting for a hang
 
     @property
     def is_main(self):
@@ -93,7 +93,7 @@ def pick_device(config, local_rank):
     device, width = torch.device("cuda", local_rank), config.n_embd // config.n_head
     gpus = torch.cuda.device_count()
     if local_rank >= gpus or torch.cuda.get_device_capability(device) < (8, 0) or width % 8 or width > 256:
-        fail("flash attention in bf16 wants a GPU of compute capability 8.0 for every process (there are "
+        fail("flash attention in bf16 needs a GPU of compute capability 8.0 for every process (there are "
              f"{gpus}) and heads of a multiple of 8, at most 256 (not {width}): change them, or set "
              "CUDA_VISIBLE_DEVICES= for the CPU")
     torch.cuda.set_device(device)
@@ -120,8 +120,8 @@ def join(config):
                   list(range(rank // size, config.trajectories, groups)), rank % size, size)
     if world_size > 1:
         nccl, gloo = dict(backend="nccl", device_id=ranks.device), dict(backend="gloo")
-        dist.init_process_group(**nccl if ranks.device.type == "cuda" else gloo, timeout=JOIN)
-        ranks.group, _ = dist.new_subgroups(size, timeout=HANG)
+        dist.init_process_group(**nccl if ranks.device.type == "cuda" else gloo, timeout=JOIN_TIMEOUT)
+        ranks.group, _ = dist.new_subgroups(size, timeout=GROUP_TIMEOUT)
         ranks.world = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return ranks
 

@@ -103,5 +103,5 @@ def read_tensors(path, check=True):
     except (OSError, SafetensorError, KeyError, TypeError) as e:
         raise Damaged(f"'{path}' is not readable ({type(e).__name__}): restore it, or move it away") from None
     if check and digest(tensors) != about["tensors_sha256"]:
-        raise Damaged(f"'{path}' is damaged, its SHA-256 is another: restore it, or move it away")
+        raise Damaged(f"'{path}' is damaged, checksum mismatch: restore it, or move it away")
     return tensors, about

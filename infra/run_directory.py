@@ -57,7 +57,7 @@ def load_prior(run_dir):
 class RunDirectory:
     """
     Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do), or
-    cannot be written. Nothing is written before open(), whose lock a `with` holds.
+    cannot be written. Nothing stays there before open(), whose lock a `with` holds.
     """
 
     def __init__(self, config, data_fingerprint):
@@ -135,8 +135,8 @@ class RunDirectory:
 
     def check_room(self, parameters):
         """Exits with code 2 where the disk has no room for what a model of so many will still write."""
-        # a checkpoint: fp32 weights, two moments, their average; a member: bf16, with fp32 scores
-        c, checkpoint = self.config, (16 if self.config.ema_decay else 12) * parameters
+        # a checkpoint: fp32 weights, a moment, of some two, their average; a member: bf16, with fp32 scores
+        c, checkpoint = self.config, (14 if self.config.ema_decay else 10) * parameters
         need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
             2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
         need -= sum(path.stat().st_size for path in self.path.glob("**/*.safetensors"))
@@ -206,7 +206,7 @@ class RunDirectory:
     def save_scores(self, split, t, c, log_p, weights_sha256):
         """log_p: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
         if not np.isfinite(log_p).all():
-            raise Damaged(f"'{self.member_path(t, c)}' gives probabilities that are no numbers: move it away")
+            raise Damaged(f"'{self.member_path(t, c)}' gives NaN or infinite log-probabilities: move it away")
         scores = {"log_p": torch.from_numpy(log_p)}
         write_tensors(self.score_path(split, t, c), scores, weights_sha256=weights_sha256)
 

@@ -339,14 +339,14 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(fault, begun):
     argv, folder, log, whole = begun
     argv = [*argv, "--micro_batch=1"]
     def impatient(rank):
-        infra.distributed.HANG = infra.distributed.timedelta(seconds=5)
+        infra.distributed.GROUP_TIMEOUT = infra.distributed.timedelta(seconds=5)
     children = kill.start(argv, log, 2, patch=impatient)
     assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
     os.kill(children[1], fault)
     assert kill.finish(children[:1], seconds=60) == [1], log.read_text()[-2000:]
     os.kill(children[1], signal.SIGKILL)
     kill.finish(children[1:])
-    assert "another rank ended or hangs" in error_line(log.read_text())
+    assert "another rank exited or hangs" in error_line(log.read_text())
     assert kill.finish(kill.start(argv, log, 2)) == [0, 0] and kill.debris(folder) == []
     assert [s[:2] for s in kill.left(folder)["steps"]] == [s[:2] for s in whole["steps"]]
 

@@ -33,7 +33,7 @@ from data import loader
 import distill
 from infra.config import from_args
 from infra.console import fail, script
-from infra.distributed import join
+from infra.distributed import join, micro_batch_size
 from model import GPT, attend
 from optim import MuonAdamW
 from prior import fit_weights
@@ -90,7 +90,8 @@ class Ours:
                 model, [(teacher, 1.0)], batch, config.distill_alpha, config.distill_temperature)
 
     def step(self, rows):
-        train.train_step(self.ddp_model, self.optimizer, rows.split(self.config.micro_batch), self.loss_fn, (1.0, 1.0))
+        micro_batches = rows.split(micro_batch_size(self.config, len(rows), 1))
+        train.train_step(self.ddp_model, self.optimizer, micro_batches, self.loss_fn, (1.0, 1.0))
 
     def parts(self, rows):
         """Seconds of the parts of a step over one micro-batch, of its optimizer step, and of the batch's way from the data."""
