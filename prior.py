@@ -13,6 +13,7 @@ and weights; the loss after each cycle. All choices are made on the fitness set;
 import dataclasses
 import math
 import os
+import sys
 import textwrap
 
 import numpy as np
@@ -325,6 +326,7 @@ def main(argv=None):
         result = weigh(config, data, run)
         write_json(run.path / "prior.json", result)
     print_table(config, result)
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--student"]   # the picture has both
     print0(f"wrote {run.path / 'prior.json'}; next: {next_command('-m tools.plot', argv)}")
 
 

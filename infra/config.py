@@ -42,7 +42,7 @@ class Config(GPTConfig):
     seed: int = 42                          # trajectory t draws from seed + t; repeats go in steps of 1,000
     restart: str = "noise"                  # between cycles: noise; fresh weights; none: one decay for all
     # a decay: a cycle, or with restart=none all of them
-    schedule: str = "cycle"                 # cycle (rate falls, decay rises), cosine, or warmdown (flat, falls)
+    schedule: str = "cycle"                 # cycle (rate falls, decay rises), cosine, warmdown (flat, falls)
     loop_from: float = 0.0                  # the part of it after which the looped layers run
     ema_decay: float = 0.0                  # a member is an EMA of a cycle's last weights; 0: the last ones
     ema_every: int = 10                     # steps between two updates of that EMA

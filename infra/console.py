@@ -7,6 +7,7 @@ import functools
 import os
 import shlex
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+tqdm.set_lock(threading.RLock())            # its own is shared by processes: one that is killed would keep it
 BAD_INPUT, FAILED, STOPPED = 2, 1, 75       # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL)
 
 

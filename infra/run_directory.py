@@ -51,7 +51,9 @@ def environment(config, ranks):
 def load_prior(run_dir):
     """What prior.py wrote. Exits with code 2 where it has not."""
     path = Path(run_dir) / "prior.json"
-    return read_json(path) if path.exists() else fail(f"no '{path}': run prior.py on its config first")
+    if not path.exists():
+        fail(f"no '{path}': run prior.py first (of a student: distill.py and prior.py, with --student)")
+    return read_json(path)
 
 
 class RunDirectory:
@@ -69,7 +71,8 @@ class RunDirectory:
             **config.identity(), "data_fingerprint": data_fingerprint or theirs.get("data_fingerprint")}))
         differ = theirs and self.differs(theirs)
         if differ:
-            fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it")
+            fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
+                 "(of a student: give the --student_epochs and --student_alpha that it was begun with)")
         try:
             existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
             tempfile.TemporaryFile(dir=existing).close()

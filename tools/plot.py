@@ -66,7 +66,8 @@ def loss_against_cycle(axes, priors):
 def zoom(axes, priors, others=()):
     """The first members are far above all others: leave them out of the frame, but keep the losses of `others` in it."""
     losses = [m["val_loss"] for prior in priors for m in prior["members"]]
-    low, high = min(g["val_loss"] for prior in priors for g in prior["growing"]), max([np.percentile(losses, 80), *others])
+    low = min([*(g["val_loss"] for prior in priors for g in prior["growing"]), *others])
+    high = max([np.percentile(losses, 80), *others])
     if len(losses) > 4:
         axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
 
