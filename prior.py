@@ -12,7 +12,6 @@ and weights; the loss after each cycle. All choices are made on the fitness set;
 """
 import dataclasses
 import math
-import os
 import sys
 import textwrap
 
@@ -22,7 +21,7 @@ import torch
 from data import loader
 from infra.config import from_args, student_of
 from infra.console import fail, next_command, print0, progress_bar, script
-from infra.distributed import join
+from infra.distributed import cores, join
 from infra.files import write_json
 from infra.run_directory import SPLITS, RunDirectory
 from model import GPT
@@ -224,11 +223,12 @@ def load_member(model, run, t, c):
 
 
 def score_members(config, data, run, ranks):
-    """Score every member on the held-out sets where it has no scores yet, spread over the ranks."""
+    """Score every member where it has no scores yet, spread over the ranks. (trajectory, cycle) of all."""
+    members = ranks.of_first(run.members())         # training may add some meanwhile
     def unscored(member):
         own = run.load_member(*member, check=False)[1]["tensors_sha256"]
         return [split for split in SPLITS if run.load_scores(split, *member, check=False)[1] != own]
-    todo = [member for member in run.members()[ranks.rank::ranks.world_size] if unscored(member)]
+    todo = [member for member in members[ranks.rank::ranks.world_size] if unscored(member)]
     model = model_to_score(config).place(ranks.device, config.compile) if todo else None
     for t, c in progress_bar(todo, unit="member", desc="scoring", disable=ranks.rank > 0 or not todo):
         sha256, losses = load_member(model, run, t, c), {}
@@ -238,6 +238,7 @@ def score_members(config, data, run, ranks):
             losses[f"{split}_loss"] = -float(log_p.mean())
         run.log(kind="score", trajectory=t, cycle=c, **losses)
     ranks.barrier(everyone=True)
+    return members
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -273,9 +274,8 @@ def print_table(config, result):
            f"member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
-def weigh(config, data, run):
+def weigh(config, data, run, members):
     """The contents of prior.json, from the scores of the members."""
-    members = run.members()
     scores = {split: [run.load_scores(split, *member) for member in members] for split in SPLITS}
     log_p = {split: [log_p for log_p, _ in of] for split, of in scores.items()}
     fit = torch.from_numpy(np.stack(log_p["fit"]))                                  # members, tokens
@@ -317,13 +317,13 @@ def main(argv=None):
              f"distill.py{' --student' if options.student else ''} on this config first")
     ranks = join(config)
     with run.open(ranks, "scores"):            # training may go on beside this
-        score_members(config, data, run, ranks)
+        members = score_members(config, data, run, ranks)
         ranks.leave()
         if ranks.rank > 0:
             return
         if ranks.world_size > 1:              # torchrun's one thread a rank: the others are done
-            torch.set_num_threads(os.cpu_count())
-        result = weigh(config, data, run)
+            torch.set_num_threads(cores())
+        result = weigh(config, data, run, members)
         write_json(run.path / "prior.json", result)
     print_table(config, result)
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--student"]   # the picture has both

@@ -83,6 +83,9 @@ def schedule(config, sequences_per_epoch):
     if config.ema_decay and min(lengths) - 1 - config.ema_every < EMA_FROM * min(lengths):
         fail(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates "
              "of the average; lower it")
+    if sum(lengths) > 10_000_000:
+        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {sum(lengths):,} "
+             "steps of a trajectory: at most 10,000,000")
     for cycle, length in enumerate(lengths):
         sequences = tokens_per_step(config, cycle) // config.sequence_len
         for s in range(length):

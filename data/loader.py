@@ -3,7 +3,6 @@ Token files -> batches in the recipe's order, and the one loop over held-out seq
 T + 1 tokens; inputs are [:, :-1], targets [:, 1:]. Attention crosses document boundaries.
 """
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from data.tokenizer import get_tokenizer
 from infra.console import fail
+from infra.files import read_json, read_tensors
 
 
 def file_path(config, ending):
@@ -110,25 +110,16 @@ def load(config):
 
 
 def read_token_bytes(config):
-    path = file_path(config, "_bytes.npy")
+    path = file_path(config, "_bytes.safetensors")
     if not path.exists():
         return get_tokenizer(config.tokenizer)[2]       # files of the public script come without
-    try:
-        sizes = np.load(path)
-        if sizes.shape == (config.vocab_size,):
-            return sizes
-    except (ValueError, EOFError, OSError):
-        pass
-    fail(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
+    return read_tensors(path, "bytes of the tokens")[0]["token_bytes"].numpy()
 
 
 def read_about(config):
     """What prepare.py noted of the text (NAME.json); {} for files of the public script."""
     path = file_path(config, ".json")
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError):
-        fail(f"'{path}' is damaged: delete it and run python -m data.prepare on this config again")
+    return read_json(path) if path.exists() else {}
 
 
 DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations

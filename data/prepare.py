@@ -4,18 +4,16 @@ Text -> token files. One process: python -m data.prepare CONFIG [--name=value ..
 (data=fineweb), splits whole documents into validation and training (the fitness set is the front of the
 training file), and writes into data_dir:
   NAME_val.pt, NAME_train.pt   tokens (uint16), doc_starts (int64), bos_id, seq_shuffle_seed, seq_size
-  NAME_bytes.npy               UTF-8 bytes of every token, 0 for the separator
-  NAME.json                    what was read: source, SHA-256 of the text, sizes; written last
+  NAME_bytes.safetensors       UTF-8 bytes of every token, 0 for the separator
+  NAME.json                    what was read: source, SHA-256 of the text, sizes
 NAME is manual, text or fineweb. The format is the public Slowrun script's: its files and ours are
 interchangeable.
 """
 import glob
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +23,11 @@ from data.loader import file_path, fingerprint, load, read_about, sequences_per_
 from data.tokenizer import get_tokenizer
 from infra.config import from_args
 from infra.console import fail, print0, progress_bar, script
-from infra.files import write_whole
+from infra.files import clean_up, write_json, write_tensors, write_whole
 from infra.run_directory import RunDirectory, differences
 
 SHUFFLE_SEED = 0        # of the documents, before the split (FineWeb's stay in file order)
-ENDINGS = ("_val.pt", "_train.pt", "_bytes.npy", ".json")
+ENDINGS = ("_val.pt", "_train.pt", "_bytes.safetensors", ".json")
 KINDS = (".txt", ".jsonl", ".parquet")
 MANUAL = str(Path(__file__).with_name("manual.jsonl"))
 FINEWEB = dict(path="HuggingFaceFW/fineweb", name="sample-10BT", split="train",
@@ -142,18 +140,16 @@ def tokenize(config, documents):
 
 
 def write(config, splits, about):
-    """The files of a data_dir, the .json last."""
-    for left in Path(config.data_dir).glob(".writing-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """The files of a data_dir, the .json first: files without it are not ours to write again."""
+    clean_up(Path(config.data_dir))
+    write_json(file_path(config, ".json"), {**about, "fingerprint": fingerprint(splits)})
     for split, (tokens, starts) in splits.items():
         file = dict(tokens=torch.from_numpy(tokens), doc_starts=torch.from_numpy(starts),
                     bos_id=config.vocab_size - 1, seq_shuffle_seed={"val": 42, "train": 43}[split],
                     seq_size=config.sequence_len + 1)
         write_whole(file_path(config, f"_{split}.pt"), lambda temporary: torch.save(file, temporary))
-    np.save(sizes := io.BytesIO(), get_tokenizer(config.tokenizer)[2])      # its file may miss a full disk
-    write_whole(file_path(config, "_bytes.npy"), lambda temporary: temporary.write_bytes(sizes.getbuffer()))
-    about = json.dumps({**about, "fingerprint": fingerprint(splits)}, indent=1) + "\n"
-    write_whole(file_path(config, ".json"), lambda temporary: temporary.write_text(about))
+    token_bytes = dict(token_bytes=torch.from_numpy(get_tokenizer(config.tokenizer)[2]))
+    write_tensors(file_path(config, "_bytes.safetensors"), "bytes of the tokens", token_bytes)
     print0(f"data: wrote {config.val_tokens:,} validation and {config.train_tokens:,} training tokens to "
            f"'{config.data_dir}', from {sum(len(starts) for _, starts in splits.values()):,} documents; "
            "--train_tokens takes more of a longer text")
@@ -199,7 +195,10 @@ def prepare(config):
     repeated = len(documents) - len(set(documents))
     if repeated:
         print0(f"note: {repeated} of them repeat another: held-out text may be trained on, too")
-    if ".json" in there:
+    if there and ".json" not in there:
+        fail(f"data_dir='{config.data_dir}' holds *{', *'.join(sorted(there))} without what data.prepare "
+             "noted of them: move them away, or name another --data_dir")
+    if there:
         theirs, mine = ({k: of.get(k) for k in about if k != "data"} for of in (read_about(config), about))
         if theirs != mine:
             fail(f"data_dir='{config.data_dir}' holds other data ({differences(theirs, mine)}); name another "

@@ -104,6 +104,9 @@ def rules(c):
             yield in_range, name, f"must be {least}, and below 2^31"
     for name, values in CHOICES.items():
         yield getattr(c, name) in values, name, f"must be one of {', '.join(values)}"
+    for name in ("run_dir", "data_dir"):
+        yield "\0" not in getattr(c, name), name, "must be a path"
+    yield c.trajectories * c.cycles <= 100_000, "cycles", "must make at most 100,000 members"
     for name in ("dropout", "loop_from", "ema_decay"):
         yield getattr(c, name) < 1, name, "must be below 1"
     for name in ("distill_alpha", "student_alpha", "ema_share"):
@@ -165,14 +168,14 @@ def student_of(c):
 
 def read_file(path):
     """
-    The values that a config file assigns; what it imports or defines is none. It is Python, as nanoGPT's:
-    read it before you run a stranger's.
+    The values that a config file assigns; modules, functions and classes are none. It is Python, as
+    nanoGPT's: read it before you run a stranger's.
     """
     names = {"__file__": path}
     try:
         with open(path, encoding="utf-8") as f:
             exec(compile(f.read(), path, "exec"), names)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         fail(f"cannot use config '{path}' ({type(e).__name__}: {e}); configs/tiny.py is an example")
     return {known(k): typed(k, FIELDS[k].type, v) for k, v in names.items()
             if not k.startswith("_") and not callable(v) and not isinstance(v, ModuleType)}

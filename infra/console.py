@@ -93,12 +93,14 @@ def script(main):
         except Damaged as e:
             fail(e)
         except OSError as e:                                # a full disk, no right to write, too long a name
-            fail(f"'{e.filename}': {e.strerror or e}: make room or fix it, and run this again; what was "
-                 "there stays")
+            what = f"'{e.filename}': {e.strerror}" if e.filename else e
+            fail(f"{what}: make room or fix it, and run this again; what was there stays")
         except torch.OutOfMemoryError:
             fail("this GPU's memory is too small: set a lower --micro_batch (python -m tools.plan says "
                  "which fits); what is saved stays")
         except RuntimeError as e:
+            if "allocate memory" in str(e):
+                fail("this machine's memory is too small for this model; what is saved stays")
             if not isinstance(e, dist.DistError) and "gloo" not in str(e):
                 raise
             fail("another rank exited or hangs: see its last line, then start all again; what is saved "

@@ -15,9 +15,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from infra.console import fail
+from infra.config import from_args
+from infra.console import fail, script
+from infra.run_directory import RunDirectory
 
 JOIN_TIMEOUT, GROUP_TIMEOUT = timedelta(minutes=10), timedelta(hours=1)      # how long ranks wait for one
+
+
+def cores():
+    """That this process may use; macOS does not say which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def batch_sizes(config):
@@ -38,7 +45,7 @@ def can_share(config, world_size):
 
 def processes(config, most=None):
     """How many to start on one machine, at most so many (None: one per GPU, else one per trajectory)."""
-    most = most or torch.cuda.device_count() or min(config.trajectories, os.cpu_count())
+    most = most or torch.cuda.device_count() or min(config.trajectories, cores())
     return next(n for n in range(most, 0, -1) if can_share(config, n))
 
 
@@ -73,6 +80,13 @@ class Ranks:
         if self.group_size > 1:
             dist.all_reduce(total, group=self.group)
         return [value / self.group_size for value in total.tolist()]
+
+    def of_first(self, value):
+        """The first rank's plain value, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.world)
+        return values[0]
 
     def barrier(self, everyone=False):
         if self.world_size > 1:
@@ -159,9 +173,12 @@ class StopRequest:
         self.sender.close()
 
 
-if __name__ == "__main__":
-    from infra.config import from_args
-    from infra.run_directory import RunDirectory
-    config, _ = from_args(None, __doc__)
+@script
+def main(argv=None):
+    config, _ = from_args(argv, __doc__)
     RunDirectory(config, None)
     print(processes(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -49,33 +49,44 @@ def flush_to_disk(path):
         os.close(descriptor)
 
 
+def clean_up(folder):
+    """Remove what killed writers left in it; a process that is alive may still be writing."""
+    for path in folder.glob(".writing-*"):
+        try:
+            os.kill(int(path.name.removeprefix(".writing-")), 0)
+        except (ProcessLookupError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def sha256_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def seal(value):
-    """A dict of plain values as JSON, with the format and its SHA-256 inside."""
-    value = {"format": FORMAT, **value}
+def seal(value, kind):
+    """A dict of plain values as JSON, with the format, its kind and its SHA-256 inside."""
+    value = {"format": FORMAT, "kind": kind, **value}
     return json.dumps({**value, "sha256": sha256_of(value)}, indent=1)
 
 
-def unseal(text, path):
-    """The dict that was sealed. Raises Damaged."""
+def unseal(text, path, kind):
+    """The dict that was sealed as this kind. Raises Damaged."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         value = json.loads(text)
         if value.pop("sha256") == sha256_of(value) and value["format"] == FORMAT:
+            if value["kind"] != kind:
+                raise Damaged(f"'{path}' holds something else, {value['kind']}: restore it, or move it away")
             return value
     raise Damaged(f"'{path}' is damaged, or of another version of this code (this reads format {FORMAT}): "
                   "restore it, or move it away and run the script that writes it")
 
 
 def write_json(path, value):
-    write_whole(path, lambda temporary: temporary.write_text(seal(value) + "\n"))
+    write_whole(path, lambda temporary: temporary.write_text(seal(value, path.name) + "\n"))
 
 
 def read_json(path):
     """What write_json wrote. Raises Damaged, OSError."""
-    return unseal(path.read_bytes(), path)
+    return unseal(path.read_bytes(), path, path.name)
 
 
 def digest(tensors):
@@ -87,18 +98,18 @@ def digest(tensors):
     return sha.hexdigest()
 
 
-def write_tensors(path, tensors, **about):
+def write_tensors(path, kind, tensors, **about):
     """Named CPU tensors, and what they are: plain values, with their SHA-256 as about["tensors_sha256"]."""
     about["tensors_sha256"] = digest(tensors)
     # one entry of metadata: safetensors writes several in any order, and equal files would differ
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"about": seal(about)}))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"about": seal(about, kind)}))
 
 
-def read_tensors(path, check=True):
+def read_tensors(path, kind, check=True):
     """(tensors, mapped from disk; about). check: all contents are compared with their SHA-256."""
     try:
         with safe_open(path, "pt") as file:
-            about = unseal(file.metadata()["about"], path)
+            about = unseal(file.metadata()["about"], path, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError) as e:
         raise Damaged(f"'{path}' is not readable ({type(e).__name__}): restore it, or move it away") from None

@@ -4,6 +4,7 @@ are), checkpoints to resume from, scores, prior.json. Knows neither model nor da
 cycle, from 0.
 """
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ import torch
 
 from infra.config import FIELDS
 from infra.console import ROOT, Damaged, fail, print0
-from infra.files import read_json, read_tensors, write_json, write_tensors
+from infra.files import clean_up, read_json, read_tensors, write_json, write_tensors
 
 SPLITS = "fit", "val"       # the held-out sets: for the prior, and to report
 LAG = 120                   # seconds until another machine sees what was written on a shared disk
@@ -64,6 +65,7 @@ class RunDirectory:
 
     def __init__(self, config, data_fingerprint):
         self.config, self.path, self.lock = config, Path(config.run_dir), None
+        self.whole = set()                      # trajectories whose newest checkpoint is known to be
         self.config_path = self.path / "config.json"
         theirs = read_json(self.config_path)["identity"] if self.config_path.exists() else {}
         # through JSON and back, so that what is compared is what a file can hold
@@ -109,8 +111,8 @@ class RunDirectory:
                 pass                                                        # a file system without locks
             self.lock.truncate(0)
             print(launch, end="", file=self.lock, flush=True)
-            for left in [*path.parent.glob(".writing-*"), *path.parent.glob("*/.writing-*")]:
-                shutil.rmtree(left, ignore_errors=True)
+            for place in (path.parent, *path.parent.glob("*/")):
+                clean_up(place)
             self.write_config(about)
         ranks.barrier(everyone=True)
         until = time.monotonic() + LAG
@@ -142,7 +144,8 @@ class RunDirectory:
         c, checkpoint = self.config, (14 if self.config.ema_decay else 10) * parameters
         need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
             2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
-        need -= sum(path.stat().st_size for path in self.path.glob("**/*.safetensors"))
+        there = [*self.path.glob("trajectory_*/*"), *self.path.glob("scores/*/*")]
+        need -= sum(path.stat().st_size for path in there)
         room = shutil.disk_usage(self.path).free
         if need > room:
             fail(f"run_dir='{self.path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB "
@@ -164,11 +167,12 @@ class RunDirectory:
     def save_member(self, t, c, state_dict, **about):
         """The weights in bf16, and what they are."""
         weights = {name: w.detach().to("cpu", torch.bfloat16, copy=True) for name, w in state_dict.items()}
-        write_tensors(self.member_path(t, c), weights, identity=self.identity_of(t), **about)
+        kind = f"the member of cycle {c}"
+        write_tensors(self.member_path(t, c), kind, weights, identity=self.identity_of(t), **about)
 
-    def load_own(self, t, path, check=True):
+    def load_own(self, t, path, kind, check=True):
         """read_tensors() of a file of trajectory t. Raises Damaged, also where it is another population's."""
-        tensors, about = read_tensors(path, check)
+        tensors, about = read_tensors(path, kind, check)
         differ = self.differs(about["identity"], t)
         if differ:
             raise Damaged(f"'{path}' is of another population ({differ}): move it away")
@@ -176,15 +180,18 @@ class RunDirectory:
 
     def load_member(self, t, c, check=True):
         """(weights: name -> bf16 tensor on disk; about, with "tensors_sha256")."""
-        return self.load_own(t, self.member_path(t, c), check)
+        return self.load_own(t, self.member_path(t, c), f"the member of cycle {c}", check)
 
     # ---- checkpoints: the newest, and the one before in case that is damaged
 
     def save_checkpoint(self, t, tensors, step, environment):
         newest, previous = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
-        if newest.exists():
+        if t in self.whole and newest.exists():
             os.replace(newest, previous)
-        write_tensors(newest, tensors, identity=self.identity_of(t), step=step, environment=environment)
+            self.whole.remove(t)
+        about = dict(identity=self.identity_of(t), step=step, environment=environment)
+        write_tensors(newest, "a checkpoint", tensors, **about)
+        self.whole.add(t)
 
     def load_checkpoint(self, t):
         """(tensors on disk, about) of the newest that is whole; (None, {"step": 0}) of a new trajectory."""
@@ -192,11 +199,15 @@ class RunDirectory:
         for path in (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous")):
             try:
                 if path.exists():
-                    return self.load_own(t, path)
+                    found = self.load_own(t, path, "a checkpoint")
+                    self.whole |= {t} if path.name == "resume.safetensors" else set()
+                    return found
             except Damaged as e:
                 reason = reason or e
                 print0(f"note: {e}; trying the previous one", prints=True)
-        if reason or self.member_path(t, 1).exists():       # the first may be there before a checkpoint
+        # the first member may be there before a checkpoint, but not an imported one, which has no loss
+        there = [c for of, c in self.members() if of == t]
+        if reason or there > [0] or there == [0] and "fit_loss" not in self.load_member(t, 0, check=False)[1]:
             reason = reason or f"'{self.folder(t)}' has members but no checkpoint to resume from: restore one"
             fail(f"{reason}, or delete '{self.folder(t)}' and train it again")
         return None, {"step": 0}
@@ -211,14 +222,14 @@ class RunDirectory:
         if not np.isfinite(log_p).all():
             raise Damaged(f"'{self.member_path(t, c)}' gives NaN or infinite log-probabilities: move it away")
         scores = {"log_p": torch.from_numpy(log_p)}
-        write_tensors(self.score_path(split, t, c), scores, weights_sha256=weights_sha256)
+        write_tensors(self.score_path(split, t, c), f"{split} scores", scores, weights_sha256=weights_sha256)
 
     def load_scores(self, split, t, c, check=True):
         """((tokens,) float32, mapped from disk; the SHA-256 of the weights); (None, None): none."""
         path = self.score_path(split, t, c)
         if not path.exists():
             return None, None
-        tensors, about = read_tensors(path, check)
+        tensors, about = read_tensors(path, f"{split} scores", check)
         return tensors["log_p"].numpy(), about["weights_sha256"]
 
     # ---- metrics
@@ -230,7 +241,10 @@ class RunDirectory:
         """
         with open(self.path / "metrics.jsonl", "ab+", buffering=0) as f:
             torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+            line = (b"\n" if torn else b"") + json.dumps(record).encode() + b"\n"
             try:
-                f.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+                written = f.write(line)
             except OSError as e:
                 raise OSError(e.errno, e.strerror, f.name) from e
+            if written < len(line):
+                raise OSError(errno.ENOSPC, "No space left on device", f.name)

@@ -224,6 +224,10 @@ def main(argv=None):
     parser.add_argument("--seeds", default="42,1042,2042")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(argv)
+    if not all("=" in text for text in options.texts):
+        parser.error("a further text is written NAME=TEXT")
+    if not options.folder and not (RESULTS / f"{options.plan}.csv").exists():
+        parser.error(f"no results/{options.plan}.csv: name a FOLDER, to run the plan in it")
     if options.folder:
         texts = {"manual": "manual", **dict(text.split("=", 1) for text in options.texts)}
         run_all(options.plan, options.folder.resolve(), texts, options.seeds.split(","), options.jobs)

@@ -1,5 +1,6 @@
 """A population small enough to train in a second, for tests that run the scripts."""
 import gc
+import json
 import os
 import re
 
@@ -7,6 +8,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits,
 
 import pytest           # noqa: E402
 import torch            # noqa: E402
+from safetensors import safe_open           # noqa: E402
+
+from infra.files import read_tensors        # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
@@ -18,6 +22,12 @@ def error_line(err):
     [line] = {part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")}      # of each rank, perhaps
     assert "Traceback" not in err
     return line
+
+
+def read(path):
+    """(tensors, about) of a file of tensors, of whatever kind."""
+    with safe_open(path, "pt") as file:
+        return read_tensors(path, json.loads(file.metadata()["about"])["kind"])
 
 
 @pytest.fixture(autouse=True, scope="session")

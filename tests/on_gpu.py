@@ -22,7 +22,7 @@ import distill
 import train
 from data import loader
 from infra.console import fail
-from infra.files import read_tensors, read_json
+from infra.files import read_json
 from model import GPT, GPTConfig, attend
 from optim import MuonAdamW
 
@@ -217,7 +217,7 @@ def population(folder, name, argv):
                for a in read_json(folder / name / "prior.json")["answers"] if a["rule"] != "topk"}
     say(answers)
     say(script("-m", ["tools.generate", *argv, "--tokens=40"])[0].stdout.strip())
-    return read_tensors(max((folder / name).glob("trajectory_*/cycle_*.safetensors")))[0], answers["uniform of 4"]
+    return read(max((folder / name).glob("trajectory_*/cycle_*.safetensors")))[0], answers["uniform of 4"]
 
 
 @check

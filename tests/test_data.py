@@ -55,15 +55,25 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, 
     monkeypatch.setattr(prepare.os, "replace", dies)
     with pytest.raises(SystemExit):
         prepare.main(micro())
-    assert "No space left" in capsys.readouterr().err and not (tmp_path / "data" / "manual.json").exists()
+    assert "No space left" in capsys.readouterr().err and not (tmp_path / "data" / "manual_train.pt").exists()
     monkeypatch.setattr(prepare.os, "replace", replace)
     prepare.main(micro())
     assert {p.name for p in (tmp_path / "data").iterdir()} == {
-        "manual_val.pt", "manual_train.pt", "manual_bytes.npy", "manual.json"}
+        "manual_val.pt", "manual_train.pt", "manual_bytes.safetensors", "manual.json"}
     whole = (tmp_path / "data" / "manual_train.pt").read_bytes()
     (tmp_path / "data" / "manual_train.pt").unlink()            # what is lost is written again
     prepare.main(micro())
     assert (tmp_path / "data" / "manual_train.pt").read_bytes() == whole
+
+
+def test_files_of_somebody_else_are_not_written_again(micro, tmp_path, capsys):
+    prepare.main(micro())
+    (tmp_path / "data" / "manual.json").unlink()                # what says that they are ours
+    before = {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(micro())
+    assert stop.value.code == 2 and "_train.pt" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
 
 
 def test_the_fitness_set_is_whole_documents_cut_to_its_sequences(micro):
@@ -245,7 +255,7 @@ def test_other_data_in_data_dir_is_never_overwritten(tmp_path, micro, capsys):
         prepare.main(micro(train_tokens=2500))
     assert stop.value.code == 2 and "train_tokens" in capsys.readouterr().err
     assert (tmp_path / "data" / "manual_train.pt").read_bytes() == before
-    for name, content in (("manual.json", b"{"), ("manual_bytes.npy", b"junk"), ("manual_bytes.npy", b"")):
+    for name, content in (("manual.json", b"{"), ("manual_bytes.safetensors", b"junk"), ("manual_bytes.safetensors", b"")):
         kept = (tmp_path / "data" / name).read_bytes()
         (tmp_path / "data" / name).write_bytes(content)
         with pytest.raises(SystemExit) as stop:

@@ -54,7 +54,7 @@ def test_the_stream_in_file_order(documents, micro, tmp_path, capsys):
     for split, wanted in zip(("val", "train"), in_order(documents, 1800, 3000)):
         tokens, starts = loader.read_tokens(from_args(argv, "")[0], split)
         assert tokens.tolist() == wanted and starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
-    assert set(files(tmp_path / "data")) == {"fineweb_val.pt", "fineweb_train.pt", "fineweb_bytes.npy", "fineweb.json"}
+    assert set(files(tmp_path / "data")) == {"fineweb_val.pt", "fineweb_train.pt", "fineweb_bytes.safetensors", "fineweb.json"}
     before = files(tmp_path / "data")
     prepare.main(argv)
     assert files(tmp_path / "data") == before

@@ -12,9 +12,8 @@ import time
 import pytest
 
 from infra.console import STOPPED
-from infra.files import read_tensors
 from tests import kill
-from tests.conftest import ROOT
+from tests.conftest import ROOT, read
 
 LONG = ["--epochs_per_cycle=3", "--cycles=2", "--distill_from=1", "--resume_every=0"]        # about 50 steps a cycle
 
@@ -45,7 +44,7 @@ def begun(run_dir, process, steps=3):
 def resumes(reference, run_dir):
     """It was stopped inside the first cycle with a checkpoint of its last step; the rest gives what the whole run gave."""
     folder, argv, whole = reference
-    step = read_tensors(run_dir / "trajectory_00" / "resume.safetensors")[1]["step"]
+    step = read(run_dir / "trajectory_00" / "resume.safetensors")[1]["step"]
     assert step == max(r["step"] for r in kill.logged(run_dir)) and not (run_dir / "trajectory_00" / "cycle_000.safetensors").exists()
     assert kill.finish(kill.start([*argv, f"--run_dir={run_dir}"], run_dir / "log")) == [0], (run_dir / "log").read_text()[-2000:]
     (run_dir / "log").unlink()

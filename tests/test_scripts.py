@@ -20,9 +20,9 @@ import train
 from infra.config import from_args
 from data import loader, prepare
 from model import GPT
-from infra.files import read_json, read_tensors, seal, write_json, write_tensors
+from infra.files import read_json, seal, write_json, write_tensors
 from infra.run_directory import RunDirectory
-from tests.conftest import ROOT, error_line
+from tests.conftest import ROOT, error_line, read
 from tools import generate, import_slowrun, plot
 
 # this python is the active one
@@ -56,7 +56,7 @@ def finished(tmp_path_factory):
 def test_run_sh_goes_all_the_way(finished):
     folder, argv, done = finished
     assert {p.name for p in (folder / "text").iterdir()} == {
-        "manual_train.pt", "manual_val.pt", "manual_bytes.npy", "manual.json"}
+        "manual_train.pt", "manual_val.pt", "manual_bytes.safetensors", "manual.json"}
     assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01",
             ".lock"} == {p.name for p in (folder / "out").iterdir()}
     best, mixture, where = done.stdout.splitlines()[-3:]
@@ -158,9 +158,9 @@ def test_validation_scores_choose_nothing(finished, monkeypatch):
     path = folder / "out" / "prior.json"
     kept, scores = path.read_bytes(), {p: p.read_bytes() for p in (folder / "out" / "scores" / "val").iterdir()}
     for p in scores:
-        tensors, about = read_tensors(p)
+        tensors, about = read(p)
         noise = torch.empty_like(tensors["log_p"]).exponential_(1 / 3).neg()
-        write_tensors(p, {"log_p": noise}, split="val", weights_sha256=about["weights_sha256"])
+        write_tensors(p, "val scores", {"log_p": noise}, weights_sha256=about["weights_sha256"])
     prior.main(argv)
     before, after = json.loads(kept), json.loads(path.read_bytes())
     for p, content in scores.items():
@@ -226,6 +226,9 @@ def test_snapshots_of_the_public_script_become_members(snapshots, finished, tmp_
     assert {p: v for p, v in tree(folder).items() if "5" not in p.name} == {p: v for p, v in before.items() if "5" not in p.name}
     capsys.readouterr()
     assert "members of its own" in refused(lambda: import_slowrun.main(argv), capsys)
+    with pytest.raises(SystemExit):                             # they are not trained over
+        train.main(argv[:-1])
+    assert "no checkpoint" in error_line(capsys.readouterr().err)
     generate.main([*argv[:-1], "--tokens=3", "--K=2"])
     plot.main(argv[:-1])
     assert "mixture of 2" in capsys.readouterr().out
@@ -352,10 +355,10 @@ def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
-        tensors, about = read_tensors(path)
+        tensors, about = read(path)
         log_p = tensors["log_p"].clone()
         log_p[5] = content
-        save_file({"log_p": log_p}, path, metadata={"about": seal(about)})
+        save_file({"log_p": log_p}, path, metadata={"about": seal(about, about["kind"])})
     try:
         assert "01_002.safetensors" in refused(lambda: prior.main(argv), capsys)
     finally:
@@ -380,12 +383,14 @@ def test_damaged_files_are_named(file, damage, finished, monkeypatch, capsys):
 def test_run_sh_refuses_before_anything_starts(tmp_path):
     (tmp_path / "of_another").mkdir()
     write_json(tmp_path / "of_another" / "config.json", {"identity": {"seed": 5}})
-    for flags, name in ((["--run_dir=of_another"], "seed is 5 there and 42 here"), (["--run_dir=/proc/none"], "run_dir"),
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text('{"format": 2}')              # of an older version, perhaps
+    for flags, name in ((["--run_dir=of_another"], "seed is 5 there and 42 here"), (["--run_dir=/proc/none"], "run_dir"), (["--run_dir=damaged"], "damaged/config.json"),
                         (["--cylces=3"], "cycles"), ([tmp_path / "none.py"], "none.py"),
                         (["--micro_batch=0"], "micro_batch"), (["--data=nowhere.txt"], "nowhere.txt")):
         done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
         assert done.returncode == 2 and name in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert [p.name for p in tmp_path.rglob("*")] == ["of_another", "config.json"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["config.json", "config.json", "damaged", "of_another"]
     done = run(ROOT / "run.sh", "--seed=1", "none.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "CONFIG" in done.stdout and not done.stderr
     done = run(ROOT / "run.sh", "--seed=1", "none.py", cwd=tmp_path)

@@ -25,7 +25,8 @@ from infra.console import STOPPED, Damaged
 from infra.files import read_json, read_tensors, write_json, write_tensors
 from infra.run_directory import RunDirectory
 from tests import kill
-from tests.conftest import ROOT, error_line
+from tools import plot
+from tests.conftest import ROOT, error_line, read
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_asked_to_stop_it_saves_and_goes_on(number, begun):
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
     assert kill.finish([child]) == [STOPPED]
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert (read_tensors(folder / "trajectory_00" / "resume.safetensors")[1]["step"] == steps[-1]
+    assert (read(folder / "trajectory_00" / "resume.safetensors")[1]["step"] == steps[-1]
             and re.search(r"resume with: \S*python\S* \S*distill.py", log.read_text()) and "Traceback" not in log.read_text())
     finishes(begun)
 
@@ -125,7 +126,7 @@ def test_torchrun_is_asked_to_stop(begun):
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) == 1 and "resume with: " in log.read_text() and "--nproc_per_node=2 train.py" in log.read_text()
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert read_tensors(folder / "trajectory_00" / "resume.safetensors")[1]["step"] == steps[-1] and steps == list(range(1, len(steps) + 1))
+    assert read(folder / "trajectory_00" / "resume.safetensors")[1]["step"] == steps[-1] and steps == list(range(1, len(steps) + 1))
 
 
 def test_three_ranks_sum_as_before_after_a_stop(begun):
@@ -226,11 +227,11 @@ def test_no_flipped_bit_passes(reference, tmp_path):
     found = 0
     for path in ("cycle_001.safetensors", "resume.safetensors"):
         content = (reference[0] / "whole" / "trajectory_00" / path).read_bytes()
-        tensors, about = read_tensors(reference[0] / "whole" / "trajectory_00" / path)
+        tensors, about = read(reference[0] / "whole" / "trajectory_00" / path)
         for _ in range(150):
             (tmp_path / path).write_bytes(flipped(content, kill.RANDOM.randrange(8 * len(content))))
             try:
-                theirs, their_about = read_tensors(tmp_path / path)
+                theirs, their_about = read_tensors(tmp_path / path, about["kind"])
             except Damaged:
                 found += 1
                 continue
@@ -250,6 +251,53 @@ def test_a_damaged_state_is_passed_over(damage, begun, reference):
     newest.write_bytes(damage(newest.read_bytes()))
     finishes(begun)
     assert f"'{newest}' " in log.read_text() and "trying the previous one" in log.read_text()
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(begun, reference):
+    """The newest is damaged, and the write of the next fails: the previous one is still there to resume from."""
+    argv, folder, log, _ = begun
+    [child] = kill.start(argv, log)
+    assert kill.within("distillation step", [child], 0)(), log.read_text()[-3000:]
+    os.kill(child, signal.SIGTERM)
+    kill.finish([child])
+    newest, previous = (folder / "trajectory_00" / f"resume{name}.safetensors" for name in ("", "_previous"))
+    kept = previous.read_bytes()
+    newest.write_bytes(flipped(newest.read_bytes(), 80_000))
+    assert kill.finish(kill.start(argv, log, patch=limit(200_000))) == [2] and previous.read_bytes() == kept
+    finishes(begun)
+
+
+@pytest.mark.parametrize("copied, over, script", [
+    ("scores/val/00_001.safetensors", "scores/fit/00_001.safetensors", prior),
+    ("trajectory_00/cycle_001.safetensors", "scores/fit/00_001.safetensors", prior),
+    ("scores/val/00_001.safetensors", "trajectory_00/cycle_001.safetensors", prior),
+    ("trajectory_00/cycle_000.safetensors", "trajectory_00/cycle_001.safetensors", prior),
+    ("trajectory_00/cycle_000.safetensors", "trajectory_00/resume.safetensors", distill),
+    ("prior.json", "config.json", train),
+    ("config.json", "prior.json", plot),
+])
+def test_a_file_of_another_kind_is_named(copied, over, script, begun, reference, capsys):
+    argv, folder, _, _ = begun
+    shutil.copytree(reference[0] / "whole", folder)
+    (folder / "trajectory_00" / "resume_previous.safetensors").unlink()
+    shutil.copy(folder / copied, folder / over)
+    with pytest.raises(SystemExit) as stop:
+        script.main(argv)
+    assert stop.value.code == 2 and f"{folder / over}' holds something else" in error_line(capsys.readouterr().err)
+
+
+def test_groups_that_are_asked_together_leave_together(begun):
+    """Whether they are in the middle of a step or wait for the others at the end."""
+    argv, folder, log, _ = begun
+    children = kill.start([*argv, "--trajectories=2"], log, 2, lambda rank: rank and setattr(
+        train, "seed_dropout", lambda *_: time.sleep(0.5)))         # the second is slow
+    while not (folder / "trajectory_00" / "cycle_000.safetensors").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    assert kill.finish(children, 30) == [STOPPED] * 2, log.read_text()[-2000:]
+    assert "error" not in log.read_text()
 
 
 def test_no_whole_state_is_refused(begun, reference, capsys):
@@ -273,7 +321,7 @@ def test_flipped_scores_and_results_are_named(split, begun, reference, capsys):
     argv, folder, _, _ = begun
     shutil.copytree(reference[0] / "whole", folder)
     path = folder / "scores" / split / "00_001.safetensors"
-    numbers, kept = read_tensors(path)[0]["log_p"].numpy().tobytes(), path.read_bytes()
+    numbers, kept = read(path)[0]["log_p"].numpy().tobytes(), path.read_bytes()
     for at in (kept.index(numbers) + 40, kept.index(b"weights_sha256") + 20):
         path.write_bytes(flipped(kept, 8 * at))
         with pytest.raises(SystemExit) as stop:
@@ -385,13 +433,13 @@ def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
     shutil.copytree(reference[0] / "whole", folder)
     newer, ours = infra.files.FORMAT + 1, infra.files.FORMAT
     path = folder / file
-    tensors, about = (None, read_json(path)) if path.suffix == ".json" else read_tensors(path)
+    tensors, about = (None, read_json(path)) if path.suffix == ".json" else read(path)
     monkeypatch.setattr(infra.files, "FORMAT", newer)
     if path.suffix == ".json":
-        write_json(path, {k: v for k, v in about.items() if k != "format"})
+        write_json(path, {k: v for k, v in about.items() if k not in ("format", "kind")})
     else:
-        write_tensors(path, {n: w.clone() for n, w in tensors.items()},
-                     **{k: v for k, v in about.items() if k not in ("format", "sha256")})
+        write_tensors(path, about["kind"], {n: w.clone() for n, w in tensors.items()},
+                     **{k: v for k, v in about.items() if k not in ("format", "kind", "sha256")})
         for other in set(folder.glob("trajectory_00/resume*")) - {path}:
             other.unlink()
     monkeypatch.setattr(infra.files, "FORMAT", ours)
@@ -403,6 +451,22 @@ def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------- disk, strangers
+
+def test_a_member_that_comes_while_others_are_scored(begun, reference):
+    argv, folder, log, whole = begun
+    shutil.copytree(reference[0] / "whole", folder, ignore=shutil.ignore_patterns("scores", "prior.json"))
+    late = (folder / "trajectory_00" / "cycle_002.safetensors").rename(folder / "late")
+    def comes(rank):
+        score = loader.score
+        def scoring(*args):
+            if (folder / "late").exists():
+                (folder / "late").rename(folder / "trajectory_00" / "cycle_002.safetensors")
+            return score(*args)
+        loader.score = scoring
+    assert kill.finish(kill.start(argv, log, patch=comes, scripts=(prior,))) == [0], log.read_text()[-2000:]
+    assert "2 of 3 members" in log.read_text() and not late.exists()
+    finishes(begun)
+
 
 def test_prior_may_run_beside_training(begun):
     argv, folder, log, whole = begun
@@ -439,7 +503,7 @@ class Code:
 def test_a_strangers_tensors(tensors, tmp_path, reference, capsys):
     torch.save({"tensors": tensors}, tmp_path / "member.safetensors")
     with pytest.raises(Damaged):
-        read_tensors(tmp_path / "member.safetensors")
+        read_tensors(tmp_path / "member.safetensors", "the member of cycle 0")
     (tmp_path / "data").mkdir()
     torch.save({"tokens": torch.zeros(1700, dtype=torch.uint16),
                 "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256},

@@ -17,10 +17,10 @@ from infra.config import from_args
 from data import loader, prepare
 from model import GPT
 from optim import MuonAdamW
-from infra.files import read_tensors, read_json, write_whole
+from infra.files import read_json, write_whole
 from infra.run_directory import RunDirectory
 from tests import kill
-from tests.conftest import ROOT, error_line
+from tests.conftest import ROOT, error_line, read
 from infra.console import next_command
 from infra.distributed import Ranks, can_share, join, micro_batch_size, processes
 
@@ -234,7 +234,7 @@ def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch):
     # the same training without a snapshot on the way ends at the same weights
     train.main(ready(trajectories=1, cycles=1, distill_from=1,
                      epochs_per_cycle=sum(lengths) * 4 / data.sequences_per_epoch, run_dir=tmp_path / "one"))
-    once = read_tensors(tmp_path / "one" / "trajectory_00" / "cycle_000.safetensors")[0]
+    once = read(tmp_path / "one" / "trajectory_00" / "cycle_000.safetensors")[0]
     assert all(torch.equal(w, once[n]) for n, w in run.load_member(0, 2)[0].items())
 
 
@@ -409,7 +409,7 @@ def test_two_seeds_differ_and_trajectories_can_be_added(ready, tmp_path):
     two = members(tmp_path / "run")
     assert len(two) == 8 and one.items() <= two.items()
     # trajectory 1 of seed 42 is trajectory 0 of seed 43: same weights
-    weights = [read_tensors(p)[0] for p in (
+    weights = [read(p)[0] for p in (
         tmp_path / "run" / "trajectory_01" / "cycle_003.safetensors", tmp_path / "other" / "trajectory_00" / "cycle_003.safetensors")]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
@@ -463,7 +463,7 @@ def test_two_processes_take_the_step_of_one(ready, tmp_path):
         launch_train(ready(trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1,
                            run_dir=tmp_path / name), processes, tmp_path / "log")
         steps.append(json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]))
-        states.append(read_tensors(tmp_path / name / "trajectory_00" / "resume.safetensors"))
+        states.append(read(tmp_path / name / "trajectory_00" / "resume.safetensors"))
     assert [about["step"] for _, about in states] == [1, 1]
     assert (steps[1]["loss"] == pytest.approx(steps[0]["loss"], rel=1e-5)
             and steps[1]["grad_norm"] == pytest.approx(steps[0]["grad_norm"], rel=1e-5))

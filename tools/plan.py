@@ -235,7 +235,7 @@ def main(argv=None):
     for name in OPTIONS:
         value = getattr(options, name)
         if not 0 < value < 1e9 or name == "mfu" and value > 1:
-            fail(f"{name}={value}: must be more than 0" + ", at most 1" * (name == "mfu"))
+            fail(f"{name}={value}: must be more than 0, and at most {1 if name == 'mfu' else 1e9:g}")
     if not can_share(config, options.ranks):
         fail(f"ranks={options.ranks}: cannot share the steps of this config equally; try "
                         f"--ranks={processes(config, options.ranks)}")
