@@ -6,6 +6,7 @@ import functools
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,3 +262,18 @@ def test_place_compiles_every_block_on_cuda_only(monkeypatch):
         model.place(torch.device("cuda"), compile=True)
     assert (len(compiled) == 6 and compiled[-1] is model.capped_loss
             and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32)
+
+
+def test_rotary_frequencies_are_the_records():
+    """
+    1 / 10000^(2i/D), not 10000^(-2i/D), in numpy with each step rounded to float32 once: at the record's 2048 x 128 the
+    other formula differs in 229 of 262,144 bf16 entries, at small shapes in none (slowrun.md).
+    """
+    model = GPT(GPTConfig(sequence_len=2048, vocab_size=64, n_layer=2, n_head=1, n_embd=128))
+    exponent = (np.arange(0, 128, 2, dtype=np.float32) / np.float32(128)).astype(np.float64)
+    def differ(frequency):
+        angle = np.outer(np.arange(2048, dtype=np.float32), frequency).astype(np.float64)
+        return sum((torch.from_numpy(f(angle)).float().bfloat16() != table.squeeze()).sum().item()
+                   for f, table in ((np.cos, model.cos), (np.sin, model.sin)))
+    assert differ(np.float32(1) / (10000 ** exponent).astype(np.float32)) == 0
+    assert differ((10000 ** -exponent).astype(np.float32)) == 229
