@@ -17,7 +17,7 @@ from data import loader
 from infra.config import from_args, student_of
 from infra.console import fail, next_command, print0, script
 from infra.files import read_json
-from infra.run_directory import RunDirectory, load_prior
+from infra.run_directory import RunDirectory, load_prior, prior_answer
 from model import GPT, cross_entropy
 from train import run_cycles
 
@@ -67,7 +67,7 @@ def distilled_loss(student, teachers, batch, alpha, temperature):
 
 # ---------------------------------------------------------------------------------------------- the chain
 
-def frozen(config, device):
+def frozen_model(config, device):
     """A model for members' weights, to be asked and not trained."""
     model = GPT(config).place(device, config.compile).eval().requires_grad_(False)      # eval: no dropout
     return model.bfloat16() if device.type == "cuda" else model     # the members' own type
@@ -87,23 +87,13 @@ class ChainLoss:
     def __call__(self, run, t, cycle, device):
         c, chosen = run.config, teacher_of(run, t, cycle)
         assert 0 <= chosen < cycle, f"cycle {chosen} cannot teach cycle {cycle}"
-        self.teacher = self.teacher or frozen(c, device)
+        self.teacher = self.teacher or frozen_model(c, device)
         self.teacher.load_state_dict(run.load_member(t, chosen)[0])
         return lambda student, batch: distilled_loss(
             student, [(self.teacher, 1.0)], batch, c.distill_alpha, c.distill_temperature)
 
 
 # --------------------------------------------------------------------------------------------- one student
-
-def learned_prior(prior, K):
-    """[trajectory, cycle, SHA-256 of the weights, weight] of prior.json's K members, where that is not 0."""
-    answers = {a["K"]: a for a in prior["answers"] if a["rule"] == "learned"}
-    if K not in answers:
-        fail(f"student_teachers={K}: prior.json answers for K = {', '.join(map(str, answers))}")
-    members = [prior["members"][i] for i in answers[K]["members"]]
-    return [[m["trajectory"], m["cycle"], m["weights_sha256"], w]
-            for m, w in zip(members, answers[K]["weights"]) if w > 0]
-
 
 def teach_student(config, argv):
     """A population of one, on from the best member's weights, taught by the mixture of K members."""
@@ -113,7 +103,9 @@ def teach_student(config, argv):
         taught_by = read_json(config_path)["taught_by"]
     else:
         prior = load_prior(config.run_dir)
-        taught_by = dict(K=K, teachers=learned_prior(prior, K), first=learned_prior(prior, 1)[0])
+        teachers, first = ([[m["trajectory"], m["cycle"], m["weights_sha256"], w]
+                            for m, w in prior_answer(prior, k, option="student_teachers")] for k in (K, 1))
+        taught_by = dict(K=K, teachers=teachers, first=first[0])
     if taught_by["K"] != K:
         fail(f"run_dir='{own.run_dir}' has a student of student_teachers={taught_by['K']}, not {K}: move it "
              "away to train another")
@@ -126,7 +118,7 @@ def teach_student(config, argv):
         return weights
 
     def student_loss(run, t, cycle, device):
-        teachers = [(frozen(own, device), weight) for *_, weight in taught_by["teachers"]]
+        teachers = [(frozen_model(own, device), weight) for *_, weight in taught_by["teachers"]]
         for (model, _), member in zip(teachers, taught_by["teachers"]):
             model.load_state_dict(weights_of(*member))
         return lambda student, batch: distilled_loss(

@@ -136,26 +136,22 @@ def eliminate(log_p, weights):
 
 def answers_for(log_p):
     """
-    {rule: [(members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness
+    {rule: [(K members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness
     loss; uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the
-    paper's); learned: what elimination leaves. A rule may give fewer members than K: others join with weight
-    0, by loss.
+    paper's); learned: what elimination leaves, and where that is fewer than K others, by loss, with weight 0.
     """
     weights, gap = fit_weights(log_p)
     by_loss = mean_log_p(log_p).argsort(descending=True, stable=True)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
     left = eliminate(log_p, weights)
-    rules = {"uniform": [], "topk": [], "learned": []}
+    rules = {"best": [(by_loss[:1], weights.new_ones(1))], "uniform": [], "topk": [], "learned": []}
     for K in range(1, len(log_p) + 1):
-        rules["uniform"].append((by_loss[:K], torch.full((K,), 1 / K, dtype=torch.float64)))
+        rules["uniform"].append((by_loss[:K], weights.new_full((K,), 1 / K)))
         rules["topk"].append((by_weight[:K], weights[by_weight[:K]] / weights[by_weight[:K]].sum()))
-        rules["learned"].append(left[min(K, max(left))])
-
-    def filled(K, members, weights):
+        members, w = left[min(K, max(left))]
         idle = by_loss[~torch.isin(by_loss, members)][:K - len(members)]
-        return torch.cat([members, idle]), torch.cat([weights, weights.new_zeros(len(idle))])
-    rules = {"best": rules["uniform"][:1], **rules}
-    return {rule: [filled(K, *answer) for K, answer in enumerate(of, 1)] for rule, of in rules.items()}, gap
+        rules["learned"].append((torch.cat([members, idle]), torch.cat([w, w.new_zeros(len(idle))])))
+    return rules, gap
 
 
 def growing(members, log_p):
@@ -206,7 +202,7 @@ def model_to_score(config):
     return GPT(dataclasses.replace(config, mtp_weight=0.0))
 
 
-def fill(model, path, weights):
+def load_weights(model, path, weights):
     """Load weights, without the MTP head. Exits with code 2 where they do not fit."""
     try:
         model.load_state_dict({name: w for name, w in weights.items() if not name.startswith("mtp_")})
@@ -218,7 +214,7 @@ def fill(model, path, weights):
 def load_member(model, run, t, c):
     """A member's weights into a model_to_score; returns their SHA-256."""
     weights, about = run.load_member(t, c)
-    fill(model, run.member_path(t, c), weights)
+    load_weights(model, run.member_path(t, c), weights)
     return about["tensors_sha256"]
 
 
@@ -274,7 +270,7 @@ def print_table(config, result):
            f"member. The fit is within {max(result['gap'], 0):.1e} nats of its optimum.")
 
 
-def weigh(config, data, run, members):
+def build_report(config, data, run, members):
     """The contents of prior.json, from the scores of the members."""
     scores = {split: [run.load_scores(split, *member) for member in members] for split in SPLITS}
     log_p = {split: [log_p for log_p, _ in of] for split, of in scores.items()}
@@ -323,7 +319,7 @@ def main(argv=None):
             return
         if ranks.world_size > 1:              # torchrun's one thread a rank: the others are done
             torch.set_num_threads(cores())
-        result = weigh(config, data, run, members)
+        result = build_report(config, data, run, members)
         write_json(run.path / "prior.json", result)
     print_table(config, result)
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if a != "--student"]   # the picture has both

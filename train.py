@@ -24,7 +24,7 @@ from data import loader
 from infra.config import from_args
 from infra.console import FAILED, STOPPED, fail, next_command, print0, progress_bar, script
 from infra.distributed import StopRequest, batch_sizes, join, micro_batch_size
-from infra.run_directory import RunDirectory, differences, environment
+from infra.run_directory import RunDirectory, check_room, differences, environment
 from model import GPT
 from optim import MuonAdamW
 
@@ -323,7 +323,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             trajectory = Trajectory(run, t, data, ranks, first_weights)
             if tensors:
                 trajectory.resume(tensors, at, steps)
-            run.check_room(sum(p.numel() for p in trajectory.model.parameters()))
+            check_room(config, run.path, sum(p.numel() for p in trajectory.model.parameters()))
             if train(trajectory, steps[trajectory.step:end], loss_for_cycle, data.fit, stop, bar):
                 print0(f"stopped after step {trajectory.step} of trajectory {t}, saved; resume with: "
                        f"{resume_command}", ranks.is_main)

@@ -5,6 +5,7 @@ files are safe.
 """
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -58,18 +59,48 @@ def clean_up(folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
+def lock(path, text):
+    """
+    The file, open, with this text in it, locked until it is closed or the process ends, however. Raises
+    BlockingIOError where another process has it.
+    """
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass                                    # a file system without locks
+    file.truncate(0)
+    print(text, end="", file=file, flush=True)
+    return file
+
+
+def append_json(path, value):
+    """A line of JSON at the file's end, in one write; one that a kill tore stays on its own. OSError, too."""
+    with open(path, "ab+", buffering=0) as f:
+        torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
+        line = (b"\n" if torn else b"") + json.dumps(value).encode() + b"\n"
+        try:
+            written = f.write(line)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, f.name) from e
+        if written < len(line):
+            raise OSError(errno.ENOSPC, "No space left on device", f.name)
+
+
 def sha256_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def seal(value, kind):
+def to_json(value, kind):
     """A dict of plain values as JSON, with the format, its kind and its SHA-256 inside."""
     value = {"format": FORMAT, "kind": kind, **value}
     return json.dumps({**value, "sha256": sha256_of(value)}, indent=1)
 
 
-def unseal(text, path, kind):
-    """The dict that was sealed as this kind. Raises Damaged."""
+def from_json(text, path, kind):
+    """The dict that to_json made this text of, as this kind. Raises Damaged."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         value = json.loads(text)
         if value.pop("sha256") == sha256_of(value) and value["format"] == FORMAT:
@@ -81,12 +112,12 @@ def unseal(text, path, kind):
 
 
 def write_json(path, value):
-    write_whole(path, lambda temporary: temporary.write_text(seal(value, path.name) + "\n"))
+    write_whole(path, lambda temporary: temporary.write_text(to_json(value, path.name) + "\n"))
 
 
 def read_json(path):
     """What write_json wrote. Raises Damaged, OSError."""
-    return unseal(path.read_bytes(), path, path.name)
+    return from_json(path.read_bytes(), path, path.name)
 
 
 def digest(tensors):
@@ -102,14 +133,15 @@ def write_tensors(path, kind, tensors, **about):
     """Named CPU tensors, and what they are: plain values, with their SHA-256 as about["tensors_sha256"]."""
     about["tensors_sha256"] = digest(tensors)
     # one entry of metadata: safetensors writes several in any order, and equal files would differ
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"about": seal(about, kind)}))
+    metadata = {"about": to_json(about, kind)}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def read_tensors(path, kind, check=True):
     """(tensors, mapped from disk; about). check: all contents are compared with their SHA-256."""
     try:
         with safe_open(path, "pt") as file:
-            about = unseal(file.metadata()["about"], path, kind)
+            about = from_json(file.metadata()["about"], path, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError) as e:
         raise Damaged(f"'{path}' is not readable ({type(e).__name__}): restore it, or move it away") from None

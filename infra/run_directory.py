@@ -4,8 +4,6 @@ are), checkpoints to resume from, scores, prior.json. Knows neither model nor da
 cycle, from 0.
 """
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +18,7 @@ import torch
 
 from infra.config import FIELDS
 from infra.console import ROOT, Damaged, fail, print0
-from infra.files import clean_up, read_json, read_tensors, write_json, write_tensors
+from infra.files import append_json, clean_up, lock, read_json, read_tensors, write_json, write_tensors
 
 SPLITS = "fit", "val"       # the held-out sets: for the prior, and to report
 LAG = 120                   # seconds until another machine sees what was written on a shared disk
@@ -57,6 +55,37 @@ def load_prior(run_dir):
     return read_json(path)
 
 
+def prior_answer(prior, K, rule="learned", option="K"):
+    """[(member, weight)] of prior.json's answer for K, where that is not 0. Exits with code 2: none for K."""
+    answers = {a["K"]: a for a in prior["answers"] if a["rule"] == rule}
+    if K not in answers:
+        fail(f"{option}={K}: prior.json has answers for K = {', '.join(map(str, answers))}")
+    members = [prior["members"][i] for i in answers[K]["members"]]
+    return [(m, w) for m, w in zip(members, answers[K]["weights"]) if w > 0]
+
+
+def check_writable(path):
+    """Exits with code 2 where it is not, or cannot be made; writes nothing that stays."""
+    try:
+        existing = next(p for p in [path, *path.absolute().parents] if p.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as e:
+        fail(f"run_dir='{path}': cannot write there: {e.strerror}; name another --run_dir")
+
+
+def check_room(c, path, parameters):
+    """Exits with code 2 where the disk has no room for what a population of such models will still write."""
+    # a checkpoint: fp32 weights, a moment, of some two, their average; a member: bf16, with fp32 scores
+    checkpoint = (14 if c.ema_decay else 10) * parameters
+    need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
+        2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
+    need -= sum(p.stat().st_size for p in [*path.glob("trajectory_*/*"), *path.glob("scores/*/*")])
+    room = shutil.disk_usage(path).free
+    if need > room:
+        fail(f"run_dir='{path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB are free "
+             "there: make room, or name another --run_dir")
+
+
 class RunDirectory:
     """
     Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do), or
@@ -75,11 +104,7 @@ class RunDirectory:
         if differ:
             fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
                  "(of a student: give the --student_epochs and --student_alpha that it was begun with)")
-        try:
-            existing = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as e:
-            fail(f"run_dir='{self.path}': cannot write there: {e.strerror}; name another --run_dir")
+        check_writable(self.path)
 
     def identity_of(self, t):
         """Of trajectory t's files, with its own seed: trajectory 0 of seed 43 may join seed 42's run as 1."""
@@ -101,16 +126,11 @@ class RunDirectory:
             os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.lock = open(path, "a")
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)       # until the process ends, however
+                self.lock = lock(path, launch)
             except BlockingIOError:
                 fail(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop "
                      "it, or name another --run_dir")
-            except OSError:
-                pass                                                        # a file system without locks
-            self.lock.truncate(0)
-            print(launch, end="", file=self.lock, flush=True)
             for place in (path.parent, *path.parent.glob("*/")):
                 clean_up(place)
             self.write_config(about)
@@ -137,19 +157,6 @@ class RunDirectory:
                                               torch=torch.__version__, **about))
         elif read_json(self.config_path)["code"] != code:
             print0(f"note: '{self.path}' was begun by another version of the code; what is there stays")
-
-    def check_room(self, parameters):
-        """Exits with code 2 where the disk has no room for what a model of so many will still write."""
-        # a checkpoint: fp32 weights, a moment, of some two, their average; a member: bf16, with fp32 scores
-        c, checkpoint = self.config, (14 if self.config.ema_decay else 10) * parameters
-        need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
-            2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
-        there = [*self.path.glob("trajectory_*/*"), *self.path.glob("scores/*/*")]
-        need -= sum(path.stat().st_size for path in there)
-        room = shutil.disk_usage(self.path).free
-        if need > room:
-            fail(f"run_dir='{self.path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB "
-                 "are free there: make room, or name another --run_dir")
 
     # ---- members
 
@@ -235,16 +242,5 @@ class RunDirectory:
     # ---- metrics
 
     def log(self, **record):
-        """
-        A line of metrics.jsonl: a step, a cycle or a score. After a kill some steps come again: the last line
-        of a step holds, and a line that the kill tore is none.
-        """
-        with open(self.path / "metrics.jsonl", "ab+", buffering=0) as f:
-            torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
-            line = (b"\n" if torn else b"") + json.dumps(record).encode() + b"\n"
-            try:
-                written = f.write(line)
-            except OSError as e:
-                raise OSError(e.errno, e.strerror, f.name) from e
-            if written < len(line):
-                raise OSError(errno.ENOSPC, "No space left on device", f.name)
+        """A line of metrics.jsonl. After a kill some steps come again: the last line of a step holds."""
+        append_json(self.path / "metrics.jsonl", record)

@@ -20,7 +20,7 @@ import train
 from infra.config import from_args
 from data import loader, prepare
 from model import GPT
-from infra.files import read_json, seal, write_json, write_tensors
+from infra.files import read_json, to_json, write_json, write_tensors
 from infra.run_directory import RunDirectory
 from tests.conftest import ROOT, error_line, read
 from tools import generate, import_slowrun, plot
@@ -358,7 +358,7 @@ def test_damaged_scores_are_named(content, finished, monkeypatch, capsys):
         tensors, about = read(path)
         log_p = tensors["log_p"].clone()
         log_p[5] = content
-        save_file({"log_p": log_p}, path, metadata={"about": seal(about, about["kind"])})
+        save_file({"log_p": log_p}, path, metadata={"about": to_json(about, about["kind"])})
     try:
         assert "01_002.safetensors" in refused(lambda: prior.main(argv), capsys)
     finally:

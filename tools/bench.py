@@ -85,7 +85,7 @@ class Ours:
         self.batches = loader.Batches(data, config.sequence_len, config.seed)
         self.loss_fn = train.label_loss
         if chain:
-            teacher = distill.frozen(config, DEVICE).init_weights()
+            teacher = distill.frozen_model(config, DEVICE).init_weights()
             self.loss_fn = lambda model, batch: distill.distilled_loss(
                 model, [(teacher, 1.0)], batch, config.distill_alpha, config.distill_temperature)
 

@@ -14,7 +14,7 @@ from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
 from infra.console import fail, print0, script
 from infra.distributed import join
-from infra.run_directory import RunDirectory, load_prior
+from infra.run_directory import RunDirectory, load_prior, prior_answer
 from prior import load_member, model_to_score
 
 OPTIONS = dict(prompt="The ", K=0, tokens=80, temperature=0.8, top_k=50, sample_seed=0, member="", student=False)
@@ -60,14 +60,10 @@ def choose(options, prior, run):
             fail(f"member={options.member}: there is no such member; write trajectory,cycle, "
                    f"such as --member={members[-1][0]},{members[-1][1]}")
         return [("student" if options.student else f"member {options.member}", [chosen], [1.0])]
-    Ks = [a["K"] for a in prior["answers"] if a["rule"] == "learned"]
-    K = options.K or max(K for K in Ks if K <= 4)
-    if K not in Ks:
-        fail(f"K={options.K}: prior.json has answers for K = {', '.join(map(str, Ks))}")
+    K = options.K or max(a["K"] for a in prior["answers"] if a["K"] <= 4)
     picked = []
     for rule, K in (("best", 1), ("learned", K)):
-        answer = next(a for a in prior["answers"] if a["rule"] == rule and a["K"] == K)
-        pairs = [(members[i], w) for i, w in zip(answer["members"], answer["weights"]) if w > 0]
+        pairs = [((m["trajectory"], m["cycle"]), w) for m, w in prior_answer(prior, K, rule)]
         label = "best member" if rule == "best" else f"mixture of {K}" + f", {len(pairs)} with weight" * (len(pairs) < K)
         picked.append((f"{label} ({len(pairs)} pass{'es' * (len(pairs) > 1)} a token)", *zip(*pairs)))
     return picked

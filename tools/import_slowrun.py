@@ -14,7 +14,7 @@ from infra.config import from_args
 from infra.console import fail, print0, script
 from infra.distributed import join
 from infra.run_directory import RunDirectory
-from prior import fill, model_to_score
+from prior import load_weights, model_to_score
 
 
 def snapshots(folder, expected):
@@ -51,7 +51,7 @@ def main(argv=None):
         fail(f"run_dir={run.path} has members of its own: name another --run_dir for those of "
              f"{options.snapshots}")
     for path in there.values():                     # all of them, before the first is written
-        fill(model, path, read(path))
+        load_weights(model, path, read(path))
     with run.open(join(config)):
         for i, path in sorted(there.items()):
             t, c = divmod(i, config.cycles)
