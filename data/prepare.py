@@ -109,7 +109,7 @@ def source_documents(source):
 
 # -------------------------------------------------------------------------------------- documents to tokens
 
-def take(documents, budget):
+def first_tokens(documents, budget):
     """(tokens uint16, doc_starts int64) of the first `budget` tokens of documents' ids; the last is cut."""
     parts, starts, n = [], [], 0
     for ids in documents:
@@ -123,12 +123,12 @@ def take(documents, budget):
 
 def tokenize(config, documents):
     """
-    {split: take() of its tokens}: every document is [separator] and its ids; a split drops the rest of its
+    {split: its first_tokens()}: every document is [separator] and its ids; a split drops the rest of its
     last one. Exits with code 2 where the documents are too short.
     """
     encode, c = get_tokenizer(config.tokenizer)[0], config
     stream = (np.array([c.vocab_size - 1, *encode(document)], np.uint16) for document in documents)
-    splits = {"val": take(stream, c.val_tokens), "train": take(stream, c.train_tokens)}
+    splits = {"val": first_tokens(stream, c.val_tokens), "train": first_tokens(stream, c.train_tokens)}
     have, count = (sum(len(arrays[i]) for arrays in splits.values()) for i in (0, 1))
     if have < c.val_tokens + c.train_tokens:
         fail(f"data={c.data} is too short: val_tokens={c.val_tokens} + train_tokens={c.train_tokens} need "
