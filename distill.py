@@ -69,7 +69,7 @@ def distilled_loss(student, teachers, batch, alpha, temperature):
 
 def frozen_model(config, device):
     """A model for members' weights, to be asked and not trained."""
-    model = GPT(config).place(device, config.compile).eval().requires_grad_(False)      # eval: no dropout
+    model = GPT(config).to_device(device, config.compile).eval().requires_grad_(False)      # eval: no dropout
     return model.bfloat16() if device.type == "cuda" else model     # the members' own type
 
 

@@ -244,7 +244,7 @@ class GPT(nn.Module):
         end = config.loop_end if block else L
         self.layers = [*range(end), *block, *range(end, L)]
         self.looping = True             # False: every layer once
-        self.capped_loss = capped_loss  # place() may put a compiled one here
+        self.capped_loss = capped_loss  # to_device() may put a compiled one here
         D = C // config.n_head
         frequency = 1 / 10000 ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
         angle = torch.outer(torch.arange(config.sequence_len).float(), frequency)[:, None, None, :]
@@ -275,7 +275,7 @@ class GPT(nn.Module):
     def device(self):
         return self.cos.device
 
-    def place(self, device, compile=False):
+    def to_device(self, device, compile=False):
         """To the device in the recipe's types: on CUDA the embedding, and so the residual stream, is bf16."""
         self.to(device)
         if device.type == "cuda":

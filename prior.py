@@ -52,7 +52,8 @@ def nonnegative_qp(H, b, y):
 
 def fit_on(P, w):
     """argmin of -mean log(w @ P) over the simplex, from w, for few members: P is (k, tokens) float64."""
-    loss = lambda w: w.sum() - (w @ P).log().mean()         # its minimum over w >= 0 sums to 1 by itself
+    def loss(w):
+        return w.sum() - (w @ P).log().mean()       # its minimum over w >= 0 sums to 1 by itself
     for _ in range(100):
         R = P / (w @ P)
         s, H = R.mean(dim=1), R @ R.T / R.size(1)           # gradient 1 - s, Hessian H
@@ -225,7 +226,7 @@ def score_members(config, data, run, ranks):
         own = run.load_member(*member, check=False)[1]["tensors_sha256"]
         return [split for split in SPLITS if run.load_scores(split, *member, check=False)[1] != own]
     todo = [member for member in members[ranks.rank::ranks.world_size] if unscored(member)]
-    model = model_to_score(config).place(ranks.device, config.compile) if todo else None
+    model = model_to_score(config).to_device(ranks.device, config.compile) if todo else None
     for t, c in progress_bar(todo, unit="member", desc="scoring", disable=ranks.rank > 0 or not todo):
         sha256, losses = load_member(model, run, t, c), {}
         for split in unscored((t, c)):

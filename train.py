@@ -159,7 +159,7 @@ class Trajectory:
     def __init__(self, run, t, data, ranks, first_weights):
         self.run, self.t, self.ranks, self.config, self.seed = run, t, ranks, run.config, run.config.seed + t
         torch.manual_seed(self.seed)
-        self.model = GPT(self.config).init_weights().place(ranks.device, self.config.compile)
+        self.model = GPT(self.config).init_weights().to_device(ranks.device, self.config.compile)
         if first_weights:
             self.model.load_state_dict(first_weights)
         self.optimizer = self.new_optimizer()

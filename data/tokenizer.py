@@ -12,7 +12,8 @@ RANKS_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"         # of r50k_base.t
 def get_tokenizer(name):
     """(encode: text -> ids, decode: ids -> text, bytes of every id as uint8). The separator has 0 bytes."""
     if name == "bytes":
-        decode = lambda ids: bytes(i for i in ids if i < 256).decode(errors="replace")
+        def decode(ids):
+            return bytes(i for i in ids if i < 256).decode(errors="replace")
         return lambda text: list(text.encode()), decode, np.array([1] * 256 + [0], np.uint8)
     import tiktoken         # here alone: the byte tokenizer needs no package
     try:
@@ -22,5 +23,7 @@ def get_tokenizer(name):
              f"TIKTOKEN_CACHE_DIR to a folder with a copy of r50k_base.tiktoken, named {RANKS_NAME}")
     bos = VOCAB_SIZE["gpt2"] - 1
     sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(bos)]
-    decode = lambda ids: encoding.decode([i for i in ids if i != bos])
+
+    def decode(ids):
+        return encoding.decode([i for i in ids if i != bos])
     return encoding.encode_ordinary, decode, np.array(sizes + [0], np.uint8)

@@ -64,7 +64,7 @@ def built(device, compile=False, seed=0):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape))
-    return model.place(device, compile)
+    return model.to_device(device, compile)
 
 
 def tokens(n, seed=1):

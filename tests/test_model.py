@@ -216,7 +216,7 @@ def test_one_compiled_block_serves_all_layers():
         assert torch.allclose(model(idx, targets)[0], wanted, rtol=1e-5)
     # with and without value embeddings and skip, short and long window, the MTP block's length: not one per application
     assert counter.frame_count <= 6
-    torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as place() does
+    torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as to_device() does
     try:                                                        # scoring, with a smaller last batch, and a bf16 teacher
         plain = small(**loop)
         for rows in (idx, idx[:1]):
@@ -257,9 +257,9 @@ def test_place_compiles_every_block_on_cuda_only(monkeypatch):
     monkeypatch.setattr(GPT, "to", lambda self, device: self)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("torch.compile", lambda function, dynamic: compiled.append(function) or function)
-    assert model.place(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
+    assert model.to_device(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):          # what it sets is put back
-        model.place(torch.device("cuda"), compile=True)
+        model.to_device(torch.device("cuda"), compile=True)
     assert (len(compiled) == 6 and compiled[-1] is model.capped_loss
             and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32)
 

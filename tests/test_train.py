@@ -167,13 +167,13 @@ def members(folder):
 
 def test_the_loop_follows_the_recipe(ready, monkeypatch):
     """Noise, rates, batches, cycle lengths, seeds and compilation of every cycle, against the recipe written out."""
-    noise, steps, seeds, placed = [], [], [], []
-    perturb, step, seed_dropout, place = train.perturb, train.train_step, train.seed_dropout, GPT.place
+    noise, steps, seeds, compiled = [], [], [], []
+    perturb, step, seed_dropout, to_device = train.perturb, train.train_step, train.seed_dropout, GPT.to_device
     monkeypatch.setattr(train, "perturb", lambda model, scale, seed: (
         noise.append((len(steps), scale, seed)), perturb(model, scale, seed)))
     monkeypatch.setattr(train, "seed_dropout", lambda *args: (seeds.append(args), seed_dropout(*args)))
-    monkeypatch.setattr(GPT, "place", lambda self, device, compile=False: (
-        placed.append(compile), place(self, device, compile))[1])
+    monkeypatch.setattr(GPT, "to_device", lambda self, device, compile=False: (
+        compiled.append(compile), to_device(self, device, compile))[1])
     def record(model, optimizer, micro_batches, loss_fn, multipliers):
         lr = optimizer.groups[0]["lr"]
         steps.append((sum(map(len, micro_batches)), multipliers, lr))
@@ -198,7 +198,7 @@ def test_the_loop_follows_the_recipe(ready, monkeypatch):
     assert [(n, lr) for n, _, lr in steps] == [(n, lr) for n, _, lr in wanted]
     assert [m for _, ms, _ in steps for m in ms] == pytest.approx([m for _, ms, _ in wanted for m in ms])
     assert seeds == [(7, i, 0) for i in range(len(wanted))]
-    assert placed == [True, True, True]                         # the model in train.py and in distill.py, and the teacher
+    assert compiled == [True, True, True]                         # the model in train.py and in distill.py, and the teacher
 
 
 def test_the_baseline_follows_one_cosine(ready, monkeypatch):

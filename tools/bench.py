@@ -72,7 +72,7 @@ class Ours:
 
     def __init__(self, config, chain, options, ranks=None, one_graph=False):
         torch.manual_seed(config.seed)
-        self.config, self.model = config, GPT(config).init_weights().place(DEVICE, config.compile)
+        self.config, self.model = config, GPT(config).init_weights().to_device(DEVICE, config.compile)
         self.group = group = ranks and ranks.group
         if one_graph:
             self.model.hidden = torch.compile(self.model.hidden, dynamic=False)
@@ -187,8 +187,8 @@ class Theirs:
             with torch.no_grad():
                 teacher = self.teacher(x)
         student, teacher = student.flatten(0, 1).float(), teacher.flatten(0, 1).float()
-        soften = lambda z: F.log_softmax(z / c.distill_temperature, dim=-1)
-        kl = F.kl_div(soften(student), soften(teacher), reduction="batchmean", log_target=True) * c.distill_temperature ** 2
+        student_log_p, teacher_log_p = (F.log_softmax(z / c.distill_temperature, dim=-1) for z in (student, teacher))
+        kl = F.kl_div(student_log_p, teacher_log_p, reduction="batchmean", log_target=True) * c.distill_temperature ** 2
         return (1 - c.distill_alpha) * (F.cross_entropy(student, y.flatten()) + c.mtp_weight * mtp) + c.distill_alpha * kl
 
     def step(self, rows):
@@ -272,7 +272,8 @@ def kinds(config, options):
         rows["ours, all layers one graph"] = functools.partial(Ours, one_graph=True)
     if options.slowrun:
         rows["theirs as it is"] = functools.partial(Theirs, honest=False)
-        rows["theirs, our attention" + ", fp32" * (DEVICE.type == "cpu")] = functools.partial(Theirs, honest=True)
+        precision = ", fp32" if DEVICE.type == "cpu" else ""
+        rows[f"theirs, our attention{precision}"] = functools.partial(Theirs, honest=True)
     return rows
 
 
@@ -314,7 +315,7 @@ def bench_step(name, chain, config, options, peak, ranks):
 
 
 def bench_score(config, options, peak):
-    model, rows = GPT(config).init_weights().place(DEVICE, config.compile), random_rows(config).cpu().numpy()
+    model, rows = GPT(config).init_weights().to_device(DEVICE, config.compile), random_rows(config).cpu().numpy()
     seconds = [timed(lambda: loader.score(model, rows, config.micro_batch))[0] for _ in range(options.rounds + 1)][1:]
     flops = sum(plan.forward_flops(plan.meta_model(config), True, mtp=False).values()) * config.batch_tokens
     print(f"\nscoring: {spread(seconds)} s, {config.batch_tokens / statistics.median(seconds):,.0f} tokens/s, "
@@ -361,9 +362,9 @@ def bench_prior(options):
         ours.append(seconds)
         seconds, v = timed(lambda: adamw300(log_p.exp()))
         theirs.append(seconds)
-    loss = lambda w: -(w @ log_p.double().exp()).log().mean().item()
+    above = ((w @ log_p.double().exp()).log().mean() - (v @ log_p.double().exp()).log().mean()).item()
     print(f"  exact fit: {spread(ours, 2)} s, gap {gap:.1e} nats, {(w > 0).sum()} members with weight")
-    print(f"  300 AdamW steps: {spread(theirs, 2)} s, {loss(v) - loss(w):.1e} nats above it, "
+    print(f"  300 AdamW steps: {spread(theirs, 2)} s, {above:.1e} nats above it, "
           f"{spread([b / a for a, b in zip(ours, theirs)], 1)} times ours")
 
 

@@ -64,8 +64,10 @@ def choose(options, prior, run):
     picked = []
     for rule, K in (("best", 1), ("learned", K)):
         pairs = [((m["trajectory"], m["cycle"]), w) for m, w in prior_answer(prior, K, rule)]
-        label = "best member" if rule == "best" else f"mixture of {K}" + f", {len(pairs)} with weight" * (len(pairs) < K)
-        picked.append((f"{label} ({len(pairs)} pass{'es' * (len(pairs) > 1)} a token)", *zip(*pairs)))
+        label = "best member" if rule == "best" else f"mixture of {K}"
+        if len(pairs) < K:
+            label += f", {len(pairs)} with weight"
+        picked.append((f"{label} ({len(pairs)} {'pass' if len(pairs) == 1 else 'passes'} a token)", *zip(*pairs)))
     return picked
 
 
@@ -88,7 +90,7 @@ def main(argv=None):
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, join(config).device
     for label, members, weights in picked:
-        models = [model_to_score(config).place(device).eval() for _ in members]
+        models = [model_to_score(config).to_device(device).eval() for _ in members]
         for model, member in zip(models, members):
             load_member(model, run, *member)
         text = decode(sample(models, weights, [bos, *encode(options.prompt)], options, stop=bos))

@@ -66,7 +66,9 @@ def forward_flops(model, looping, mtp):
     norms are free), 4 n_embd per key attended to. Counted by the recipe, whatever an implementation saves.
     """
     c, T = model.config, model.config.sequence_len
-    linear = lambda module: 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
+
+    def linear(module):
+        return 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
     keys = {"L": mean_keys(T, T), "S": mean_keys(T, T // 2)}
     terms = {"layers": 0, "value embeddings": 0, "attention": 0, "head": linear(model.lm_head), "multi-token prediction": 0}
     for i in model.layers if looping else range(c.n_layer):
@@ -132,7 +134,9 @@ def memory_of(config, model, ranks):
     ({part: bytes per rank}, {part: bytes per sequence of a micro-batch}) with so many ranks per trajectory,
     of the costliest script.
     """
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    def size(tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     parameters = list(model.parameters())
     C, T, mtp, chain = config.n_embd, config.sequence_len, bool(config.mtp_weight), config.distill_from < config.cycles
     weights = sum(p.numel() for p in parameters)
@@ -208,7 +212,10 @@ def print_machine(config, model, options):
     for part, count in per_sequence.items():
         print(f"  {part + ', per sequence':36} {count / GIB:>8.3g}")
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
-    needs = lambda fixed, micro_batch: sum(fixed.values()) + micro_batch * sum(per_sequence.values())
+
+    def needs(fixed, micro_batch):
+        return sum(fixed.values()) + micro_batch * sum(per_sequence.values())
+
     share = options.ranks // groups
     sizes = sorted({micro_batch_size(config, n, share) for n in batch_sizes(config)})
     most = max(batch_sizes(config)) // share

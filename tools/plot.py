@@ -83,7 +83,7 @@ def weights_by_member(figure, axes, priors):
     figure.colorbar(image, ax=axes, label="weight")
     axes.set_yticks(range(len(grid)))
     axes.set(xlabel="cycle", ylabel="trajectory",
-             title="Weights of the learned prior over all members" + ", mean over seeds" * (len(priors) > 1))
+             title="Weights of the learned prior over all members" + (", mean over seeds" if len(priors) > 1 else ""))
 
 
 def loss_against_epochs(axes, priors, beside):
