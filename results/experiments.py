@@ -196,7 +196,8 @@ def page(name):
                 losses = [float(r["val_loss"]) for r in some]
                 lines.append(f"| {label(key)} | {some[0]['epochs']} | {some[0]['tflop']} | {rule} | {K} | "
                              f"{mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |")
-        lines += ["\n| | less | difference (negative: the first is better) | seeds |", "|---|---|---|---|"] * bool(pairs)
+        if pairs:
+            lines += ["\n| | less | difference (negative: the first is better) | seeds |", "|---|---|---|---|"]
         for a, rule, b, other in pairs:
             first, second = ({k[3]: v for k, v in of.items() if k[:3] == (text, variant, its)}
                              for variant, its in ((a, rule), (b, other)))
@@ -211,8 +212,9 @@ def page(name):
             "Validation loss in nats per token (a token is a byte), mean +- standard error over the seeds "
             f"{', '.join(dict.fromkeys(r['seed'] for r in rows))}; members and weights are chosen on the fitness set alone.", "",
             "SHA-256 of the texts: " + ", ".join(dict.fromkeys(f"{r['text']} {r['sha256']}" for r in rows)) + ". Flags:", ""]
-    head += [f"- {v.label}: `{' '.join([v.config, *v.flags, *v.student])}`" + f", with `{v.change}`" * bool(v.change)
-             for v in variants.values()]
+    for v in variants.values():
+        change = f", with `{v.change}`" if v.change else ""
+        head.append(f"- {v.label}: `{' '.join([v.config, *v.flags, *v.student])}`{change}")
     return [*head, *lines]
 
 
