@@ -11,7 +11,9 @@ members and their losses; for each rule the losses for every K, and for K = 1, 2
 and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """
 import dataclasses
+import functools
 import math
+import operator
 import sys
 import textwrap
 
@@ -30,6 +32,35 @@ BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
 
 # --------------------------------------------------------------------------------------------- the fit
+
+def to_float64(log_p):
+    """In float64, a probability of 0 as a very small one."""
+    return log_p.double().clamp(min=-700)
+
+
+def mean_log_p(log_p):
+    """Of every member, (members,) float64."""
+    return torch.stack([to_float64(row).mean() for row in log_p])
+
+
+class Probabilities:
+    """
+    Of log_p (members, tokens), which is only read. Each token's are divided by the largest that a member
+    gives it, which changes no comparison of mixtures; what is below e^-45 of it adds nothing.
+    """
+
+    def __init__(self, log_p):
+        self.log_p, self.largest = log_p, to_float64(log_p.max(dim=0).values)
+        self.fast = torch.stack([self.exact(i).float() for i in range(len(log_p))])    # to search by
+
+    def exact(self, members):
+        """Of these members, in float64."""
+        return to_float64(self.log_p[members]).sub_(self.largest).clamp_(min=-45).exp_()    # on the copy
+
+    def ratios(self, mix):
+        """mean_t(p_i,t / mix_t) of every member i: above 1 where a share of it would lower the loss."""
+        return (self.fast @ (1 / mix).float()).double() / len(mix)
+
 
 def nonnegative_qp(H, b, y):
     """argmin of y'Hy/2 - b'y over y >= 0, from a feasible y: the active sets of Lawson and Hanson (1974)."""
@@ -50,23 +81,47 @@ def nonnegative_qp(H, b, y):
     return y
 
 
-def fit_on(P, w):
-    """argmin of -mean log(w @ P) over the simplex, from w, for few members: P is (k, tokens) float64."""
+def newton(P, w, tolerance=1e-10):
+    """
+    argmin of the loss -mean log(w @ P) over the simplex, from w (k,) float64, for few members: (loss, w,
+    Hessian). P: (k, tokens) float64; or float32, for a tolerance of 1e-5.
+    """
     def loss(w):
-        return w.sum() - (w @ P).log().mean()       # its minimum over w >= 0 sums to 1 by itself
+        return w.sum() - (w.to(P.dtype) @ P).log().mean().double()      # its minimum over w >= 0 sums to 1
+    now = loss(w)
     for _ in range(100):
-        R = P / (w @ P)
-        s, H = R.mean(dim=1), R @ R.T / R.size(1)           # gradient 1 - s, Hessian H
-        # Newton's model (1-s)'(y-w) + (y-w)'H(y-w)/2 is, since Hw = s, y'Hy/2 - (2s-1)'y and a constant
-        y = nonnegative_qp(H + 1e-11 * H.diagonal().diag(), 2 * s - 1, w)      # ridge: equal members share
+        R = P / (w.to(P.dtype) @ P)
+        s, R = R.mean(dim=1).double(), R.float()
+        H = (R @ R.T).double() / R.size(1)      # rounding here costs steps, not precision
+        H += 1e-6 * H.diagonal().diag()         # equal members share
+        y = nonnegative_qp(H, H @ w + s - 1, w)                         # the gradient is 1 - s
         slope, t = (1 - s) @ (y - w), 1.0
-        if s.max() - 1 < 1e-10 or slope > -1e-16:
+        if s.max() - 1 < tolerance or slope > -tolerance ** 1.6:
             break
-        while loss(w + t * (y - w)) > loss(w) + 1e-4 * t * slope and t > 1e-8:
+        while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope and t > 1e-8:
             t /= 2
-        w = w + t * (y - w)
+        w, now = w + t * (y - w), then
         w = w / w.sum()
-    return w
+    return loss(w).item() - 1, w, H
+
+
+def fit(p, w, among, tolerance=1e-7):
+    """fit_weights() of Probabilities, over the members where among (members,) is true, from weights w."""
+    for _ in range(1000):
+        support = w.nonzero()[:, 0]
+        _, w[support], _ = newton(p.fast[support], w[support] / w[support].sum(), 1e-5)
+        s = torch.where(among, p.ratios(w[support].float() @ p.fast[support]), 0)
+        better = s.topk(min(32, len(s))).indices        # those whose share would lower the loss join,
+        better = better[(s[better] > 1 + 1e-5) & (w[better] == 0)]
+        w[better] = 0.01                                # with a share: Newton starts inside
+        if len(better) == 0:                            # float32 sees none: those close to it, exactly
+            near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]
+            P = p.exact(near)
+            _, w[near], _ = newton(P, w[near])
+            gap = (P @ (1 / (w[near] @ P))).max().item() / P.size(1) - 1
+            if gap <= tolerance:
+                return w, gap
+    raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
 def fit_weights(log_p, tolerance=1e-7):
@@ -74,93 +129,146 @@ def fit_weights(log_p, tolerance=1e-7):
     The weights w (members,) float64 on the simplex that minimise -mean_t log(sum_i w_i p_i,t), and the proven
     bound on their distance from the optimum in nats: gap = max_i mean_t(p_i,t / mix_t) - 1 <= tolerance
     (paper, eq. 8; the problem is convex); RuntimeError where it stays above. log_p: (members, tokens) float32
-    log-probabilities of the targets, read only; of the members that get no weight at most a block of tokens
-    is copied.
+    log-probabilities of the targets, read only.
     """
-    members, tokens = log_p.shape
-    blocks = [slice(i, i + BLOCK) for i in range(0, tokens, BLOCK)]
-    largest = to_float64(log_p.max(dim=0).values)               # a factor per token changes the range alone
-    w = torch.zeros(members, dtype=torch.float64)
-    w[mean_log_p(log_p).argmax()] = 1
-    for _ in range(1000):
-        support = w > 0
-        mix = w[support] @ relative(log_p[support], largest)
-        s = sum(relative(log_p[:, b], largest[b]) @ (1 / mix[b]) for b in blocks) / tokens
-        gap = s.max().item() - 1
-        if gap <= tolerance:
-            return w, gap
-        better = s.topk(min(32, members)).indices               # those whose share would lower the loss join,
-        better = better[(s[better] > 1) & (w[better] == 0)]
-        w[better] = 0.01                                        # with a share: Newton starts inside
-        support = w > 0
-        w[support] = fit_on(relative(log_p[support], largest), w[support] / w.sum())
-    raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
+    everyone = torch.ones(len(log_p), dtype=torch.bool)
+    return fit(Probabilities(log_p), best_of(log_p, everyone), everyone, tolerance)
 
 
-def to_float64(log_p):
-    """In float64, a probability of 0 as a very small one."""
-    return log_p.double().clamp(min=-700)
-
-
-def relative(log_p, largest):
-    """Probabilities over the largest that any member gives; below e^-45 of it they add nothing."""
-    return to_float64(log_p).sub_(largest).clamp_(min=-45).exp_()         # in place, on the copy
-
-
-def mean_log_p(log_p):
-    """Of every member, (members,) float64."""
-    return torch.stack([to_float64(row).mean() for row in log_p])
+def best_of(log_p, among):
+    """All weight on the member of lowest loss."""
+    losses = torch.where(among, mean_log_p(log_p), -torch.inf)
+    return (torch.arange(len(losses)) == losses.argmax()).double()
 
 
 # ------------------------------------------------------------------------------------ which K members
 
-def eliminate(log_p, weights):
+EXACT = 64      # up to so many members every pair is fitted, and every exchange; of more, as many of the best
+
+
+def reported(members):
+    """The K for which prior.json holds members and weights: 1, 2, 4, ... and all."""
+    return {members, *(2 ** i for i in range(members.bit_length()))}
+
+
+def eliminate(p, members, w):
     """
-    {K: (members, weights)} for K = 1 .. as many as have weight: from the optimum over all, the member without
-    whom the others' mixture loses least goes, the others are fitted again, and so on (greedy: good, not
-    proven best); for K = 1 the best member, exactly.
+    {K: (loss, members, weights)} down from these: the one without whom the loss rises least, to second order,
+    goes, and the others are fitted again. Greedy: a start.
     """
-    members = weights.nonzero()[:, 0]
-    P = relative(log_p[members], to_float64(log_p.max(dim=0).values))
-    w, found = weights[members], {}
-    while len(members) > 1:
-        found[len(members)] = members, w
-        mix, rest = w @ P, (1 - w).clamp(min=1e-300)
-        without = torch.stack([((mix - w_i * p) / r).clamp(min=1e-300).log().mean()
-                               for w_i, p, r in zip(w, P, rest)])
-        keep = torch.arange(len(w)) != without.argmax()
-        members, P, w = members[keep], P[keep], w[keep] / w[keep].sum()
-        w = fit_on(P, w)
-    found[1] = mean_log_p(log_p).argmax()[None], torch.ones(1, dtype=torch.float64)
+    P = p.exact(members)
+    loss, w, H = newton(P, w)
+    found = {len(w): (loss, members, w)}
+    while len(w) > 1:
+        inverse = torch.linalg.inv(H)
+        i = (w ** 2 / inverse.diagonal()).argmin()              # optimal brain surgeon (Hassibi, Stork 1993)
+        rest = torch.arange(len(w)) != i
+        w = (w - w[i] / inverse[i, i] * inverse[i])[rest].clamp(min=1e-3 / len(w))
+        members, P = members[rest], P[rest]
+        loss, w, H = newton(P, w / w.sum(), 1e-8)
+        found[len(w)] = loss, members, w
     return found
+
+
+def exchanges(p, members, w):
+    """
+    [(place in members, new member)]: every exchange of one that can lower the loss, in the order of the loss
+    that it would have at once, the new one with the old one's share, on at most 2^14 tokens.
+    """
+    mix = w @ p.exact(members)
+    ratios = p.ratios(mix).index_fill(0, members, 0)
+    others = (ratios > 1 - 1e-6).nonzero()[:, 0]        # nor does any other lower it with all of these beside
+    some = slice(None, None, max(1, len(mix) >> 14))
+    new, mix, losses = p.fast[others][:, some], mix[some].float(), []
+    for member, old_share in zip(members, w):
+        share = max(old_share.item(), 0.5 / len(w))
+        rest = (mix - old_share * p.fast[member, some]).clamp(min=1e-30) * ((1 - share) / (1 - old_share))
+        losses.append(-(rest + share * new).log().mean(dim=1))
+    order = torch.stack(losses).flatten().argsort()[:None if len(p.fast) <= EXACT else EXACT]
+    return [(n // len(others), others[n % len(others)]) for n in order.tolist()]
+
+
+def exchange(p, loss, members, w):
+    """(loss, members, weights) once no exchange of one member lowers the loss any more."""
+    for place, new in exchanges(p, members, w):
+        rest = torch.arange(len(w)) != place
+        chosen = torch.cat([members[rest], new[None]])
+        start = torch.cat([w[rest], w[place].clamp(min=0.5 / len(w))[None]])
+        nearly, v, _ = newton(p.fast[chosen], start / start.sum(), 1e-5)
+        if nearly < loss + 1e-6:
+            exactly, v, _ = newton(p.exact(chosen), v)
+            if exactly < loss - 1e-9:
+                return exchange(p, exactly, chosen, v)
+    return loss, members, w
+
+
+def first_of(p, order, weights):
+    """[(loss, members, weights)] of the first K = 1 .. of this order, their weights renormalised."""
+    mix, found = 0, []
+    for K, i in enumerate(order, 1):
+        mix, chosen = mix + weights[i] * p.exact(i), weights[order[:K]]
+        found.append((-(mix / chosen.sum()).log().mean().item(), order[:K], chosen / chosen.sum()))
+    return found
+
+
+def best_pair(p):
+    """(loss, members, weights) of the best of all pairs."""
+    pairs, half = torch.combinations(torch.arange(len(p.fast))), torch.full((2,), 0.5, dtype=torch.float64)
+    losses = [newton(p.fast[pair], half, 1e-5)[0] for pair in pairs]
+    pair = pairs[np.argmin(losses)]
+    loss, w, _ = newton(p.exact(pair), half)
+    return loss, pair, w
+
+
+def learned(p, weights, by_loss, rules):
+    """
+    [(members, weights)] for K = 1 .. all, of the lowest loss of those tried: K - 1's answer and an idle
+    member, what the elimination leaves, what the rules [[(loss, members, weights), ..], ..] have for K, and
+    what exchanges make of them where K is at most 8 or reported.
+    """
+    left = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0])
+    lowest, found = functools.partial(min, key=operator.itemgetter(0)), [rules[0][0]]
+    for K in range(2, len(by_loss) + 1):
+        loss, members, w = found[-1]
+        idle = by_loss[~torch.isin(by_loss, members)][:1]       # an exchange puts the best in its place
+        starts = [(loss, torch.cat([members, idle]), torch.cat([w, w.new_zeros(1)]))]
+        if K in left:
+            starts.append(lowest([left[K], *(rule[K - 1] for rule in rules)]))
+        if K < max(left) and (K <= 8 or K in reported(len(by_loss))):
+            if K > 8:
+                starts = [lowest(starts)]
+            elif K == 2 and len(by_loss) <= EXACT:
+                starts = [best_pair(p)]
+            starts = [exchange(p, *start) for start in starts]
+        found.append(lowest(starts))
+    return [(members, w) for _, members, w in found]
 
 
 def answers_for(log_p):
     """
     {rule: [(K members, weights) for K = 1 .. all]} and the gap of the fit. best: the member of lowest fitness
     loss; uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the
-    paper's); learned: what elimination leaves, and where that is fewer than K others, by loss, with weight 0.
+    paper's); learned: the lowest loss that learned() finds, at K = 1 the best member.
     """
-    weights, gap = fit_weights(log_p)
+    p, everyone = Probabilities(log_p), torch.ones(len(log_p), dtype=torch.bool)
     by_loss = mean_log_p(log_p).argsort(descending=True, stable=True)
+    weights, gap = fit(p, best_of(log_p, everyone), everyone)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
-    left = eliminate(log_p, weights)
-    rules = {"best": [(by_loss[:1], weights.new_ones(1))], "uniform": [], "topk": [], "learned": []}
-    for K in range(1, len(log_p) + 1):
-        rules["uniform"].append((by_loss[:K], weights.new_full((K,), 1 / K)))
-        rules["topk"].append((by_weight[:K], weights[by_weight[:K]] / weights[by_weight[:K]].sum()))
-        members, w = left[min(K, max(left))]
-        idle = by_loss[~torch.isin(by_loss, members)][:K - len(members)]
-        rules["learned"].append((torch.cat([members, idle]), torch.cat([w, w.new_zeros(len(idle))])))
-    return rules, gap
+    uniform = first_of(p, by_loss, torch.ones_like(weights))
+    topk = first_of(p, by_weight, weights)
+    rules = dict(best=uniform[:1], uniform=uniform, topk=topk)
+    rules = {rule: [(members, w) for _, members, w in answers] for rule, answers in rules.items()}
+    return {**rules, "learned": learned(p, weights, by_loss, [uniform, topk])}, gap
 
 
 def growing(members, log_p):
     """[(cycle, members, weights)]: the learned prior over the members up to each cycle."""
-    grown = []
-    for cycle in sorted({c for _, c in members}):
-        there = torch.tensor([i for i, (_, c) in enumerate(members) if c <= cycle])
-        grown.append((cycle, there, fit_weights(log_p[there])[0]))
+    cycles, p, grown = torch.tensor([c for _, c in members]), Probabilities(log_p), []
+    w = best_of(log_p, cycles == cycles.min())
+    for cycle in cycles.unique():
+        w, _ = fit(p, w, cycles <= cycle)           # from the last one's
+        there = (cycles <= cycle).nonzero()[:, 0]
+        grown.append((cycle.item(), there, w[there]))
     return grown
 
 
@@ -292,7 +400,7 @@ def build_report(config, data, run, members):
     result["growing"] = [dict(cycle=cycle, members=len(chosen),
                               epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
                          for (cycle, chosen, _), row in zip(grown, losses["growing"])]
-    kept = {len(members), *(2 ** i for i in range(len(members).bit_length()))}
+    kept = reported(len(members))
     for rule, answers in rules.items():
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **row)
                    for (m, w), row in zip(answers, losses[rule])]

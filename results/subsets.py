@@ -1,0 +1,117 @@
+"""
+How good are the answers for few members? For stored populations of up to 64 members: the fitness and validation loss of
+backward elimination alone (the rule before exchanges), of prior.py's learned answer and, for K <= 4, of the best of all
+subsets, with how often the answers are that subset: python results/subsets.py NAME=RUN_DIR,RUN_DIR,... [NAME=...]
+Prints a page. All choices are made on the fitness set.
+"""
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from infra.files import read_tensors                                                # noqa: E402
+from prior import Probabilities, answers_for, newton                        # noqa: E402
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def scores(run_dir, split):
+    """(members, tokens) float32."""
+    paths = sorted((Path(run_dir) / "scores" / split).glob("*.safetensors"))
+    return torch.stack([read_tensors(path, f"{split} scores")[0]["log_p"] for path in paths])
+
+
+def loss(log_p, members, w):
+    return -(w @ log_p[members].double().exp()).log().mean().item()
+
+
+def backward(log_p, weights):
+    """
+    {K: (members, weights)}: from the optimum, the member without whom the others' mixture, not fitted again, loses least
+    goes, and the others are fitted again.
+    """
+    p, members = Probabilities(log_p), weights.nonzero()[:, 0]
+    P, w = p.exact(members), weights[members]
+    found = {len(w): (members, w)}
+    while len(w) > 1:
+        mix = w @ P
+        without = [((mix - w_i * row) / (1 - w_i)).clamp(min=1e-300).log().mean().item() for w_i, row in zip(w, P)]
+        keep = torch.arange(len(w)) != int(np.argmax(without))
+        members, P = members[keep], P[keep]
+        _, w, _ = newton(P, w[keep] / w[keep].sum())
+        found[len(w)] = members, w
+    found[1] = log_p.double().mean(dim=1).argmax()[None], torch.ones(1, dtype=torch.float64)
+    return found
+
+
+def best_subset(log_p, K, limit):
+    """
+    (loss, members) of the best K members: expectation maximisation of all subsets at once, from equal weights; a subset
+    goes once its lower bound, the loss less log(max_k mean(p_k / mix)), is above the best loss so far.
+    """
+    P = Probabilities(log_p).fast                                           # members, tokens
+    subsets = torch.tensor(list(itertools.combinations(range(len(P)), K)))
+    w = torch.full(subsets.shape, 1 / K)
+    for step in range(400):
+        bounds, losses, ratios = [], [], []
+        for some, v in zip(subsets.split(512), w.split(512)):
+            mix = torch.zeros(len(some), len(P)).scatter_(1, some, v) @ P
+            s = ((1 / mix) @ P.T / P.size(1)).gather(1, some)
+            losses.append(-mix.log().mean(dim=1))
+            bounds.append(losses[-1] - s.max(dim=1).values.log())
+            ratios.append(s)
+        losses, bounds, ratios = torch.cat(losses), torch.cat(bounds), torch.cat(ratios)
+        limit = min(limit, losses.min().item())
+        keep = bounds < limit + 1e-7
+        subsets, w = subsets[keep], (w * ratios)[keep]
+        if len(subsets) < 20:
+            break
+    p = Probabilities(log_p)
+    return min((newton(p.exact(s), v.double() / v.sum().double())[0], s.tolist()) for s, v in zip(subsets, w))
+
+
+def population(run_dir):
+    """[(K, rule, fitness loss, validation loss)] and {K: whether (old, new) are the best of all subsets}."""
+    fit, val = scores(run_dir, "fit"), scores(run_dir, "val")
+    rules, _ = answers_for(fit)
+    old = backward(fit, rules_weights(rules, len(fit)))
+    offset = loss(fit, *rules["best"][0]) - newton(Probabilities(fit).exact(rules["best"][0][0]), torch.ones(1).double())[0]
+    rows, optimal = [], {}
+    for K in SIZES:
+        answers = {"elimination": old[min(K, max(old))], "learned": rules["learned"][K - 1]}
+        for rule, answer in answers.items():
+            rows.append((K, rule, loss(fit, *answer), loss(val, *answer)))
+        if K <= 4:
+            best, members = best_subset(fit, K, loss(fit, *answers["learned"]) - offset)
+            optimal[K] = [sorted(m.tolist()) == sorted(members) for m, _ in answers.values()]
+            rows.append((K, "best of all subsets", best + offset, float("nan")))
+    return rows, optimal
+
+
+def rules_weights(rules, members):
+    """The weights of the one fit, from the answer for all members."""
+    order, w = rules["topk"][-1]
+    return torch.zeros(members, dtype=torch.float64).index_copy(0, order, w)
+
+
+def main():
+    print("| text | K | rule | fitness loss | validation loss | is the best subset | missed by |\n|---|---|---|---|---|---|---|")
+    for name, run_dirs in (argument.split("=", 1) for argument in sys.argv[1:]):
+        found = [population(run_dir) for run_dir in run_dirs.split(",")]
+        for K, rule in dict.fromkeys((K, rule) for K, rule, *_ in found[0][0]):
+            fit, val = (np.array([[row[i] for row in rows if row[:2] == (K, rule)][0] for rows, _ in found]) for i in (2, 3))
+            hits, missed = "", ""
+            if K <= 4:
+                which = ["elimination", "learned"].index(rule) if rule in ("elimination", "learned") else None
+                best = np.array([[row[2] for row in rows if row[:2] == (K, "best of all subsets")][0] for rows, _ in found])
+                hits = "" if which is None else f"{sum(optimal[K][which] for _, optimal in found)} of {len(found)}"
+                missed = "" if which is None else ", ".join(f"{max(0, x):.4f}" for x in fit - best)
+            values = ", ".join(f"{x:.4f}" for x in val) if not np.isnan(val).any() else ""
+            print(f"| {name} | {K} | {rule} | {', '.join(f'{x:.4f}' for x in fit)} | {values} | {hits} | {missed} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
