@@ -86,13 +86,6 @@ MAY_BE_ZERO = {"first_cycle_epochs", "momentum_warmup", "student_alpha", "dropou
                "loop_start", "loop_end", "loop_extra", "ema_decay", "seed", "distill_alpha", "resume_every"}
 CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"),
            "restart": ("noise", "fresh", "none")}
-REMOVED = {            # settings of older versions -> what took their place
-    "vocab_size": "it follows from the tokenizer",
-    "keep": "every member keeps its weights, and train.py checks the disk for room before its first step",
-    "packings": "distill.py --student asks its teachers themselves, nothing is stored",
-    "distill_teacher": "the predecessor teaches, another by teacher_of in distill.py, a mixture by --student",
-    "members": "tools.import_slowrun writes members from the public script's snapshots",
-}
 
 
 def rules(c):
@@ -104,8 +97,6 @@ def rules(c):
             yield in_range, name, f"must be {least}, and below 2^31"
     for name, values in CHOICES.items():
         yield getattr(c, name) in values, name, f"must be one of {', '.join(values)}"
-    for name in ("run_dir", "data_dir"):
-        yield "\0" not in getattr(c, name), name, "must be a path"
     yield c.trajectories * c.cycles <= 100_000, "cycles", "must make at most 100,000 members"
     for name in ("dropout", "loop_from", "ema_decay"):
         yield getattr(c, name) < 1, name, "must be below 1"
@@ -149,8 +140,6 @@ def typed(name, kind, value):
 
 def known(name):
     """The name of a setting. Exits with code 2 where there is none, with the nearest one."""
-    if name in REMOVED:
-        fail(f"'{name}' is not a setting: {REMOVED[name]}")
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else "infra/config.py lists the known ones"
@@ -217,20 +206,20 @@ def from_args(argv, usage, **options):
         if not equals and kind is not bool:
             fail(f"--{name} has no value: write --{name}=VALUE")
         given[name] = typed(name, kind, text if equals else True)
-    options |= {name: given.pop(name) for name in options if name in given}
-    values, epochs = read_file(paths[0]) | given, options["epochs"]
-    if any(a.startswith("--epochs=") for a in argv):
+    own = {name: given.pop(name) for name in options if name in given}
+    values = read_file(paths[0]) | given
+    if "epochs" in own:
+        epochs = own["epochs"]
         if not 0 < epochs <= 100_000 or values.get("schedule", "cycle") != "cycle":
             fail(f"epochs={epochs}: must be from 1 to 100,000, and the schedule the paper's cycle")
-        both = sorted(recipe(epochs).keys() & given.keys())
-        if both:
+        if both := sorted(recipe(epochs).keys() & given.keys()):
             fail(f"epochs={epochs} already chooses {', '.join(both)}: give one or the other")
         values |= recipe(epochs)
-    missing = [name for name, f in FIELDS.items() if name not in values and f.default is dataclasses.MISSING]
-    if missing:
+    required = [name for name, f in FIELDS.items() if f.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
         fail(f"config '{paths[0]}' does not set {', '.join(missing)}; configs/tiny.py is an example")
     config = Config(**values)
     for holds, name, rule in rules(config):
         if not holds:
             fail(f"{name}={getattr(config, name)!r}: {rule}")
-    return config, SimpleNamespace(**options)
+    return config, SimpleNamespace(**options | own)
