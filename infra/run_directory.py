@@ -3,9 +3,7 @@ The run directory in which the scripts meet: config.json, metrics.jsonl, members
 are), checkpoints to resume from, scores, prior.json. Knows neither model nor data. t and c: trajectory and
 cycle, from 0.
 """
-import dataclasses
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -16,14 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infra.config import FIELDS
+from infra.config import Config
 from infra.console import ROOT, Damaged, fail, print0
 from infra.files import append_json, clean_up, lock, read_json, read_tensors, write_json, write_tensors
 
 SPLITS = "fit", "val"       # the held-out sets: for the prior, and to report
 LAG = 120                   # seconds until another machine sees what was written on a shared disk
-DEFAULTS = {f.name: f.default for f in FIELDS.values()
-            if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 
 
 def differences(theirs, mine):
@@ -97,9 +93,8 @@ class RunDirectory:
         self.whole = set()                      # trajectories whose newest checkpoint is known to be
         self.config_path = self.path / "config.json"
         theirs = read_json(self.config_path)["identity"] if self.config_path.exists() else {}
-        # through JSON and back, so that what is compared is what a file can hold
-        self.identity = json.loads(json.dumps({
-            **config.identity(), "data_fingerprint": data_fingerprint or theirs.get("data_fingerprint")}))
+        fingerprint = data_fingerprint or theirs.get("data_fingerprint")
+        self.identity = {**config.identity(), "data_fingerprint": fingerprint}
         differ = theirs and self.differs(theirs)
         if differ:
             fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
@@ -112,7 +107,8 @@ class RunDirectory:
 
     def differs(self, identity, t=0):
         """How a file's identity differs from ours, as text; settings newer than it have their defaults."""
-        return differences({**DEFAULTS, **identity}, self.identity_of(t))
+        mine = self.identity_of(t)
+        return differences({name: getattr(Config, name, None) for name in mine} | identity, mine)
 
     # ---- who may write
 
