@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import loader
 from infra.config import from_args
 from infra.console import FAILED, STOPPED, fail, next_command, print0, progress_bar, script
-from infra.distributed import StopRequest, batch_sizes, join, micro_batch_size
+from infra.distributed import batch_sizes, join, micro_batch_size, stop_request
 from infra.run_directory import RunDirectory, check_room, differences, environment
 from model import GPT
 from optim import MuonAdamW
@@ -271,7 +271,7 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
         size = micro_batch_size(config, step.sequences, ranks.group_size)
         micro_batches = ranks.to_device(batch).split(size)              # this rank's share
         loss, norm = train_step(model, trajectory.optimizer, micro_batches, loss_fn, step.rates)
-        loss, norm, stopping = ranks.mean(loss, norm, stop.requested)
+        loss, norm, stopping = ranks.mean(loss, norm, stop.is_set())
         stop_requested = stopping > 0                                   # any rank was asked to
         trajectory.check_finite(step.cycle, f"loss {loss}, gradient norm {norm}", loss + norm)
         trajectory.step += 1
@@ -305,7 +305,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
     if begin and not run.folder(0).exists():
         fail(f"run_dir='{run.path}' has no members: run train.py on this config first")
     ranks = join(config)
-    with run.open(ranks, **about), StopRequest() as stop, progress_bar(
+    with run.open(ranks, **about), stop_request() as stop, progress_bar(
             total=end * len(ranks.trajectories), unit="step", disable=ranks.rank > 0) as bar:
         sizes = sorted({micro_batch_size(config, n, ranks.group_size) for n in batch_sizes(config)})
         epochs = config.trajectories * config.epochs_until(config.cycles)
@@ -332,7 +332,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
         try:
             ranks.barrier(everyone=True)
         except RuntimeError:                    # another group was asked to stop, too, and has left
-            if stop.requested:
+            if stop.is_set():
                 raise SystemExit(STOPPED) from None
             raise
     ranks.leave()

@@ -67,10 +67,9 @@ def lock(path, text):
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass                                    # a file system without locks
+    except OSError as e:
+        if isinstance(e, BlockingIOError):      # any other: a file system without locks
+            raise
     file.truncate(0)
     print(text, end="", file=file, flush=True)
     return file
@@ -81,12 +80,10 @@ def append_json(path, value):
     with open(path, "ab+", buffering=0) as f:
         torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
         line = (b"\n" if torn else b"") + json.dumps(value).encode() + b"\n"
-        try:
-            written = f.write(line)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, f.name) from e
-        if written < len(line):
-            raise OSError(errno.ENOSPC, "No space left on device", f.name)
+        with contextlib.suppress(OSError):
+            if f.write(line) == len(line):
+                return
+    raise OSError(errno.EIO, "could not be written", str(path))
 
 
 def sha256_of(value):
@@ -105,10 +102,9 @@ def from_json(text, path, kind):
         value = json.loads(text)
         if value.pop("sha256") == sha256_of(value) and value["format"] == FORMAT:
             if value["kind"] != kind:
-                raise Damaged(f"'{path}' holds something else, {value['kind']}: restore it, or move it away")
+                raise Damaged(path, f"holds something else, {value['kind']}")
             return value
-    raise Damaged(f"'{path}' is damaged, or of another version of this code (this reads format {FORMAT}): "
-                  "restore it, or move it away and run the script that writes it")
+    raise Damaged(path, f"is damaged, or of another version of this code (this reads format {FORMAT})")
 
 
 def write_json(path, value):
@@ -144,7 +140,7 @@ def read_tensors(path, kind, check=True):
             about = from_json(file.metadata()["about"], path, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError) as e:
-        raise Damaged(f"'{path}' is not readable ({type(e).__name__}): restore it, or move it away") from None
+        raise Damaged(path, f"is not readable ({type(e).__name__})") from None
     if check and digest(tensors) != about["tensors_sha256"]:
-        raise Damaged(f"'{path}' is damaged, checksum mismatch: restore it, or move it away")
+        raise Damaged(path, "is damaged, checksum mismatch")
     return tensors, about

@@ -60,15 +60,6 @@ def prior_answer(prior, K, rule="learned", option="K"):
     return [(m, w) for m, w in zip(members, answers[K]["weights"]) if w > 0]
 
 
-def check_writable(path):
-    """Exits with code 2 where it is not, or cannot be made; writes nothing that stays."""
-    try:
-        existing = next(p for p in [path, *path.absolute().parents] if p.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as e:
-        fail(f"run_dir='{path}': cannot write there: {e.strerror}; name another --run_dir")
-
-
 def check_room(c, path, parameters):
     """Exits with code 2 where the disk has no room for what a population of such models will still write."""
     # a checkpoint: fp32 weights, a moment, of some two, their average; a member: bf16, with fp32 scores
@@ -99,7 +90,11 @@ class RunDirectory:
         if differ:
             fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
                  "(of a student: give the --student_epochs and --student_alpha that it was begun with)")
-        check_writable(self.path)
+        try:
+            parent = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as e:
+            fail(f"run_dir='{self.path}': cannot write there: {e.strerror}; name another --run_dir")
 
     def identity_of(self, t):
         """Of trajectory t's files, with its own seed: trajectory 0 of seed 43 may join seed 42's run as 1."""
@@ -118,21 +113,19 @@ class RunDirectory:
         where there is none (about: more for it). Exits with code 2 where it is locked, or a rank sees another
         disk.
         """
-        path, launch = self.path / folder / ".lock", " ".join(
-            os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
+        path, token = self.path / folder / ".lock", str(time.time_ns())
         if ranks.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.lock = lock(path, launch)
+                self.lock = lock(path, token)
             except BlockingIOError:
                 fail(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop "
                      "it, or name another --run_dir")
             for place in (path.parent, *path.parent.glob("*/")):
                 clean_up(place)
             self.write_config(about)
-        ranks.barrier(everyone=True)
-        until = time.monotonic() + LAG
-        while not path.exists() or path.read_text() != launch:
+        token, until = ranks.of_first(token), time.monotonic() + LAG        # the others wait for the first
+        while not path.exists() or path.read_text() != token:
             if time.monotonic() > until:
                 fail(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank 0's "
                      "disk: name a --run_dir that all ranks share")
@@ -178,7 +171,7 @@ class RunDirectory:
         tensors, about = read_tensors(path, kind, check)
         differ = self.differs(about["identity"], t)
         if differ:
-            raise Damaged(f"'{path}' is of another population ({differ}): move it away")
+            raise Damaged(path, f"is of another population ({differ})")
         return tensors, about
 
     def load_member(self, t, c, check=True):
@@ -223,7 +216,7 @@ class RunDirectory:
     def save_scores(self, split, t, c, log_p, weights_sha256):
         """log_p: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
         if not np.isfinite(log_p).all():
-            raise Damaged(f"'{self.member_path(t, c)}' gives NaN or infinite log-probabilities: move it away")
+            raise Damaged(self.member_path(t, c), "gives NaN or infinite log-probabilities")
         scores = {"log_p": torch.from_numpy(log_p)}
         write_tensors(self.score_path(split, t, c), f"{split} scores", scores, weights_sha256=weights_sha256)
 
