@@ -6,9 +6,8 @@ noise.
 One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
  Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir:
-config.json, metrics.jsonl, per trajectory its members cycle_CCC.safetensors and the checkpoint
-resume.safetensors. Run again, it does only what is missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1)
-it finishes its step and saves a checkpoint first.
+config.json, metrics.jsonl, per trajectory its members and a checkpoint. Run again, it does only what is
+missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) it finishes its step and saves a checkpoint first.
 """
 import contextlib
 import gc
@@ -108,13 +107,10 @@ def noise_seed(seed, cycle):
 
 @torch.no_grad()
 def perturb(model, scale, seed):
-    """
-    Gaussian noise of `scale` standard deviations on every parameter that has one (of more than one number),
-    drawn on the CPU, so that all ranks agree.
-    """
+    """Gaussian noise of `scale` standard deviations on every parameter, drawn on the CPU: all ranks agree."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        if p.numel() > 1:
+        if p.numel() > 1:                       # one number has no deviation
             noise = torch.randn(p.shape, generator=generator).to(p.device)
             p.add_(noise * (scale * p.float().std()))
 
@@ -214,19 +210,14 @@ class Trajectory:
         """From a checkpoint after about["step"] of these steps."""
         self.step = about["step"]
         last = steps[self.step - 1]
-        differ = differences(about["environment"], environment(self.config, self.ranks))
-        if differ:
+        if differ := differences(about["environment"], environment(self.config, self.ranks)):
             print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit "
                    "what it would have been", self.ranks.is_main)
         parts = {kind: {name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
                  for kind in ("model.", "average.", "m.", "v.")}
-        try:
-            self.model.load_state_dict(parts["model."])
-            moments = {name: (m, parts["v."][name]) for name, m in parts["m."].items()}
-            self.optimizer.load_state_dict(dict(steps=last.updates + 1, moments=moments))
-        except (KeyError, RuntimeError, AssertionError):
-            fail(f"the checkpoint of trajectory {self.t} is of another model: restore it, or delete "
-                 f"'{self.run.folder(self.t)}' and train it again")
+        self.model.load_state_dict(parts["model."])
+        moments = {name: (m, parts["v."][name]) for name, m in parts["m."].items()}
+        self.optimizer.load_state_dict(dict(steps=last.updates + 1, moments=moments))
         device = self.model.device
         self.average = {name: w.to(device, copy=True) for name, w in parts["average."].items()} or None
         self.batches.position = last.position + last.sequences
@@ -234,18 +225,17 @@ class Trajectory:
     def check_finite(self, cycle, what, value):
         if not math.isfinite(value):
             fail(f"trajectory {self.t}, cycle {cycle}, step {self.step}, sequences up to "
-                 f"{self.batches.position - 1} of its order: {what}; what was saved before stays: start anew "
-                 "in another --run_dir, with a lower --lr_scale or another seed", FAILED)
+                 f"{self.batches.position - 1} of its order: {what}; what was saved stays: start anew in "
+                 "another --run_dir, with a lower --lr_scale or another seed", FAILED)
 
 
 def distributed(model, ranks):
     """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank."""
     if ranks.group_size == 1:
         return model
-    with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers
-        warnings.simplefilter("ignore", FutureWarning)
-        ddp_model = DistributedDataParallel(
-            model, process_group=ranks.group, gradient_as_bucket_view=True, broadcast_buffers=False)
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)     # torch 2.13 renames it
+    ddp_model = DistributedDataParallel(
+        model, process_group=ranks.group, gradient_as_bucket_view=True, broadcast_buffers=False)
     # after a first pass DDP sums in another order: have that behind us, so that a resumed run agrees
     size = micro_batch_size(model.config, max(batch_sizes(model.config)), ranks.group_size)
     tokens = torch.zeros(size, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)
@@ -269,7 +259,7 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
         seed_dropout(trajectory.seed, trajectory.step, ranks.group_rank)
         batch = trajectory.batches.take(step.sequences)[ranks.group_rank::ranks.group_size]
         size = micro_batch_size(config, step.sequences, ranks.group_size)
-        micro_batches = ranks.to_device(batch).split(size)              # this rank's share
+        micro_batches = batch.to(ranks.device).split(size)              # this rank's share
         loss, norm = train_step(model, trajectory.optimizer, micro_batches, loss_fn, step.rates)
         loss, norm, stopping = ranks.mean(loss, norm, stop.is_set())
         stop_requested = stopping > 0                                   # any rank was asked to
@@ -295,9 +285,8 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
 def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=None, **about):
     """
     Train these cycles, a range, of every trajectory that has not had them. loss_for_cycle(run, t, cycle,
-    device) gives the loss function of a cycle: (model, tokens (B, T + 1)) -> nats per token. first_weights: a
-    state dict to begin with; about: more for config.json. Asked to stop, it saves, prints resume_command and
-    exits with code 75.
+    device): the loss function of a cycle, (model, tokens (B, T + 1)) -> nats per token. first_weights: a
+    state dict to begin with; about: more for config.json. Exits with code 75 where it was asked to stop.
     """
     data = loader.load(config)
     run, steps = RunDirectory(config, data.fingerprint), schedule(config, data.sequences_per_epoch)

@@ -1,5 +1,5 @@
 """
-Who trains what, on which rank; how the ranks of a trajectory exchange numbers; how a run is asked to stop.
+Who trains what, on which rank; how ranks exchange numbers; how a run is asked to stop.
  `python -m infra.distributed CONFIG [--name=value ...]` checks a config and its run directory, and prints how
 many processes run.sh starts for it.
 """
@@ -54,7 +54,7 @@ def processes(config, most=None):
 class Ranks:
     """
     gcd(world size, trajectories) groups of equally many ranks; a group takes every groups-th trajectory, one
-    after another. Each rank of a group takes its share of every batch; the group's first rank writes.
+    after another. Each rank of a group takes its share of every batch; the first (is_main) writes.
     """
     rank: int
     world_size: int
@@ -68,12 +68,7 @@ class Ranks:
 
     @property
     def is_main(self):
-        """Whether this is the rank of its group that writes."""
         return self.group_rank == 0
-
-    def to_device(self, rows):
-        """A CPU tensor; a GPU does not wait for the copy."""
-        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def mean(self, *values):
         """Of numbers, over the ranks of a group: floats, in one exchange."""

@@ -1,7 +1,6 @@
 """
-Files that are whole or not there, and that show when they are damaged: JSON, and named tensors (safetensors)
-with what they are. Each holds a SHA-256, so that no flipped bit passes. Neither can hold code: a stranger's
-files are safe.
+Files that are whole or not there, and that show by a SHA-256 when they are damaged: JSON, and named tensors
+(safetensors) with what they are. Neither can hold code: a stranger's files are safe.
 """
 import contextlib
 import errno
@@ -15,16 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infra.console import Damaged
+from infra.console import Damaged, fail
 
 FORMAT = 3                  # of all files below; another one is refused
 
 
 def write_whole(path, save):
-    """
-    Write a file whole or not at all: save(temporary path), flushed to disk, then renamed. Raises OSError;
-    what was there before is then still there.
-    """
+    """save(temporary path), flushed to disk, then renamed. OSError: what was there before still is."""
     temporary = path.parent / f".writing-{os.getpid()}" / path.name     # torch.save writes the name, too
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -60,16 +56,14 @@ def clean_up(folder):
 
 
 def lock(path, text):
-    """
-    The file, open, with this text in it, locked until it is closed or the process ends, however. Raises
-    BlockingIOError where another process has it.
-    """
+    """The open file, with this text in it, locked until it is closed or the process ends, however."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if isinstance(e, BlockingIOError):      # any other: a file system without locks
-            raise
+    except BlockingIOError:
+        fail(f"another process writes to '{path.parent}': wait for it or stop it, or name another --run_dir")
+    except OSError:
+        pass                                    # a file system without locks
     file.truncate(0)
     print(text, end="", file=file, flush=True)
     return file

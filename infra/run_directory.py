@@ -1,8 +1,8 @@
 """
 The run directory in which the scripts meet: config.json, metrics.jsonl, members (bf16 weights and what they
-are), checkpoints to resume from, scores, prior.json. Knows neither model nor data. t and c: trajectory and
-cycle, from 0.
+are), checkpoints, scores, prior.json. t and c: trajectory and cycle, from 0.
 """
+import contextlib
 import hashlib
 import os
 import platform
@@ -76,18 +76,17 @@ def check_room(c, path, parameters):
 class RunDirectory:
     """
     Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do), or
-    cannot be written. Nothing stays there before open(), whose lock a `with` holds.
+    cannot be written. Writes nothing before open().
     """
 
     def __init__(self, config, data_fingerprint):
-        self.config, self.path, self.lock = config, Path(config.run_dir), None
+        self.config, self.path = config, Path(config.run_dir)
         self.whole = set()                      # trajectories whose newest checkpoint is known to be
         self.config_path = self.path / "config.json"
         theirs = read_json(self.config_path)["identity"] if self.config_path.exists() else {}
         fingerprint = data_fingerprint or theirs.get("data_fingerprint")
         self.identity = {**config.identity(), "data_fingerprint": fingerprint}
-        differ = theirs and self.differs(theirs)
-        if differ:
+        if theirs and (differ := self.differs(theirs)):
             fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
                  "(of a student: give the --student_epochs and --student_alpha that it was begun with)")
         try:
@@ -107,37 +106,27 @@ class RunDirectory:
 
     # ---- who may write
 
+    @contextlib.contextmanager
     def open(self, ranks, folder=".", **about):
         """
         All ranks together: lock this folder of it, remove what killed writers left there, write config.json
-        where there is none (about: more for it). Exits with code 2 where it is locked, or a rank sees another
-        disk.
+        where there is none (about: more for it). Exits with code 2 where a rank sees another disk.
         """
         path, token = self.path / folder / ".lock", str(time.time_ns())
-        if ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock = lock(path, token)
-            except BlockingIOError:
-                fail(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop "
-                     "it, or name another --run_dir")
-            for place in (path.parent, *path.parent.glob("*/")):
-                clean_up(place)
-            self.write_config(about)
-        token, until = ranks.of_first(token), time.monotonic() + LAG        # the others wait for the first
-        while not path.exists() or path.read_text() != token:
-            if time.monotonic() > until:
-                fail(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank 0's "
-                     "disk: name a --run_dir that all ranks share")
-            time.sleep(0.5)
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.lock:
-            self.lock.close()
+        with contextlib.ExitStack() as stack:
+            if ranks.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(path, token))
+                for place in (path.parent, *path.parent.glob("*/")):
+                    clean_up(place)
+                self.write_config(about)
+            token, until = ranks.of_first(token), time.monotonic() + LAG    # the others wait for the first
+            while not path.exists() or path.read_text() != token:
+                if time.monotonic() > until:
+                    fail(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank "
+                         "0's disk: name a --run_dir that all ranks share")
+                time.sleep(0.5)
+            yield
 
     def write_config(self, about):
         code = code_version()
@@ -145,7 +134,7 @@ class RunDirectory:
             write_json(self.config_path, dict(identity=self.identity, config=vars(self.config), code=code,
                                               torch=torch.__version__, **about))
         elif read_json(self.config_path)["code"] != code:
-            print0(f"note: '{self.path}' was begun by another version of the code; what is there stays")
+            print0(f"note: '{self.path}' is of another version of the code; what is there stays")
 
     # ---- members
 
@@ -167,10 +156,9 @@ class RunDirectory:
         write_tensors(self.member_path(t, c), kind, weights, identity=self.identity_of(t), **about)
 
     def load_own(self, t, path, kind, check=True):
-        """read_tensors() of a file of trajectory t. Raises Damaged, also where it is another population's."""
+        """read_tensors() of a file of trajectory t; Damaged where it is another population's, too."""
         tensors, about = read_tensors(path, kind, check)
-        differ = self.differs(about["identity"], t)
-        if differ:
+        if differ := self.differs(about["identity"], t):
             raise Damaged(path, f"is of another population ({differ})")
         return tensors, about
 
@@ -185,8 +173,8 @@ class RunDirectory:
         if t in self.whole and newest.exists():
             os.replace(newest, previous)
             self.whole.remove(t)
-        about = dict(identity=self.identity_of(t), step=step, environment=environment)
-        write_tensors(newest, "a checkpoint", tensors, **about)
+        write_tensors(newest, "a checkpoint", tensors, identity=self.identity_of(t), step=step,
+                      environment=environment)
         self.whole.add(t)
 
     def load_checkpoint(self, t):
