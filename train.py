@@ -67,8 +67,6 @@ class Step(NamedTuple):
     first: bool             # of its cycle
     last: bool
     sequences: int          # of its batch, over all ranks
-    position: int           # sequences of all steps before
-    updates: int            # optimizer steps of the same optimizer before
     rates: tuple            # multipliers of learning rate and weight decay
     looping: bool           # whether the looped layers run
     averaging: bool         # whether the weights after it join the average
@@ -76,27 +74,26 @@ class Step(NamedTuple):
 
 def schedule(config, sequences_per_epoch):
     """Every Step of a trajectory, in order. Exits with code 2 where a cycle is too short for an average."""
-    epoch, steps, position = sequences_per_epoch * config.sequence_len, [], 0
+    epoch, steps = sequences_per_epoch * config.sequence_len, []
     lengths = [max(1, round(config.cycle_epochs(cycle) * epoch / tokens_per_step(config, cycle)))
                for cycle in range(config.cycles)]
+    total = sum(lengths)
     if config.ema_decay and min(lengths) - 1 - config.ema_every < EMA_FROM * min(lengths):
         fail(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates "
              "of the average; lower it")
-    if sum(lengths) > 10_000_000:
-        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {sum(lengths):,} "
-             "steps of a trajectory: at most 10,000,000")
+    if total > 10_000_000:
+        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {total:,} steps of "
+             "a trajectory: at most 10,000,000")
     for cycle, length in enumerate(lengths):
         sequences = tokens_per_step(config, cycle) // config.sequence_len
         for s in range(length):
             # a decay is a cycle, or with restart=none all of them
-            at, span = (len(steps), sum(lengths)) if config.restart == "none" else (s, length)
+            at, span = (len(steps), total) if config.restart == "none" else (s, length)
             ending = s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0
-            steps.append(Step(cycle, s == 0, s == length - 1, sequences, position,
-                              updates=s if config.restart == "fresh" else len(steps),
+            steps.append(Step(cycle, s == 0, s == length - 1, sequences,
                               rates=rate_multipliers(config.schedule, at, span),
                               looping=at >= config.loop_from * span,
                               averaging=config.ema_decay > 0 and ending))
-            position += sequences
     return steps
 
 
@@ -160,7 +157,7 @@ class Trajectory:
             self.model.load_state_dict(first_weights)
         self.optimizer = self.new_optimizer()
         self.batches = loader.Batches(data, self.config.sequence_len, self.seed)
-        self.step, self.average = 0, None       # steps done; EMA of the weights: name -> float32, or None
+        self.step, self.average = 0, {}         # steps done; EMA of the weights: name -> float32
 
     def new_optimizer(self):
         c = self.config
@@ -186,7 +183,7 @@ class Trajectory:
         if self.average:                        # the next cycle, too, starts from it
             model.load_state_dict({name: w.float().lerp(self.average[name], c.ema_share)
                                    for name, w in model.state_dict().items()})
-            self.average = None
+            self.average = {}
         model.looping = True                    # as whoever uses the member runs it
         if self.ranks.is_main:
             loss = -float(loader.score(model, fitness_set, c.micro_batch).mean())
@@ -200,27 +197,26 @@ class Trajectory:
         moments = self.optimizer.state_dict()["moments"]
         if self.ranks.is_main:
             tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
-            tensors |= {f"average.{name}": w for name, w in (self.average or {}).items()}
+            tensors |= {f"average.{name}": w for name, w in self.average.items()}
             tensors |= {f"{kind}.{name}": w for name, pair in moments.items() for kind, w in zip("mv", pair)}
             tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
             self.run.save_checkpoint(self.t, tensors, self.step, environment(self.config, self.ranks))
         self.ranks.barrier()                    # on disk for all of them
 
-    def resume(self, tensors, about, steps):
-        """From a checkpoint after about["step"] of these steps."""
-        self.step = about["step"]
-        last = steps[self.step - 1]
-        if differ := differences(about["environment"], environment(self.config, self.ranks)):
+    def resume(self, tensors, before, done):
+        """From a checkpoint after the steps done, which another environment may have written before."""
+        if differ := differences(before, environment(self.config, self.ranks)):
             print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit "
                    "what it would have been", self.ranks.is_main)
         parts = {kind: {name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
                  for kind in ("model.", "average.", "m.", "v.")}
         self.model.load_state_dict(parts["model."])
+        self.average = {name: w.to(self.model.device, copy=True) for name, w in parts["average."].items()}
         moments = {name: (m, parts["v."][name]) for name, m in parts["m."].items()}
-        self.optimizer.load_state_dict(dict(steps=last.updates + 1, moments=moments))
-        device = self.model.device
-        self.average = {name: w.to(device, copy=True) for name, w in parts["average."].items()} or None
-        self.batches.position = last.position + last.sequences
+        # fresh: every cycle has an optimizer of its own
+        updates = sum(self.config.restart != "fresh" or step.cycle == done[-1].cycle for step in done)
+        self.optimizer.load_state_dict(dict(steps=updates, moments=moments))
+        self.step, self.batches.position = len(done), sum(step.sequences for step in done)
 
     def check_finite(self, cycle, what, value):
         if not math.isfinite(value):
@@ -311,7 +307,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             gc.collect()                        # the last one's memory: a compiled block refers to itself
             trajectory = Trajectory(run, t, data, ranks, first_weights)
             if tensors:
-                trajectory.resume(tensors, at, steps)
+                trajectory.resume(tensors, at["environment"], steps[:at["step"]])
             check_room(config, run.path, sum(p.numel() for p in trajectory.model.parameters()))
             if train(trajectory, steps[trajectory.step:end], loss_for_cycle, data.fit, stop, bar):
                 print0(f"stopped after step {trajectory.step} of trajectory {t}, saved; resume with: "
