@@ -173,9 +173,9 @@ class Trajectory:
             self.optimizer = self.new_optimizer()
 
     def update_average(self):
-        weights = {name: w.detach().float() for name, w in self.model.state_dict().items()}
-        old = self.average or {name: w.clone() for name, w in weights.items()}
-        self.average = {name: old[name].lerp_(w, 1 - self.config.ema_decay) for name, w in weights.items()}
+        for name, w in self.model.state_dict().items():
+            w = w.float()
+            self.average.setdefault(name, w.clone()).lerp_(w, 1 - self.config.ema_decay)
 
     def save_member(self, cycle, fitness_set):
         """At a cycle's end, before the noise. Its loss on the fitness set is logged, to watch a run by."""
@@ -292,11 +292,10 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
     ranks = join(config)
     with run.open(ranks, **about), stop_request() as stop, progress_bar(
             total=end * len(ranks.trajectories), unit="step", disable=ranks.rank > 0) as bar:
-        sizes = sorted({micro_batch_size(config, n, ranks.group_size) for n in batch_sizes(config)})
         epochs = config.trajectories * config.epochs_until(config.cycles)
         print0(f"cycles {cycles.start} .. {cycles.stop - 1} of {config.cycles}; trajectories: "
                f"{config.trajectories}, at a time: {ranks.groups}, ranks for each: {ranks.group_size}, on "
-               f"{ranks.device.type}, micro-batches: {sizes}; {epochs:g} epochs in all")
+               f"{ranks.device.type}; {epochs:g} epochs in all")
         for t in ranks.trajectories:            # one after another; other groups of ranks take the others
             tensors, at = run.load_checkpoint(t)
             if at["step"] < begin:
