@@ -47,8 +47,8 @@ def mixed_logits(teachers, states):
 
 def distilled_loss(student, teachers, batch, alpha, temperature):
     """
-    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL (paper, eq. 6) to the weighted
-    mean of the teachers, [(frozen model, weight)], of sequences (B, T + 1), in nats per token.
+    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL (paper, eq. 6) to the
+    weighted mean of the teachers, [(frozen model, weight)], of sequences (B, T + 1), in nats per token.
     """
     with torch.no_grad():                       # N, C each: logits follow chunk by chunk, as the student's do
         states = [teacher.hidden(batch[:, :-1]).flatten(0, 1) for teacher, _ in teachers]

@@ -82,8 +82,8 @@ def schedule(config, sequences_per_epoch):
         fail(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates "
              "of the average; lower it")
     if total > 10_000_000:
-        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {total:,} steps of "
-             "a trajectory: at most 10,000,000")
+        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {total:,} steps, "
+             "more than 10,000,000")
     for cycle, length in enumerate(lengths):
         sequences = tokens_per_step(config, cycle) // config.sequence_len
         for s in range(length):

@@ -36,11 +36,9 @@ def code_version():
 
 def environment(config, ranks):
     """What the bits of a run depend on, beside its identity."""
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    if ranks.device.type == "cuda":
-        machine = torch.cuda.get_device_name(ranks.device)
-    return dict(machine=machine, torch=torch.__version__.split("+")[0], ranks=ranks.group_size,
-                micro_batch=config.micro_batch, threads=torch.get_num_threads())
+    gpu, cpu = ranks.device.type == "cuda", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return dict(machine=torch.cuda.get_device_name() if gpu else cpu, torch=torch.__version__.split("+")[0],
+                ranks=ranks.group_size, micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
 def load_prior(run_dir):
@@ -104,8 +102,6 @@ class RunDirectory:
         mine = self.identity_of(t)
         return differences({name: getattr(Config, name, None) for name in mine} | identity, mine)
 
-    # ---- who may write
-
     @contextlib.contextmanager
     def open(self, ranks, folder=".", **about):
         """
@@ -119,7 +115,12 @@ class RunDirectory:
                 stack.enter_context(lock(path, token))
                 for place in (path.parent, *path.parent.glob("*/")):
                     clean_up(place)
-                self.write_config(about)
+                code = code_version()
+                if not self.config_path.exists():
+                    write_json(self.config_path, dict(identity=self.identity, config=vars(self.config),
+                                                      code=code, torch=torch.__version__, **about))
+                elif read_json(self.config_path)["code"] != code:
+                    print0(f"note: '{self.path}' is of another version of the code; what is there stays")
             token, until = ranks.of_first(token), time.monotonic() + LAG    # the others wait for the first
             while not path.exists() or path.read_text() != token:
                 if time.monotonic() > until:
@@ -127,16 +128,6 @@ class RunDirectory:
                          "0's disk: name a --run_dir that all ranks share")
                 time.sleep(0.5)
             yield
-
-    def write_config(self, about):
-        code = code_version()
-        if not self.config_path.exists():
-            write_json(self.config_path, dict(identity=self.identity, config=vars(self.config), code=code,
-                                              torch=torch.__version__, **about))
-        elif read_json(self.config_path)["code"] != code:
-            print0(f"note: '{self.path}' is of another version of the code; what is there stays")
-
-    # ---- members
 
     def folder(self, t):
         return self.path / f"trajectory_{t:02d}"
@@ -166,9 +157,8 @@ class RunDirectory:
         """(weights: name -> bf16 tensor on disk; about, with "tensors_sha256")."""
         return self.load_own(t, self.member_path(t, c), f"the member of cycle {c}", check)
 
-    # ---- checkpoints: the newest, and the one before in case that is damaged
-
     def save_checkpoint(self, t, tensors, step, environment):
+        """The one before it stays, in case that this one is damaged."""
         newest, previous = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
         if t in self.whole and newest.exists():
             os.replace(newest, previous)
@@ -180,12 +170,13 @@ class RunDirectory:
     def load_checkpoint(self, t):
         """(tensors on disk, about) of the newest that is whole; (None, {"step": 0}) of a new trajectory."""
         reason = None
-        for path in (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous")):
+        paths = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
+        for path in filter(Path.exists, paths):
             try:
-                if path.exists():
-                    found = self.load_own(t, path, "a checkpoint")
-                    self.whole |= {t} if path.name == "resume.safetensors" else set()
-                    return found
+                found = self.load_own(t, path, "a checkpoint")
+                if path.name == "resume.safetensors":
+                    self.whole.add(t)
+                return found
             except Damaged as e:
                 reason = reason or e
                 print0(f"note: {e}; trying the previous one", prints=True)
@@ -196,13 +187,11 @@ class RunDirectory:
             fail(f"{reason}, or delete '{self.folder(t)}' and train it again")
         return None, {"step": 0}
 
-    # ---- scores, a file for each member and held-out set
-
     def score_path(self, split, t, c):
         return self.path / "scores" / split / f"{t:02d}_{c:03d}.safetensors"
 
     def save_scores(self, split, t, c, log_p, weights_sha256):
-        """log_p: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
+        """Of one held-out set: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
         if not np.isfinite(log_p).all():
             raise Damaged(self.member_path(t, c), "gives NaN or infinite log-probabilities")
         scores = {"log_p": torch.from_numpy(log_p)}
@@ -215,8 +204,6 @@ class RunDirectory:
             return None, None
         tensors, about = read_tensors(path, f"{split} scores", check)
         return tensors["log_p"].numpy(), about["weights_sha256"]
-
-    # ---- metrics
 
     def log(self, **record):
         """A line of metrics.jsonl. After a kill some steps come again: the last line of a step holds."""
