@@ -319,7 +319,6 @@ class GPT(nn.Module):
         loss_of = functools.partial(self.capped_loss, token_loss, self.config.vocab_size)
         return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, loss_of, targets.flatten(), *rows)
 
-    @mixed_precision
     def mtp_loss(self, targets, x):
         """Multi-token prediction: position t also sees token t+1 and predicts token t+2."""
         e = norm(self.transformer.wte(targets[:, :-1]))

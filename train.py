@@ -194,11 +194,10 @@ class Trajectory:
 
     def save_checkpoint(self):
         """All ranks of the group together: each holds a part of the moments."""
-        moments = self.optimizer.state_dict()["moments"]
+        tensors = self.optimizer.state_dict()
         if self.ranks.is_main:
-            tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
+            tensors |= {f"model.{name}": w for name, w in self.model.state_dict().items()}
             tensors |= {f"average.{name}": w for name, w in self.average.items()}
-            tensors |= {f"{kind}.{name}": w for name, pair in moments.items() for kind, w in zip("mv", pair)}
             tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
             self.run.save_checkpoint(self.t, tensors, self.step, environment(self.config, self.ranks))
         self.ranks.barrier()                    # on disk for all of them
@@ -208,14 +207,13 @@ class Trajectory:
         if differ := differences(before, environment(self.config, self.ranks)):
             print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit "
                    "what it would have been", self.ranks.is_main)
-        parts = {kind: {name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
-                 for kind in ("model.", "average.", "m.", "v.")}
-        self.model.load_state_dict(parts["model."])
-        self.average = {name: w.to(self.model.device, copy=True) for name, w in parts["average."].items()}
-        moments = {name: (m, parts["v."][name]) for name, m in parts["m."].items()}
+        model, average = ({name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
+                          for kind in ("model.", "average."))
+        self.model.load_state_dict(model)
+        self.average = {name: w.to(self.model.device, copy=True) for name, w in average.items()}
         # fresh: every cycle has an optimizer of its own
         updates = sum(self.config.restart != "fresh" or step.cycle == done[-1].cycle for step in done)
-        self.optimizer.load_state_dict(dict(steps=updates, moments=moments))
+        self.optimizer.load_state_dict(tensors, updates)
         self.step, self.batches.position = len(done), sum(step.sequences for step in done)
 
     def check_finite(self, cycle, what, value):
