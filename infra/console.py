@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())            # its own is shared by processes: one that is killed would keep it
-BAD_INPUT, FAILED, STOPPED = 2, 1, 75       # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL)
+FAILED, STOPPED = 1, 75                     # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL)
 
 
 class Damaged(Exception):
@@ -28,7 +28,7 @@ class Damaged(Exception):
         super().__init__(f"'{path}' {reason}: restore it, or move it away")
 
 
-def fail(message, code=BAD_INPUT) -> NoReturn:
+def fail(message, code=2) -> NoReturn:
     """
     One line on standard error that says what is wrong and how to fix it. The first rank on a machine prints
     it at once; torchrun then ends the others, so that only what they alone have found is printed, too.

@@ -27,7 +27,8 @@ def write_whole(path, save):
         save(temporary)
         flush_to_disk(temporary)
         os.replace(temporary, path)
-        flush_to_disk(path.parent)              # the new name, too, outlives a power cut
+        with contextlib.suppress(OSError):      # a file system that cannot flush folders
+            flush_to_disk(path.parent)          # the new name, too, outlives a power cut
     except (OSError, RuntimeError, SafetensorError) as e:       # the libraries turn the first into others
         reason = getattr(e, "strerror", None) or e
         raise OSError(errno.EIO, f"could not be written ({reason})", str(path)) from e
@@ -39,9 +40,6 @@ def flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as e:
-        if e.errno != errno.EINVAL:             # of a folder, on a file system that cannot
-            raise
     finally:
         os.close(descriptor)
 
