@@ -111,15 +111,11 @@ def rules(c):
     yield not c.loop_extra or half <= c.loop_start < c.loop_end <= L, "loop_start", (
         f"must be of decoder layers: {half} <= loop_start < loop_end <= {L}, or set loop_extra=0")
     for name in ("batch_tokens", "batch_tokens_ends"):
-        n, rest = divmod(getattr(c, name), c.sequence_len)
-        near = (n + 1) * c.sequence_len
-        yield not rest, name, f"must be a multiple of sequence_len={c.sequence_len}; try {near}"
+        tokens, T = getattr(c, name), c.sequence_len
+        yield tokens % T == 0, name, f"must be a multiple of sequence_len={T}; try {(tokens // T + 1) * T}"
     for name in ("fitness_tokens", "val_tokens"):
         yield getattr(c, name) > c.sequence_len, name, f"must be more than sequence_len={c.sequence_len}"
     yield c.train_tokens > c.fitness_tokens, "train_tokens", f"must exceed fitness_tokens={c.fitness_tokens}"
-
-
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
 def typed(name, kind, value):
@@ -129,8 +125,9 @@ def typed(name, kind, value):
     elif kind is float and type(value) is int or type(value) is str and kind is not str:
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(value)
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
     if type(value) is not kind or value == "":
-        fail(f"{name}={value!r}: must be {WORDS[kind]}")
+        fail(f"{name}={value!r}: must be {words[kind]}")
     return value
 
 
