@@ -94,13 +94,11 @@ class ChainLoss:
 # --------------------------------------------------------------------------------------------- one student
 
 def choose_teachers(config, student_config):
-    """
-    prior.json's answer for K, the teachers, and for 1, the first weights: members, each [trajectory, cycle,
-    SHA-256 of its weights, weight in the mixture]. A student that has begun keeps what it was given.
-    """
+    """K members to teach a student, and first, whose weights it starts from; once begun, it keeps its own."""
     path, K = RunDirectory(student_config, data_fingerprint=None).config_path, config.student_teachers
     if not path.exists():
         prior = load_prior(config.run_dir)
+        # its answers for K and for 1: [trajectory, cycle, SHA-256 of the weights, weight in the mixture]
         teachers, [first] = ([[m["trajectory"], m["cycle"], m["weights_sha256"], w]
                               for m, w in prior_answer(prior, k, option="student_teachers")] for k in (K, 1))
         return dict(K=K, teachers=teachers, first=first)
