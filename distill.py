@@ -5,8 +5,8 @@ labels and from its frozen predecessor, its teacher.
 One process:  python distill.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
 One student:  the same and --student, after prior.py: one model learns from the learned prior's K members
- Goes on from where train.py stopped, with the same loop, and writes the same files; the student is a
-population of one, in run_dir/student, which prior.py --student reports. Run again, it does what is missing.
+ Goes on from where train.py stopped, with the same loop and files; the student is a population of one, in
+run_dir/student, which prior.py --student reports. Run again, it does what is missing.
 """
 import math
 
@@ -33,9 +33,8 @@ def distillation_kl(student_logits, teacher_logits, temperature):
 
 def mixed_logits(teachers, states):
     """
-    Logits (n, V) whose softmax is the weighted mean of the teachers', [(frozen model, weight)], at n
-    positions: their hidden states, (n, C) for each. Added up one by one, so that of K teachers' logits two
-    are alive at a time.
+    Logits (n, V) whose softmax is the weighted mean of the teachers', [(frozen model, weight)], from their
+    hidden states at n positions, (n, C) each. One by one: of K teachers' logits two are alive at a time.
     """
     mix = None
     for (teacher, weight), x in zip(teachers, states):
@@ -48,9 +47,8 @@ def mixed_logits(teachers, states):
 
 def distilled_loss(student, teachers, batch, alpha, temperature):
     """
-    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL (paper, eq. 6) of sequences
-    (B, T + 1), in nats per token. teachers: [(frozen model, weight)]; the weighted mean of their
-    probabilities teaches.
+    (1 - alpha) * (cross-entropy + weighted multi-token prediction) + alpha * KL (paper, eq. 6) to the
+    weighted mean of the teachers, [(frozen model, weight)], of sequences (B, T + 1), in nats per token.
     """
     with torch.no_grad():                       # N, C each: logits follow chunk by chunk, as the student's do
         states = [teacher.hidden(batch[:, :-1]).flatten(0, 1) for teacher, _ in teachers]
@@ -95,20 +93,26 @@ class ChainLoss:
 
 # --------------------------------------------------------------------------------------------- one student
 
+def choose_teachers(config, student_config):
+    """K members to teach a student, and first, whose weights it starts from; once begun, it keeps its own."""
+    path, K = RunDirectory(student_config, data_fingerprint=None).config_path, config.student_teachers
+    if not path.exists():
+        prior = load_prior(config.run_dir)
+        # its answers for K and for 1: [trajectory, cycle, SHA-256 of the weights, weight in the mixture]
+        teachers, [first] = ([[m["trajectory"], m["cycle"], m["weights_sha256"], w]
+                              for m, w in prior_answer(prior, k, option="student_teachers")] for k in (K, 1))
+        return dict(K=K, teachers=teachers, first=first)
+    chosen = read_json(path)["taught_by"]
+    if chosen["K"] != K:
+        fail(f"run_dir='{student_config.run_dir}' has a student of student_teachers={chosen['K']}, not {K}: "
+             "move it away to train another")
+    return chosen
+
+
 def teach_student(config, argv):
     """A population of one, on from the best member's weights, taught by the mixture of K members."""
     population, own = RunDirectory(config, loader.load(config).fingerprint), student_of(config)
-    K, config_path = config.student_teachers, RunDirectory(own, data_fingerprint=None).config_path
-    if config_path.exists():                    # begun: prior.json may have changed since
-        taught_by = read_json(config_path)["taught_by"]
-    else:
-        prior = load_prior(config.run_dir)
-        teachers, first = ([[m["trajectory"], m["cycle"], m["weights_sha256"], w]
-                            for m, w in prior_answer(prior, k, option="student_teachers")] for k in (K, 1))
-        taught_by = dict(K=K, teachers=teachers, first=first[0])
-    if taught_by["K"] != K:
-        fail(f"run_dir='{own.run_dir}' has a student of student_teachers={taught_by['K']}, not {K}: move it "
-             "away to train another")
+    chosen = choose_teachers(config, own)
 
     def weights_of(t, c, sha256, _):
         weights, about = population.load_member(t, c)
@@ -118,14 +122,14 @@ def teach_student(config, argv):
         return weights
 
     def student_loss(run, t, cycle, device):
-        teachers = [(frozen_model(own, device), weight) for *_, weight in taught_by["teachers"]]
-        for (model, _), member in zip(teachers, taught_by["teachers"]):
+        teachers = [(frozen_model(own, device), weight) for *_, weight in chosen["teachers"]]
+        for (model, _), member in zip(teachers, chosen["teachers"]):
             model.load_state_dict(weights_of(*member))
         return lambda student, batch: distilled_loss(
             student, teachers, batch, own.distill_alpha, own.distill_temperature)
 
-    run_cycles(own, range(1), student_loss, next_command("distill.py", argv), weights_of(*taught_by["first"]),
-               taught_by=taught_by)
+    run_cycles(own, range(1), student_loss, next_command("distill.py", argv), weights_of(*chosen["first"]),
+               taught_by=chosen)
 
 
 @script

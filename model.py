@@ -48,10 +48,7 @@ def mixed_precision(method):
 
 
 def attend(q, k, v, window):
-    """
-    Causal attention, (B, T, H, D) each; window: how many keys to the left are seen, None: all. Flash
-    attention on CUDA, where no mask is ever built; PyTorch's own elsewhere.
-    """
+    """Causal, (B, T, H, D) each; window: how many keys to the left are seen, None: all. On CUDA no mask."""
     B, T, H, D = q.shape
     if q.is_cuda:
         from torch.nn.attention.varlen import varlen_attn           # here: it takes a second to import
@@ -90,10 +87,7 @@ class Attention(nn.Module):
         self.attn_gate = nn.Linear(12, H, bias=False)
 
     def weights(self, dtype):
-        """
-        What every application needs: q, k and v as one (3C, C), every head's weights a mix of all heads',
-        and c_proj's (C, C).
-        """
+        """q, k and v as one (3C, C), every head's weights a mix of all heads'; and c_proj's (C, C)."""
         W = torch.stack([linear.weight.to(dtype) for linear in (self.c_q, self.c_k, self.c_v)])
         W = W.view(3, self.n_head, -1)                                          # 3, H, D * C
         if self.iha:
@@ -145,8 +139,8 @@ class Block(nn.Module):
 
     def forward(self, x, weights, ve, rope, window, mix):
         """
-        In order: x + s e, e from the encoder, None elsewhere; r x + a x0; x + attention; x + MLP.
-        mix = (s, e, r, a, x0), or None for neither of the first two.
+        (B, T, C) to (B, T, C). mix: None, or (s, e, r, a, x0) for a layer whose input is r (x + s e) + a x0:
+        e is the output of the encoder layer that it pairs with (None: it is one), x0 the embedding.
         """
         qkv, proj, *mlp = weights
         if mix:
@@ -160,8 +154,8 @@ class HeadLoss(torch.autograd.Function):
     """
     The mean over N tokens of a loss of logits, from hidden states x (N, C) and the head's weight (padded V,
     C). Loss and gradients come in one pass over chunks of tokens, so that nothing of size N x V stays alive.
-    loss_of(z (n, padded V), *rows) is the sum over a chunk; rows: tensors of N rows (targets, a teacher's
-    states), cut into the same chunks as x. They get no gradients, and backward runs once.
+    loss_of(z (n, padded V), *rows): the sum over a chunk; rows: N rows each (targets, a teacher's states),
+    cut into the same chunks. They get no gradients, and backward runs once.
     """
 
     @staticmethod
@@ -306,8 +300,8 @@ class GPT(nn.Module):
                 ve[i] = self.ve_projs[str(i)](x0) if str(i) in self.ve_projs else None
             long = i == c.n_layer - 1 or c.window_pattern[i % len(c.window_pattern)] == "L"
             # U-Net: decoder layer i pairs with encoder layer L-1-i
-            skip = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else (None, None)
-            mix = *skip, self.resid_lambdas[i], self.x0_lambdas[i], x0
+            s, e = (self.skip_weights[i - half], encoder[c.n_layer - 1 - i]) if i >= half else (None, None)
+            mix = s, e, self.resid_lambdas[i], self.x0_lambdas[i], x0
             x = self.transformer.h[i](x, weights[i], ve[i], rope, None if long else c.sequence_len // 2, mix)
             if i < half:
                 encoder[i] = x
@@ -325,7 +319,6 @@ class GPT(nn.Module):
         loss_of = functools.partial(self.capped_loss, token_loss, self.config.vocab_size)
         return HeadLoss.apply(x.flatten(0, 1), self.lm_head.weight, loss_of, targets.flatten(), *rows)
 
-    @mixed_precision
     def mtp_loss(self, targets, x):
         """Multi-token prediction: position t also sees token t+1 and predicts token t+2."""
         e = norm(self.transformer.wte(targets[:, :-1]))

@@ -6,9 +6,8 @@ noise.
 One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
  Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir:
-config.json, metrics.jsonl, per trajectory its members cycle_CCC.safetensors and the checkpoint
-resume.safetensors. Run again, it does only what is missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1)
-it finishes its step and saves a checkpoint first.
+config.json, metrics.jsonl, per trajectory its members and a checkpoint. Run again, it does only what is
+missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) it finishes its step and saves a checkpoint first.
 """
 import contextlib
 import gc
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import loader
 from infra.config import from_args
 from infra.console import FAILED, STOPPED, fail, next_command, print0, progress_bar, script
-from infra.distributed import StopRequest, batch_sizes, join, micro_batch_size
+from infra.distributed import batch_sizes, join, micro_batch_size, stop_request
 from infra.run_directory import RunDirectory, check_room, differences, environment
 from model import GPT
 from optim import MuonAdamW
@@ -68,8 +67,6 @@ class Step(NamedTuple):
     first: bool             # of its cycle
     last: bool
     sequences: int          # of its batch, over all ranks
-    position: int           # sequences of all steps before
-    updates: int            # optimizer steps of the same optimizer before
     rates: tuple            # multipliers of learning rate and weight decay
     looping: bool           # whether the looped layers run
     averaging: bool         # whether the weights after it join the average
@@ -77,27 +74,26 @@ class Step(NamedTuple):
 
 def schedule(config, sequences_per_epoch):
     """Every Step of a trajectory, in order. Exits with code 2 where a cycle is too short for an average."""
-    epoch, steps, position = sequences_per_epoch * config.sequence_len, [], 0
+    epoch, steps = sequences_per_epoch * config.sequence_len, []
     lengths = [max(1, round(config.cycle_epochs(cycle) * epoch / tokens_per_step(config, cycle)))
                for cycle in range(config.cycles)]
+    total = sum(lengths)
     if config.ema_decay and min(lengths) - 1 - config.ema_every < EMA_FROM * min(lengths):
         fail(f"ema_every={config.ema_every}: the end of a cycle of {min(lengths)} steps holds no two updates "
              "of the average; lower it")
-    if sum(lengths) > 10_000_000:
-        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {sum(lengths):,} "
-             "steps of a trajectory: at most 10,000,000")
+    if total > 10_000_000:
+        fail(f"epochs_per_cycle={config.epochs_per_cycle:g} and cycles={config.cycles} make {total:,} steps, "
+             "more than 10,000,000")
     for cycle, length in enumerate(lengths):
         sequences = tokens_per_step(config, cycle) // config.sequence_len
         for s in range(length):
             # a decay is a cycle, or with restart=none all of them
-            at, span = (len(steps), sum(lengths)) if config.restart == "none" else (s, length)
+            at, span = (len(steps), total) if config.restart == "none" else (s, length)
             ending = s >= EMA_FROM * length and (length - 1 - s) % config.ema_every == 0
-            steps.append(Step(cycle, s == 0, s == length - 1, sequences, position,
-                              updates=s if config.restart == "fresh" else len(steps),
+            steps.append(Step(cycle, s == 0, s == length - 1, sequences,
                               rates=rate_multipliers(config.schedule, at, span),
                               looping=at >= config.loop_from * span,
                               averaging=config.ema_decay > 0 and ending))
-            position += sequences
     return steps
 
 
@@ -108,13 +104,10 @@ def noise_seed(seed, cycle):
 
 @torch.no_grad()
 def perturb(model, scale, seed):
-    """
-    Gaussian noise of `scale` standard deviations on every parameter that has one (of more than one number),
-    drawn on the CPU, so that all ranks agree.
-    """
+    """Gaussian noise of `scale` standard deviations on every parameter, drawn on the CPU: all ranks agree."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        if p.numel() > 1:
+        if p.numel() > 1:                       # one number has no deviation
             noise = torch.randn(p.shape, generator=generator).to(p.device)
             p.add_(noise * (scale * p.float().std()))
 
@@ -164,7 +157,7 @@ class Trajectory:
             self.model.load_state_dict(first_weights)
         self.optimizer = self.new_optimizer()
         self.batches = loader.Batches(data, self.config.sequence_len, self.seed)
-        self.step, self.average = 0, None       # steps done; EMA of the weights: name -> float32, or None
+        self.step, self.average = 0, {}         # steps done; EMA of the weights: name -> float32
 
     def new_optimizer(self):
         c = self.config
@@ -180,9 +173,9 @@ class Trajectory:
             self.optimizer = self.new_optimizer()
 
     def update_average(self):
-        weights = {name: w.detach().float() for name, w in self.model.state_dict().items()}
-        old = self.average or {name: w.clone() for name, w in weights.items()}
-        self.average = {name: old[name].lerp_(w, 1 - self.config.ema_decay) for name, w in weights.items()}
+        for name, w in self.model.state_dict().items():
+            w = w.float()
+            self.average.setdefault(name, w.clone()).lerp_(w, 1 - self.config.ema_decay)
 
     def save_member(self, cycle, fitness_set):
         """At a cycle's end, before the noise. Its loss on the fitness set is logged, to watch a run by."""
@@ -190,7 +183,7 @@ class Trajectory:
         if self.average:                        # the next cycle, too, starts from it
             model.load_state_dict({name: w.float().lerp(self.average[name], c.ema_share)
                                    for name, w in model.state_dict().items()})
-            self.average = None
+            self.average = {}
         model.looping = True                    # as whoever uses the member runs it
         if self.ranks.is_main:
             loss = -float(loader.score(model, fitness_set, c.micro_batch).mean())
@@ -201,51 +194,42 @@ class Trajectory:
 
     def save_checkpoint(self):
         """All ranks of the group together: each holds a part of the moments."""
-        moments = self.optimizer.state_dict()["moments"]
+        tensors = self.optimizer.state_dict()
         if self.ranks.is_main:
-            tensors = {f"model.{name}": w for name, w in self.model.state_dict().items()}
-            tensors |= {f"average.{name}": w for name, w in (self.average or {}).items()}
-            tensors |= {f"{kind}.{name}": w for name, pair in moments.items() for kind, w in zip("mv", pair)}
+            tensors |= {f"model.{name}": w for name, w in self.model.state_dict().items()}
+            tensors |= {f"average.{name}": w for name, w in self.average.items()}
             tensors = {name: w.detach().cpu().contiguous() for name, w in tensors.items()}
             self.run.save_checkpoint(self.t, tensors, self.step, environment(self.config, self.ranks))
         self.ranks.barrier()                    # on disk for all of them
 
-    def resume(self, tensors, about, steps):
-        """From a checkpoint after about["step"] of these steps."""
-        self.step = about["step"]
-        last = steps[self.step - 1]
-        differ = differences(about["environment"], environment(self.config, self.ranks))
-        if differ:
+    def resume(self, tensors, before, done):
+        """From a checkpoint after the steps done, which another environment may have written before."""
+        if differ := differences(before, environment(self.config, self.ranks)):
             print0(f"note: trajectory {self.t} resumes in another environment ({differ}): not bit for bit "
                    "what it would have been", self.ranks.is_main)
-        parts = {kind: {name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
-                 for kind in ("model.", "average.", "m.", "v.")}
-        try:
-            self.model.load_state_dict(parts["model."])
-            moments = {name: (m, parts["v."][name]) for name, m in parts["m."].items()}
-            self.optimizer.load_state_dict(dict(steps=last.updates + 1, moments=moments))
-        except (KeyError, RuntimeError, AssertionError):
-            fail(f"the checkpoint of trajectory {self.t} is of another model: restore it, or delete "
-                 f"'{self.run.folder(self.t)}' and train it again")
-        device = self.model.device
-        self.average = {name: w.to(device, copy=True) for name, w in parts["average."].items()} or None
-        self.batches.position = last.position + last.sequences
+        model, average = ({name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
+                          for kind in ("model.", "average."))
+        self.model.load_state_dict(model)
+        self.average = {name: w.to(self.model.device, copy=True) for name, w in average.items()}
+        # fresh: every cycle has an optimizer of its own
+        updates = sum(self.config.restart != "fresh" or step.cycle == done[-1].cycle for step in done)
+        self.optimizer.load_state_dict(tensors, updates)
+        self.step, self.batches.position = len(done), sum(step.sequences for step in done)
 
     def check_finite(self, cycle, what, value):
         if not math.isfinite(value):
             fail(f"trajectory {self.t}, cycle {cycle}, step {self.step}, sequences up to "
-                 f"{self.batches.position - 1} of its order: {what}; what was saved before stays: start anew "
-                 "in another --run_dir, with a lower --lr_scale or another seed", FAILED)
+                 f"{self.batches.position - 1} of its order: {what}; what was saved stays: start anew in "
+                 "another --run_dir, with a lower --lr_scale or another seed", FAILED)
 
 
 def distributed(model, ranks):
     """The model whose backward pass averages the gradients over the ranks of a group; itself for one rank."""
     if ranks.group_size == 1:
         return model
-    with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers
-        warnings.simplefilter("ignore", FutureWarning)
-        ddp_model = DistributedDataParallel(
-            model, process_group=ranks.group, gradient_as_bucket_view=True, broadcast_buffers=False)
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)     # torch 2.13 renames it
+    ddp_model = DistributedDataParallel(
+        model, process_group=ranks.group, gradient_as_bucket_view=True, broadcast_buffers=False)
     # after a first pass DDP sums in another order: have that behind us, so that a resumed run agrees
     size = micro_batch_size(model.config, max(batch_sizes(model.config)), ranks.group_size)
     tokens = torch.zeros(size, model.config.sequence_len + 1, dtype=torch.int64, device=model.device)
@@ -269,9 +253,9 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
         seed_dropout(trajectory.seed, trajectory.step, ranks.group_rank)
         batch = trajectory.batches.take(step.sequences)[ranks.group_rank::ranks.group_size]
         size = micro_batch_size(config, step.sequences, ranks.group_size)
-        micro_batches = ranks.to_device(batch).split(size)              # this rank's share
+        micro_batches = batch.to(ranks.device).split(size)              # this rank's share
         loss, norm = train_step(model, trajectory.optimizer, micro_batches, loss_fn, step.rates)
-        loss, norm, stopping = ranks.mean(loss, norm, stop.requested)
+        loss, norm, stopping = ranks.mean(loss, norm, stop.is_set())
         stop_requested = stopping > 0                                   # any rank was asked to
         trajectory.check_finite(step.cycle, f"loss {loss}, gradient norm {norm}", loss + norm)
         trajectory.step += 1
@@ -295,9 +279,8 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
 def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=None, **about):
     """
     Train these cycles, a range, of every trajectory that has not had them. loss_for_cycle(run, t, cycle,
-    device) gives the loss function of a cycle: (model, tokens (B, T + 1)) -> nats per token. first_weights: a
-    state dict to begin with; about: more for config.json. Asked to stop, it saves, prints resume_command and
-    exits with code 75.
+    device): the loss function of a cycle, (model, tokens (B, T + 1)) -> nats per token. first_weights: a
+    state dict to begin with; about: more for config.json. Exits with code 75 where it was asked to stop.
     """
     data = loader.load(config)
     run, steps = RunDirectory(config, data.fingerprint), schedule(config, data.sequences_per_epoch)
@@ -305,13 +288,12 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
     if begin and not run.folder(0).exists():
         fail(f"run_dir='{run.path}' has no members: run train.py on this config first")
     ranks = join(config)
-    with run.open(ranks, **about), StopRequest() as stop, progress_bar(
+    with run.open(ranks, **about), stop_request() as stop, progress_bar(
             total=end * len(ranks.trajectories), unit="step", disable=ranks.rank > 0) as bar:
-        sizes = sorted({micro_batch_size(config, n, ranks.group_size) for n in batch_sizes(config)})
         epochs = config.trajectories * config.epochs_until(config.cycles)
         print0(f"cycles {cycles.start} .. {cycles.stop - 1} of {config.cycles}; trajectories: "
                f"{config.trajectories}, at a time: {ranks.groups}, ranks for each: {ranks.group_size}, on "
-               f"{ranks.device.type}, micro-batches: {sizes}; {epochs:g} epochs in all")
+               f"{ranks.device.type}; {epochs:g} epochs in all")
         for t in ranks.trajectories:            # one after another; other groups of ranks take the others
             tensors, at = run.load_checkpoint(t)
             if at["step"] < begin:
@@ -322,7 +304,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             gc.collect()                        # the last one's memory: a compiled block refers to itself
             trajectory = Trajectory(run, t, data, ranks, first_weights)
             if tensors:
-                trajectory.resume(tensors, at, steps)
+                trajectory.resume(tensors, at["environment"], steps[:at["step"]])
             check_room(config, run.path, sum(p.numel() for p in trajectory.model.parameters()))
             if train(trajectory, steps[trajectory.step:end], loss_for_cycle, data.fit, stop, bar):
                 print0(f"stopped after step {trajectory.step} of trajectory {t}, saved; resume with: "
@@ -332,7 +314,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
         try:
             ranks.barrier(everyone=True)
         except RuntimeError:                    # another group was asked to stop, too, and has left
-            if stop.requested:
+            if stop.is_set():
                 raise SystemExit(STOPPED) from None
             raise
     ranks.leave()

@@ -1,7 +1,6 @@
 """
 Every setting, once: its name, its unit, its rule. A config file assigns names (it is Python, and is
-executed), the command line overrides them with --name=value, the last one wins. Whatever is wrong ends here,
-before anything else happens.
+executed), the command line overrides them with --name=value. What is wrong ends here, before anything else.
 """
 import contextlib
 import dataclasses
@@ -17,25 +16,20 @@ from model import GPTConfig
 VOCAB_SIZE = {"bytes": 257, "gpt2": 50257}          # the separator included: it is the last id
 
 
-def free(**default):
-    """A field that may differ between two launches on one run directory; all others are its identity."""
-    return dataclasses.field(metadata={"free": True}, **default)
-
-
 @dataclass(kw_only=True)
 class Config(GPTConfig):
     vocab_size: int = dataclasses.field(init=False)     # follows from the tokenizer
     # data
-    data: str = free(default="manual")      # manual, fineweb, or text files and folders, separated by commas
-    data_dir: str = free()                  # where data.prepare writes the token files
+    data: str = "manual"                    # manual, fineweb, or text files and folders, separated by commas
+    data_dir: str                           # where data.prepare writes the token files
     tokenizer: str = "bytes"                # bytes (256 + separator) or gpt2 (BPE)
     train_tokens: int                       # the train file, the fitness set at its front included
     val_tokens: int
     fitness_tokens: int                     # held out for the prior: whole documents until at least so many
     epoch_multiple: int = 16                # an epoch is cut to a multiple of so many sequences
     # population: trajectories x cycles members, one at the end of every cycle
-    run_dir: str = free()
-    trajectories: int = free()              # free: a finished population may be given more of them
+    run_dir: str
+    trajectories: int                       # a finished population may be given more of them
     cycles: int                             # per trajectory
     epochs_per_cycle: float = 2.0
     first_cycle_epochs: float = 0.0         # where the first cycle has another length
@@ -51,18 +45,18 @@ class Config(GPTConfig):
     lr_scale: float = 0.25                  # multiplies the optimizer's peak rates
     batch_tokens: int                       # tokens per step over a trajectory's ranks: in the middle cycles,
     batch_tokens_ends: int = 0              # and in the first and last quarter; 0: the same
-    micro_batch: int = free()               # the most sequences of a rank in one backward pass
+    micro_batch: int                        # the most sequences of a rank in one backward pass
     # chain distillation
     distill_from: int = 8                   # the first cycle that has a teacher; >= cycles: none has
     distill_alpha: float = 0.45             # weight of the teacher's term
     distill_temperature: float = 1.2
     # distill.py --student: one model taught by a finished population, on one cosine without dropout
-    student_teachers: int = free(default=4)     # K: prior.json's answer for this K teaches
-    student_epochs: float = free(default=16.0)
-    student_alpha: float = free(default=0.85)   # weight of the teachers' term, at temperature 1
+    student_teachers: int = 4               # K: prior.json's answer for this K teaches
+    student_epochs: float = 16.0
+    student_alpha: float = 0.85             # weight of the teachers' term, at temperature 1
     # running
-    resume_every: int = free(default=0)     # steps between two checkpoints inside a cycle; 0: only at its end
-    compile: bool = free(default=False)     # torch.compile, block by block, on CUDA; the CPU is always eager
+    resume_every: int = 0                   # steps between two checkpoints inside a cycle; 0: only at its end
+    compile: bool = False                   # torch.compile, block by block, on CUDA; the CPU is always eager
 
     def __post_init__(self):
         self.vocab_size = VOCAB_SIZE.get(self.tokenizer, 0)
@@ -78,21 +72,17 @@ class Config(GPTConfig):
 
     def identity(self):
         """What a run directory must agree with: name -> value."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata.get("free")}
+        return {name: value for name, value in vars(self).items() if name not in FREE}
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config) if f.init}
+# may differ between two launches on one run directory; all others are its identity
+FREE = {"data", "data_dir", "run_dir", "trajectories", "micro_batch", "student_teachers", "student_epochs",
+        "student_alpha", "resume_every", "compile"}
 MAY_BE_ZERO = {"first_cycle_epochs", "momentum_warmup", "student_alpha", "dropout", "mtp_weight", "loop_from",
                "loop_start", "loop_end", "loop_extra", "ema_decay", "seed", "distill_alpha", "resume_every"}
 CHOICES = {"tokenizer": tuple(VOCAB_SIZE), "schedule": ("cycle", "cosine", "warmdown"),
            "restart": ("noise", "fresh", "none")}
-REMOVED = {            # settings of older versions -> what took their place
-    "vocab_size": "it follows from the tokenizer",
-    "keep": "every member keeps its weights, and train.py checks the disk for room before its first step",
-    "packings": "distill.py --student asks its teachers themselves, nothing is stored",
-    "distill_teacher": "the predecessor teaches, another by teacher_of in distill.py, a mixture by --student",
-    "members": "tools.import_slowrun writes members from the public script's snapshots",
-}
 
 
 def rules(c):
@@ -104,8 +94,6 @@ def rules(c):
             yield in_range, name, f"must be {least}, and below 2^31"
     for name, values in CHOICES.items():
         yield getattr(c, name) in values, name, f"must be one of {', '.join(values)}"
-    for name in ("run_dir", "data_dir"):
-        yield "\0" not in getattr(c, name), name, "must be a path"
     yield c.trajectories * c.cycles <= 100_000, "cycles", "must make at most 100,000 members"
     for name in ("dropout", "loop_from", "ema_decay"):
         yield getattr(c, name) < 1, name, "must be below 1"
@@ -123,16 +111,11 @@ def rules(c):
     yield not c.loop_extra or half <= c.loop_start < c.loop_end <= L, "loop_start", (
         f"must be of decoder layers: {half} <= loop_start < loop_end <= {L}, or set loop_extra=0")
     for name in ("batch_tokens", "batch_tokens_ends"):
-        n, rest = divmod(getattr(c, name), c.sequence_len)
-        near = (n + 1) * c.sequence_len
-        yield not rest, name, f"must be a multiple of sequence_len={c.sequence_len}; try {near}"
+        tokens, T = getattr(c, name), c.sequence_len
+        yield tokens % T == 0, name, f"must be a multiple of sequence_len={T}; try {(tokens // T + 1) * T}"
     for name in ("fitness_tokens", "val_tokens"):
         yield getattr(c, name) > c.sequence_len, name, f"must be more than sequence_len={c.sequence_len}"
-    rule = f"must be more than fitness_tokens={c.fitness_tokens}"
-    yield c.train_tokens > c.fitness_tokens, "train_tokens", rule
-
-
-WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
+    yield c.train_tokens > c.fitness_tokens, "train_tokens", f"must exceed fitness_tokens={c.fitness_tokens}"
 
 
 def typed(name, kind, value):
@@ -142,15 +125,14 @@ def typed(name, kind, value):
     elif kind is float and type(value) is int or type(value) is str and kind is not str:
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(value)
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
     if type(value) is not kind or value == "":
-        fail(f"{name}={value!r}: must be {WORDS[kind]}")
+        fail(f"{name}={value!r}: must be {words[kind]}")
     return value
 
 
 def known(name):
     """The name of a setting. Exits with code 2 where there is none, with the nearest one."""
-    if name in REMOVED:
-        fail(f"'{name}' is not a setting: {REMOVED[name]}")
     if name not in FIELDS:
         near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'?" if near else "infra/config.py lists the known ones"
@@ -167,10 +149,7 @@ def student_of(c):
 
 
 def read_file(path):
-    """
-    The values that a config file assigns; modules, functions and classes are none. It is Python, as
-    nanoGPT's: read it before you run a stranger's.
-    """
+    """What a config file assigns, but modules and functions. It is Python: read a stranger's first."""
     names = {"__file__": path}
     try:
         with open(path, encoding="utf-8") as f:
@@ -184,8 +163,7 @@ def read_file(path):
 def recipe(epochs):
     """
     How the paper spends a budget of epochs (section 5, measured regimes): name -> value. Below 8: one
-    trajectory, one decay (its rates are ours, the paper names none), four snapshots on its last epoch. Else
-    cycles of two epochs.
+    trajectory, one decay (its rates are ours, the paper names none), four snapshots on its last epoch.
     """
     if epochs < 8:
         before = epochs - 1 if epochs > 1 else 0.85
@@ -199,10 +177,9 @@ def recipe(epochs):
 
 def from_args(argv, usage, **options):
     """
-    (the checked Config, the options) of a command line `CONFIG [--name=value ...]` (argv None: the process's
-    own). options: names and defaults that this script alone knows and no run remembers; --epochs=E stands for
-    the values of recipe(E). usage is the script's docstring, printed by --help. Exits with code 2 on bad
-    input.
+    (the checked Config, the options) of a command line `CONFIG [--name=value ...]`, argv or the process's.
+    options: names and defaults that this script alone knows and no run remembers; --epochs=E stands for the
+    values of recipe(E). usage: the script's docstring, printed by --help. Exits with code 2 on bad input.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
@@ -217,20 +194,20 @@ def from_args(argv, usage, **options):
         if not equals and kind is not bool:
             fail(f"--{name} has no value: write --{name}=VALUE")
         given[name] = typed(name, kind, text if equals else True)
-    options |= {name: given.pop(name) for name in options if name in given}
-    values, epochs = read_file(paths[0]) | given, options["epochs"]
-    if any(a.startswith("--epochs=") for a in argv):
+    own = {name: given.pop(name) for name in options if name in given}
+    values = read_file(paths[0]) | given
+    if "epochs" in own:
+        epochs = own["epochs"]
         if not 0 < epochs <= 100_000 or values.get("schedule", "cycle") != "cycle":
             fail(f"epochs={epochs}: must be from 1 to 100,000, and the schedule the paper's cycle")
-        both = sorted(recipe(epochs).keys() & given.keys())
-        if both:
+        if both := sorted(recipe(epochs).keys() & given.keys()):
             fail(f"epochs={epochs} already chooses {', '.join(both)}: give one or the other")
         values |= recipe(epochs)
-    missing = [name for name, f in FIELDS.items() if name not in values and f.default is dataclasses.MISSING]
-    if missing:
+    required = [name for name, f in FIELDS.items() if f.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
         fail(f"config '{paths[0]}' does not set {', '.join(missing)}; configs/tiny.py is an example")
     config = Config(**values)
     for holds, name, rule in rules(config):
         if not holds:
             fail(f"{name}={getattr(config, name)!r}: {rule}")
-    return config, SimpleNamespace(**options)
+    return config, SimpleNamespace(**options | own)

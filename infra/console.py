@@ -1,9 +1,9 @@
 """
-What a script shows its user: errors in one line, progress bars, the next command; on a terminal, a pipe or a
-file that may vanish or fill up at any time.
+What a script prints: errors in one line, progress bars, the next command; to a terminal, pipe or file that
+may vanish or fill up at any time.
 """
-import contextlib
 import functools
+import io
 import os
 import shlex
 import sys
@@ -18,20 +18,22 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 tqdm.set_lock(threading.RLock())            # its own is shared by processes: one that is killed would keep it
-BAD_INPUT, FAILED, STOPPED = 2, 1, 75       # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL)
+FAILED, STOPPED = 1, 75                     # exit codes; STOPPED: asked to stop, and saved (EX_TEMPFAIL)
 
 
 class Damaged(Exception):
-    """Why a file cannot be used, and what to do about it."""
+    """A file that cannot be used."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"'{path}' {reason}: restore it, or move it away")
 
 
-def fail(message, code=BAD_INPUT, wait=False) -> NoReturn:
+def fail(message, code=2) -> NoReturn:
     """
     One line on standard error that says what is wrong and how to fix it. The first rank on a machine prints
-    it at once; torchrun then ends the others, which may have found the same. They (wait: this one, too) wait,
-    and print what they alone have found.
+    it at once; torchrun then ends the others, so that only what they alone have found is printed, too.
     """
-    if wait or os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)
         print(file=sys.stderr)                              # below the first rank's progress bar
     tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
@@ -60,9 +62,8 @@ class SafeStream:
         try:
             self.stream.write(text)
             self.stream.flush()                             # now, not when Python exits
-        except (OSError, ValueError):                       # its reader has gone, its disk is full
-            with contextlib.suppress(OSError, ValueError):  # it is no file, or closed
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except OSError:                                     # its reader has gone, its disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
         return len(text)
 
     def __getattr__(self, name):
@@ -70,14 +71,12 @@ class SafeStream:
 
 
 def protect_output():
-    for descriptor in (0, 1, 2):                            # a closed one would be the next file's
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:      # one of these, closed, would be a file's
+        pass
+    os.close(descriptor)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure") and not isinstance(stream, SafeStream):
+        if isinstance(stream, io.TextIOWrapper):
             setattr(sys, name, SafeStream(stream))
 
 
@@ -95,16 +94,15 @@ def script(main):
         except OSError as e:                                # a full disk, no right to write, too long a name
             what = f"'{e.filename}': {e.strerror}" if e.filename else e
             fail(f"{what}: make room or fix it, and run this again; what was there stays")
-        except torch.OutOfMemoryError:
-            fail("this GPU's memory is too small: set a lower --micro_batch (python -m tools.plan says "
-                 "which fits); what is saved stays")
         except RuntimeError as e:
-            if "allocate memory" in str(e):
-                fail("this machine's memory is too small for this model; what is saved stays")
+            if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+                fail("the memory is too small: set a lower --micro_batch, or a smaller model (python -m "
+                     "tools.plan says which fits); what is saved stays")
             if not isinstance(e, dist.DistError) and "gloo" not in str(e):
                 raise
+            time.sleep(5)                                   # that rank's own line comes first
             fail("another rank exited or hangs: see its last line, then start all again; what is saved "
-                 "stays", FAILED, wait=True)
+                 "stays", FAILED)
     return wrapped
 
 
@@ -113,13 +111,12 @@ def next_command(name, argv):
     The command that runs another script, or a module ("-m NAME"), from the user's folder with the same
     arguments (None: this process's) and, on this machine, as many ranks.
     """
-    words, local = [sys.executable], os.environ.get("LOCAL_WORLD_SIZE", "1")
-    argv = sys.argv[1:] if argv is None else argv
+    words, argv = [sys.executable], sys.argv[1:] if argv is None else argv
     if name.startswith("-m"):
-        return f"PYTHONPATH={shlex.quote(str(ROOT))} {words[0]} {name} {shlex.join(argv)}"
-    if local != "1":
-        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        return f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join([*words, *name.split(), *argv])}"
+    nodes, local = (os.environ.get(f"{of}_WORLD_SIZE", "1") for of in ("GROUP", "LOCAL"))
+    if nodes != "1" or local != "1":
         words += ["-m", "torch.distributed.run", "--standalone" if nodes == "1" else f"--nnodes={nodes}",
                   f"--nproc_per_node={local}"]
     command = shlex.join([*words, os.path.relpath(ROOT / name), *argv])
-    return command if "nnodes" not in command else f"{command}    # on every node, with the same --rdzv flags"
+    return command if nodes == "1" else f"{command}    # on every node, with the same --rdzv flags"

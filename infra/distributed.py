@@ -1,8 +1,9 @@
 """
-Who trains what, on which rank; how the ranks of a trajectory exchange numbers; how a run is asked to stop.
+Who trains what, on which rank; how ranks exchange numbers; how a run is asked to stop.
  `python -m infra.distributed CONFIG [--name=value ...]` checks a config and its run directory, and prints how
 many processes run.sh starts for it.
 """
+import contextlib
 import math
 import os
 import signal
@@ -53,7 +54,7 @@ def processes(config, most=None):
 class Ranks:
     """
     gcd(world size, trajectories) groups of equally many ranks; a group takes every groups-th trajectory, one
-    after another. Each rank of a group takes its share of every batch; the group's first rank writes.
+    after another. Each rank of a group takes its share of every batch; the first (is_main) writes.
     """
     rank: int
     world_size: int
@@ -67,12 +68,7 @@ class Ranks:
 
     @property
     def is_main(self):
-        """Whether this is the rank of its group that writes."""
         return self.group_rank == 0
-
-    def to_device(self, rows):
-        """A CPU tensor; a GPU does not wait for the copy."""
-        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def mean(self, *values):
         """Of numbers, over the ranks of a group: floats, in one exchange."""
@@ -120,10 +116,9 @@ def join(config):
     values = {name: os.environ.get(name, default) for name, default in names.items()}
     try:
         rank, world_size, local_rank = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        good = 0 <= rank < world_size and (world_size == 1 or values["MASTER_ADDR"] and values["MASTER_PORT"])
+        if not 0 <= rank < world_size or world_size > 1 and not all(values.values()):
+            raise ValueError
     except ValueError:
-        good = False
-    if not good:
         fail(f"{values} are torchrun's to set: start with torchrun, or unset them")
     groups = math.gcd(world_size, config.trajectories)
     size = world_size // groups
@@ -140,37 +135,37 @@ def join(config):
     return ranks
 
 
-class StopRequest:
+@contextlib.contextmanager
+def stop_request():
     """
-    While entered, SIGTERM, Ctrl-C, SIGUSR1 (SLURM's warning) and SIGHUP (a closed terminal; not under nohup)
-    only set `requested`: the step is finished and saved first. One more, a second or more later (torchrun
+    An Event. While entered, SIGTERM, Ctrl-C, SIGUSR1 (SLURM's warning) and SIGHUP (a closed terminal; not
+    under nohup) only set it: the step is finished and saved first. One more, a second or more later (torchrun
     passes Ctrl-C on, so that it comes twice), ends the process at once, also where it waits for another rank:
     a thread listens.
     """
+    requested, (receiver, sender) = threading.Event(), socket.socketpair()
 
-    def __enter__(self):
-        self.requested = False
-        self.receiver, self.sender = socket.socketpair()
-        self.sender.setblocking(False)
-        self.wakeup = signal.set_wakeup_fd(self.sender.fileno())        # a byte for every signal
-        self.handlers = {number: signal.signal(number, lambda *_: None)
-                         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-                         if signal.getsignal(number) is not signal.SIG_IGN}
-        threading.Thread(target=self.listen, daemon=True).start()
-        return self
-
-    def listen(self):
-        first = 0.0
-        while number := self.receiver.recv(1):                          # nothing: the other end is closed
-            if self.requested and time.monotonic() - first > 1:
+    def listen():
+        first = math.inf
+        while number := receiver.recv(1):                           # nothing: the other end is closed
+            if time.monotonic() > first + 1:
                 os._exit(128 + number[0])
-            self.requested, first = True, first or time.monotonic()
+            first = min(first, time.monotonic())
+            requested.set()
 
-    def __exit__(self, *_):
-        signal.set_wakeup_fd(self.wakeup)
-        for number, handler in self.handlers.items():
+    sender.setblocking(False)
+    wakeup = signal.set_wakeup_fd(sender.fileno())                  # a byte for every signal
+    handlers = {number: signal.signal(number, lambda *_: None)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+                if signal.getsignal(number) is not signal.SIG_IGN}
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield requested
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        self.sender.close()
+        sender.close()
 
 
 @script

@@ -1,7 +1,6 @@
 """
-Files that are whole or not there, and that show when they are damaged: JSON, and named tensors (safetensors)
-with what they are. Each holds a SHA-256, so that no flipped bit passes. Neither can hold code: a stranger's
-files are safe.
+Files that are whole or not there, and that show by a SHA-256 when they are damaged: JSON, and named tensors
+(safetensors) with what they are. Neither can hold code: a stranger's files are safe.
 """
 import contextlib
 import errno
@@ -15,23 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from infra.console import Damaged
+from infra.console import Damaged, fail
 
 FORMAT = 3                  # of all files below; another one is refused
 
 
 def write_whole(path, save):
-    """
-    Write a file whole or not at all: save(temporary path), flushed to disk, then renamed. Raises OSError;
-    what was there before is then still there.
-    """
+    """save(temporary path), flushed to disk, then renamed. OSError: what was there before still is."""
     temporary = path.parent / f".writing-{os.getpid()}" / path.name     # torch.save writes the name, too
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
         flush_to_disk(temporary)
         os.replace(temporary, path)
-        flush_to_disk(path.parent)              # the new name, too, outlives a power cut
+        with contextlib.suppress(OSError):      # a file system that cannot flush folders
+            flush_to_disk(path.parent)          # the new name, too, outlives a power cut
     except (OSError, RuntimeError, SafetensorError) as e:       # the libraries turn the first into others
         reason = getattr(e, "strerror", None) or e
         raise OSError(errno.EIO, f"could not be written ({reason})", str(path)) from e
@@ -43,9 +40,6 @@ def flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as e:
-        if e.errno != errno.EINVAL:             # of a folder, on a file system that cannot
-            raise
     finally:
         os.close(descriptor)
 
@@ -60,15 +54,12 @@ def clean_up(folder):
 
 
 def lock(path, text):
-    """
-    The file, open, with this text in it, locked until it is closed or the process ends, however. Raises
-    BlockingIOError where another process has it.
-    """
+    """The open file, with this text in it, locked until it is closed or the process ends, however."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        fail(f"another process writes to '{path.parent}': wait for it or stop it, or name another --run_dir")
     except OSError:
         pass                                    # a file system without locks
     file.truncate(0)
@@ -81,12 +72,10 @@ def append_json(path, value):
     with open(path, "ab+", buffering=0) as f:
         torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
         line = (b"\n" if torn else b"") + json.dumps(value).encode() + b"\n"
-        try:
-            written = f.write(line)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, f.name) from e
-        if written < len(line):
-            raise OSError(errno.ENOSPC, "No space left on device", f.name)
+        with contextlib.suppress(OSError):
+            if f.write(line) == len(line):
+                return
+    raise OSError(errno.EIO, "could not be written", str(path))
 
 
 def sha256_of(value):
@@ -105,10 +94,9 @@ def from_json(text, path, kind):
         value = json.loads(text)
         if value.pop("sha256") == sha256_of(value) and value["format"] == FORMAT:
             if value["kind"] != kind:
-                raise Damaged(f"'{path}' holds something else, {value['kind']}: restore it, or move it away")
+                raise Damaged(path, f"holds something else, {value['kind']}")
             return value
-    raise Damaged(f"'{path}' is damaged, or of another version of this code (this reads format {FORMAT}): "
-                  "restore it, or move it away and run the script that writes it")
+    raise Damaged(path, f"is damaged, or of another version of this code (this reads format {FORMAT})")
 
 
 def write_json(path, value):
@@ -144,7 +132,7 @@ def read_tensors(path, kind, check=True):
             about = from_json(file.metadata()["about"], path, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError) as e:
-        raise Damaged(f"'{path}' is not readable ({type(e).__name__}): restore it, or move it away") from None
+        raise Damaged(path, f"is not readable ({type(e).__name__})") from None
     if check and digest(tensors) != about["tensors_sha256"]:
-        raise Damaged(f"'{path}' is damaged, checksum mismatch: restore it, or move it away")
+        raise Damaged(path, "is damaged, checksum mismatch")
     return tensors, about

@@ -1,11 +1,9 @@
 """
 The run directory in which the scripts meet: config.json, metrics.jsonl, members (bf16 weights and what they
-are), checkpoints to resume from, scores, prior.json. Knows neither model nor data. t and c: trajectory and
-cycle, from 0.
+are), checkpoints, scores, prior.json. t and c: trajectory and cycle, from 0.
 """
-import dataclasses
+import contextlib
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -16,14 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from infra.config import FIELDS
+from infra.config import Config
 from infra.console import ROOT, Damaged, fail, print0
 from infra.files import append_json, clean_up, lock, read_json, read_tensors, write_json, write_tensors
 
 SPLITS = "fit", "val"       # the held-out sets: for the prior, and to report
 LAG = 120                   # seconds until another machine sees what was written on a shared disk
-DEFAULTS = {f.name: f.default for f in FIELDS.values()
-            if f.default is not dataclasses.MISSING and not f.metadata.get("free")}
 
 
 def differences(theirs, mine):
@@ -40,11 +36,9 @@ def code_version():
 
 def environment(config, ranks):
     """What the bits of a run depend on, beside its identity."""
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    if ranks.device.type == "cuda":
-        machine = torch.cuda.get_device_name(ranks.device)
-    return dict(machine=machine, torch=torch.__version__.split("+")[0], ranks=ranks.group_size,
-                micro_batch=config.micro_batch, threads=torch.get_num_threads())
+    gpu, cpu = ranks.device.type == "cuda", f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return dict(machine=torch.cuda.get_device_name() if gpu else cpu, torch=torch.__version__.split("+")[0],
+                ranks=ranks.group_size, micro_batch=config.micro_batch, threads=torch.get_num_threads())
 
 
 def load_prior(run_dir):
@@ -64,15 +58,6 @@ def prior_answer(prior, K, rule="learned", option="K"):
     return [(m, w) for m, w in zip(members, answers[K]["weights"]) if w > 0]
 
 
-def check_writable(path):
-    """Exits with code 2 where it is not, or cannot be made; writes nothing that stays."""
-    try:
-        existing = next(p for p in [path, *path.absolute().parents] if p.exists())
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as e:
-        fail(f"run_dir='{path}': cannot write there: {e.strerror}; name another --run_dir")
-
-
 def check_room(c, path, parameters):
     """Exits with code 2 where the disk has no room for what a population of such models will still write."""
     # a checkpoint: fp32 weights, a moment, of some two, their average; a member: bf16, with fp32 scores
@@ -89,22 +74,24 @@ def check_room(c, path, parameters):
 class RunDirectory:
     """
     Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do), or
-    cannot be written. Nothing stays there before open(), whose lock a `with` holds.
+    cannot be written. Writes nothing before open().
     """
 
     def __init__(self, config, data_fingerprint):
-        self.config, self.path, self.lock = config, Path(config.run_dir), None
+        self.config, self.path = config, Path(config.run_dir)
         self.whole = set()                      # trajectories whose newest checkpoint is known to be
         self.config_path = self.path / "config.json"
         theirs = read_json(self.config_path)["identity"] if self.config_path.exists() else {}
-        # through JSON and back, so that what is compared is what a file can hold
-        self.identity = json.loads(json.dumps({
-            **config.identity(), "data_fingerprint": data_fingerprint or theirs.get("data_fingerprint")}))
-        differ = theirs and self.differs(theirs)
-        if differ:
+        fingerprint = data_fingerprint or theirs.get("data_fingerprint")
+        self.identity = {**config.identity(), "data_fingerprint": fingerprint}
+        if theirs and (differ := self.differs(theirs)):
             fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
                  "(of a student: give the --student_epochs and --student_alpha that it was begun with)")
-        check_writable(self.path)
+        try:
+            parent = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as e:
+            fail(f"run_dir='{self.path}': cannot write there: {e.strerror}; name another --run_dir")
 
     def identity_of(self, t):
         """Of trajectory t's files, with its own seed: trajectory 0 of seed 43 may join seed 42's run as 1."""
@@ -112,53 +99,35 @@ class RunDirectory:
 
     def differs(self, identity, t=0):
         """How a file's identity differs from ours, as text; settings newer than it have their defaults."""
-        return differences({**DEFAULTS, **identity}, self.identity_of(t))
+        mine = self.identity_of(t)
+        return differences({name: getattr(Config, name, None) for name in mine} | identity, mine)
 
-    # ---- who may write
-
+    @contextlib.contextmanager
     def open(self, ranks, folder=".", **about):
         """
         All ranks together: lock this folder of it, remove what killed writers left there, write config.json
-        where there is none (about: more for it). Exits with code 2 where it is locked, or a rank sees another
-        disk.
+        where there is none (about: more for it). Exits with code 2 where a rank sees another disk.
         """
-        path, launch = self.path / folder / ".lock", " ".join(
-            os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
-        if ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock = lock(path, launch)
-            except BlockingIOError:
-                fail(f"run_dir='{self.path}': another process writes to '{path.parent}': wait for it or stop "
-                     "it, or name another --run_dir")
-            for place in (path.parent, *path.parent.glob("*/")):
-                clean_up(place)
-            self.write_config(about)
-        ranks.barrier(everyone=True)
-        until = time.monotonic() + LAG
-        while not path.exists() or path.read_text() != launch:
-            if time.monotonic() > until:
-                fail(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank 0's "
-                     "disk: name a --run_dir that all ranks share")
-            time.sleep(0.5)
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.lock:
-            self.lock.close()
-
-    def write_config(self, about):
-        code = code_version()
-        if not self.config_path.exists():
-            write_json(self.config_path, dict(identity=self.identity, config=vars(self.config), code=code,
-                                              torch=torch.__version__, **about))
-        elif read_json(self.config_path)["code"] != code:
-            print0(f"note: '{self.path}' was begun by another version of the code; what is there stays")
-
-    # ---- members
+        path, token = self.path / folder / ".lock", str(time.time_ns())
+        with contextlib.ExitStack() as stack:
+            if ranks.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(path, token))
+                for place in (path.parent, *path.parent.glob("*/")):
+                    clean_up(place)
+                code = code_version()
+                if not self.config_path.exists():
+                    write_json(self.config_path, dict(identity=self.identity, config=vars(self.config),
+                                                      code=code, torch=torch.__version__, **about))
+                elif read_json(self.config_path)["code"] != code:
+                    print0(f"note: '{self.path}' is of another version of the code; what is there stays")
+            token, until = ranks.of_first(token), time.monotonic() + LAG    # the others wait for the first
+            while not path.exists() or path.read_text() != token:
+                if time.monotonic() > until:
+                    fail(f"run_dir='{self.path}': rank {ranks.rank}, on {platform.node()}, does not see rank "
+                         "0's disk: name a --run_dir that all ranks share")
+                time.sleep(0.5)
+            yield
 
     def folder(self, t):
         return self.path / f"trajectory_{t:02d}"
@@ -178,37 +147,36 @@ class RunDirectory:
         write_tensors(self.member_path(t, c), kind, weights, identity=self.identity_of(t), **about)
 
     def load_own(self, t, path, kind, check=True):
-        """read_tensors() of a file of trajectory t. Raises Damaged, also where it is another population's."""
+        """read_tensors() of a file of trajectory t; Damaged where it is another population's, too."""
         tensors, about = read_tensors(path, kind, check)
-        differ = self.differs(about["identity"], t)
-        if differ:
-            raise Damaged(f"'{path}' is of another population ({differ}): move it away")
+        if differ := self.differs(about["identity"], t):
+            raise Damaged(path, f"is of another population ({differ})")
         return tensors, about
 
     def load_member(self, t, c, check=True):
         """(weights: name -> bf16 tensor on disk; about, with "tensors_sha256")."""
         return self.load_own(t, self.member_path(t, c), f"the member of cycle {c}", check)
 
-    # ---- checkpoints: the newest, and the one before in case that is damaged
-
     def save_checkpoint(self, t, tensors, step, environment):
+        """The one before it stays, in case that this one is damaged."""
         newest, previous = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
         if t in self.whole and newest.exists():
             os.replace(newest, previous)
             self.whole.remove(t)
-        about = dict(identity=self.identity_of(t), step=step, environment=environment)
-        write_tensors(newest, "a checkpoint", tensors, **about)
+        write_tensors(newest, "a checkpoint", tensors, identity=self.identity_of(t), step=step,
+                      environment=environment)
         self.whole.add(t)
 
     def load_checkpoint(self, t):
         """(tensors on disk, about) of the newest that is whole; (None, {"step": 0}) of a new trajectory."""
         reason = None
-        for path in (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous")):
+        paths = (self.folder(t) / f"resume{name}.safetensors" for name in ("", "_previous"))
+        for path in filter(Path.exists, paths):
             try:
-                if path.exists():
-                    found = self.load_own(t, path, "a checkpoint")
-                    self.whole |= {t} if path.name == "resume.safetensors" else set()
-                    return found
+                found = self.load_own(t, path, "a checkpoint")
+                if path.name == "resume.safetensors":
+                    self.whole.add(t)
+                return found
             except Damaged as e:
                 reason = reason or e
                 print0(f"note: {e}; trying the previous one", prints=True)
@@ -219,15 +187,13 @@ class RunDirectory:
             fail(f"{reason}, or delete '{self.folder(t)}' and train it again")
         return None, {"step": 0}
 
-    # ---- scores, a file for each member and held-out set
-
     def score_path(self, split, t, c):
         return self.path / "scores" / split / f"{t:02d}_{c:03d}.safetensors"
 
     def save_scores(self, split, t, c, log_p, weights_sha256):
-        """log_p: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
+        """Of one held-out set: (tokens,) float32 log-probabilities under the weights of this SHA-256."""
         if not np.isfinite(log_p).all():
-            raise Damaged(f"'{self.member_path(t, c)}' gives NaN or infinite log-probabilities: move it away")
+            raise Damaged(self.member_path(t, c), "gives NaN or infinite log-probabilities")
         scores = {"log_p": torch.from_numpy(log_p)}
         write_tensors(self.score_path(split, t, c), f"{split} scores", scores, weights_sha256=weights_sha256)
 
@@ -238,8 +204,6 @@ class RunDirectory:
             return None, None
         tensors, about = read_tensors(path, f"{split} scores", check)
         return tensors["log_p"].numpy(), about["weights_sha256"]
-
-    # ---- metrics
 
     def log(self, **record):
         """A line of metrics.jsonl. After a kill some steps come again: the last line of a step holds."""

@@ -44,7 +44,7 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     # values
     (train, ["--cylces=3"], ["cylces", "did you mean 'cycles'"]),
     (train, ["--zzz=3"], ["zzz", "config.py"]),
-    (train, ["--vocab_size=9"], ["vocab_size", "tokenizer"]),
+    (train, ["--vocab_size=9"], ["vocab_size", "config.py"]),
     (train, ["--n_layer=3"], ["n_layer=3", "even", "4"]),
     (train, ["--n_embd=33"], ["n_embd=33", "36"]),
     (train, ["--n_embd=16"], ["n_embd=16", "32"]),
@@ -66,7 +66,6 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--loop_extra=1", "--loop_end=1"], ["loop_start", "decoder"]),
     (train, ["--distill_alpha=1.5"], ["distill_alpha", "at most 1"]),
     (train, ["--compile=maybe"], ["compile", "True or False"]),
-    (train, ["--keep=last"], ["keep", "every member keeps its weights"]),
     (train, ["--resume_every=-1"], ["resume_every=-1"]),
     (train, ["--sequence_len=2"], ["sequence_len=2"]),
     (train, ["--epochs=0"], ["epochs=0", "100,000"]),
@@ -76,8 +75,6 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--fitness_tokens=3000"], ["train_tokens=3000", "fitness_tokens"]),
     (train, ["--train_tokens=2000000000"], ["train_tokens", "3000"]),
     (train, ["--ema_decay=0.5", "--run_dir={place}/other"], ["ema_every"]),
-    (train, ["--distill_teacher=mixture"], ["distill_teacher", "teacher_of", "--student"]),
-    (train, ["--packings=4"], ["packings", "nothing is stored"]),
     (train, ["--student_from=scratch"], ["student_from", "did you mean"]),
     (train, ["--student"], ["student"]),
     (train, ["--student_teachers=0"], ["student_teachers=0"]),
@@ -121,7 +118,6 @@ ROWS = [        # script, what is wrong in its arguments, words that the line mu
     (train, ["--seed=7"], ["seed is 42 there and 7 here", "--run_dir"]),
     (distill, ["--run_dir={place}/other"], ["train.py"]),
     (prior, ["--run_dir={place}/other"], ["no members"]),
-    (prior, ["--members={place}/folder"], ["tools.import_slowrun"]),
     (import_slowrun, ["--snapshots={place}/folder", "--run_dir={place}/other"], ["no model_0.pt"]),
     (import_slowrun, ["--snapshots="], ["snapshots", "a text"]),
     # tools

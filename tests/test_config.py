@@ -56,7 +56,6 @@ def test_what_follows_from_other_values():
     (["--loop_extra=2"], ["loop_start"]),
     (["--fitness_tokens=100"], ["fitness_tokens"]),
     (["--train_tokens=10000"], ["train_tokens"]),
-    (["--vocab_size=10"], ["vocab_size", "tokenizer"]),
     (["extra.py"], ["one config file"]),
     (["--seed=-1"], ["seed"]),
     (["--n_embd=16"], ["n_embd", "32"]),

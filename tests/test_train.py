@@ -499,6 +499,7 @@ def test_ranks_of_a_group_take_disjoint_parts_of_every_batch(ready, monkeypatch)
     for name in ("save_member", "save_checkpoint"):
         monkeypatch.setattr(RunDirectory, name, lambda *a, **k: None)
     monkeypatch.setattr(train, "distributed", lambda model, world: model)
+    monkeypatch.setattr("time.time_ns", lambda: 0)                              # by which ranks know one launch
     drawn, seed_dropout = {}, train.seed_dropout
     monkeypatch.setattr(train, "seed_dropout", lambda seed, step, rank: (
         drawn.setdefault((seed, step), set()).add(rank), seed_dropout(seed, step, rank)))
