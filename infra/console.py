@@ -116,10 +116,11 @@ def next_command(name, argv):
     words, local = [sys.executable], os.environ.get("LOCAL_WORLD_SIZE", "1")
     argv = sys.argv[1:] if argv is None else argv
     if name.startswith("-m"):
-        return f"PYTHONPATH={shlex.quote(str(ROOT))} {words[0]} {name} {shlex.join(argv)}"
+        return f"PYTHONPATH={shlex.quote(os.path.relpath(ROOT))} {words[0]} {name} {shlex.join(argv)}"
     if local != "1":
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-        words += ["-m", "torch.distributed.run", "--standalone" if nodes == "1" else f"--nnodes={nodes}",
+        alone = ["--local-addr=127.0.0.1", "--standalone"]      # a host's own name may not resolve
+        words += ["-m", "torch.distributed.run", *(alone if nodes == "1" else [f"--nnodes={nodes}"]),
                   f"--nproc_per_node={local}"]
     command = shlex.join([*words, os.path.relpath(ROOT / name), *argv])
     return command if "nnodes" not in command else f"{command}    # on every node, with the same --rdzv flags"

@@ -5,6 +5,7 @@ changed).
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -278,6 +279,36 @@ def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
     write_json(path, other)
     plot.main(argv)
     path.write_text(kept)
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-rnu", "ip", "link", "set", "lo", "up"], capture_output=True).returncode != 0
+                    if shutil.which("unshare") and shutil.which("ip") else True, reason="wants namespaces of its own")
+def test_a_host_whose_name_nothing_resolves(finished, tmp_path):
+    """Containers, laptops off line: two ranks meet all the same."""
+    folder, argv, _ = finished
+    command = shlex.join(map(str, [ROOT / "run.sh", *argv, f"--run_dir={tmp_path / 'out'}", "--distill_from=1", "--cycles=1"]))
+    offline = f"hostname nowhere; ip link set lo up; exec timeout 100 {command}"
+    done = run("unshare", "-rnu", "bash", "-c", offline, cwd=folder)
+    assert done.returncode == 0 and "at a time: 2" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_checkout_for_windows_runs(tmp_path):
+    for name in ("run.sh", ".gitattributes"):
+        shutil.copy(ROOT / name, tmp_path)
+    for command in (["init", "-q"], ["add", "."], ["-c", "core.autocrlf=true", "checkout-index", "-a", "--prefix=out/"]):
+        assert run("git", *command, cwd=tmp_path).returncode == 0
+    assert "CONFIG" in run(tmp_path / "out" / "run.sh", "--help").stdout
+
+
+def test_wherever_the_clone_lies(tmp_path):
+    for name in ("a:b", "a b \u00fc'"):
+        shutil.copytree(ROOT, tmp_path / name, ignore=shutil.ignore_patterns(".*", "runs", "*.pt", "__pycache__"))
+    done = run(tmp_path / "a:b" / "run.sh")
+    assert done.returncode == 2 and "a:b" in error_line(done.stderr) and "colon" in done.stderr
+    (tmp_path / "link.sh").symlink_to(tmp_path / name / "run.sh")
+    for command, environment in ((f"{name}/run.sh", dict(CDPATH=".")), (tmp_path / "link.sh", {})):
+        done = run("bash", command, "--seed=none", cwd=tmp_path, **environment)
+        assert done.returncode == 2 and "seed='none'" in error_line(done.stderr), done.stderr
 
 
 # ------------------------------------------------------------------------------------------- bad input
