@@ -24,7 +24,7 @@ from model import GPT
 from infra.files import read_json, to_json, write_json, write_tensors
 from infra.run_directory import RunDirectory
 from tests.conftest import ROOT, error_line, read
-from tools import generate, import_slowrun, plot
+from tools import generate, import_slowrun, plan, plot
 
 # this python is the active one
 ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -279,6 +279,26 @@ def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
     write_json(path, other)
     plot.main(argv)
     path.write_text(kept)
+
+
+def test_the_picture_needs_no_backend_of_anyones(finished):
+    folder, argv, _ = finished
+    (folder / "out" / "prior.png").unlink()
+    done = run(sys.executable, "-m", "tools.plot", *argv, cwd=folder, PYTHONPATH=str(ROOT), PYTHONSAFEPATH="1", MPLBACKEND="a notebook's")
+    assert done.returncode == 0 and (folder / "out" / "prior.png").exists(), done.stderr
+
+
+def test_what_torchrun_left_in_the_environment_is_not_for_tools(finished, monkeypatch, capsys):
+    """They are one process each: they wait for no other, and print whatever rank they are said to be."""
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delattr(torch.distributed, "init_process_group")
+    for main, words in ((generate.main, "best member"), (plot.main, "prior.png"),
+                        (plan.main, "parameters")):
+        main(argv)
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-rnu", "ip", "link", "set", "lo", "up"], capture_output=True).returncode != 0
