@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -51,59 +52,90 @@ def streamed(**source):
 
 
 def json_text(number, line):
-    """The document in a line of a .jsonl file."""
+    """The document in a line of a .jsonl file; "" where it is null."""
     try:
         text = json.loads(line)["text"]
+        text = "" if text is None else text
         text.encode()                       # a lone surrogate is no text
         return text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"line {number} is no JSON object with a text in its column 'text'") from None
 
 
+def paths_of(source):
+    return [Path(os.path.expanduser(name.strip())) for name in source.split(",") if name.strip()]
+
+
 def file_documents(path):
     """
     Of a .txt file (separated by white-space-only lines; without any, one a line), or the column text of a
-    .jsonl or .parquet. Raises ValueError and whatever reading raises.
+    .jsonl or .parquet, where there is some. Raises ValueError and whatever reading raises.
     """
-    if path.suffix == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         documents = streamed(path="parquet", data_files=glob.escape(str(path)), split="train")
     else:
         text = path.read_text("utf-8-sig")                      # any line ending becomes \n
         if "\0" in text:
             raise ValueError("it is binary, not text")
-        paragraphs = path.suffix == ".txt" and re.search(r"\n[^\S\n]*\n", text.strip())
+        paragraphs = kind == ".txt" and re.search(r"\n[^\S\n]*\n", text.strip())
         documents = re.split(r"\n(?:[^\S\n]*\n)+", text) if paragraphs else text.split("\n")
-        if path.suffix == ".jsonl":
+        if kind == ".jsonl":
             documents = [json_text(number, line) for number, line in enumerate(documents, 1) if line.strip()]
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ValueError("it is empty")
-    return documents
+    return [document for document in documents if document.strip()]
+
+
+def cannot_list(error):
+    raise error                             # os.walk would leave the folder out
+
+
+def files_below(folder):
+    """
+    The text files in it, in order, through links, too; each real folder once, as links may form a loop. All
+    else is left out, counted and said.
+    """
+    files, left_out, seen = [], Counter(), set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=cannot_list):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        names += [name for name in folders if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in names):
+            kind = "hidden" if path.name.startswith(".") else path.suffix.lower()
+            if kind in KINDS:
+                files.append(path)
+            else:
+                left_out[kind or "without an ending"] += 1
+    if left_out:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.most_common(9))
+        print(f"data: '{folder}': {left_out.total()} files and hidden folders left out ({kinds})")
+    return sorted(files)
 
 
 def source_documents(source):
-    """Of files and folders separated by commas, each file once. Exits with code 2 on a bad one."""
-    files = []
-    for path in (Path(os.path.expanduser(name)) for name in source.split(",") if name):
-        found = [p for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else [path]
-        inside = sorted(p for p in found if p.suffix in KINDS)
-        if not inside or not path.exists():
+    """Of files and folders separated by commas, each real file once. Exits with code 2 on a bad one."""
+    files, documents, empty = {}, [], []
+    for path in paths_of(source):
+        inside = files_below(path) if path.is_dir() else [path]
+        if not inside or not path.exists() or inside[0].suffix.lower() not in KINDS:
             fail(f"data: '{path}' {'is no' if path.exists() else 'does not exist; name a'} .txt, .jsonl or "
                  ".parquet file, or a folder of them")
-        if len(inside) < len(found):
-            kinds = ", ".join(sorted({p.suffix for p in found} - {*KINDS, ""})[:9]) or "no ending"
-            print0(f"data: '{path}': {len(found) - len(inside)} files left out, of other kinds ({kinds})")
-        files += inside
-    if not files:
-        fail(f"data={source!r} names no file: give .txt, .jsonl or .parquet files, or folders of them, with "
-             "commas")
-    documents = []
-    for path in dict.fromkeys(map(os.path.abspath, files)):
+        for file in inside:
+            files.setdefault(os.path.realpath(file), file)
+    for path in files.values():
         try:
-            documents += file_documents(Path(path))
+            found = file_documents(path)
         except Exception as e:              # missing, another encoding, torn, no such column
             fail(f"data: cannot read '{path}' ({type(e).__name__}: {e}): UTF-8 text, or rows with a column "
                  "'text', are read; fix it, or leave it out")
+        documents += found
+        empty += [] if found else [path]
+    if not documents:
+        fail(f"data={source!r} is empty: give .txt, .jsonl or .parquet files, or folders of them, with commas")
+    if empty:
+        print(f"data: {len(empty)} of {len(files)} files are empty, '{empty[0]}' the first")
     return documents
 
 

@@ -10,6 +10,7 @@ import torch
 
 from infra.config import from_args
 from data import loader, prepare, tokenizer
+from tests.conftest import error_line
 
 
 def separate(tokens, starts):
@@ -119,18 +120,36 @@ def test_documents_of_local_files(tmp_path, capsys):
     assert documents("crlf.txt", "one\r\n\r\ntwo") == ["one", "two"]
     assert documents("cr.txt", "one\r\rtwo") == ["one", "two"]
     assert documents("rows.jsonl", '{"text": "a\\nb", "id": 1}\n\n{"text": "c"}\n') == ["a\nb", "c"]
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "deep.txt").write_text("four")
-    assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3       # each file once
-    (tmp_path / "sub" / "blob").write_text("six")
-    (tmp_path / "sub" / "link.txt").symlink_to("blob")                          # its own name says what it is
-    assert "six" in prepare.source_documents(str(tmp_path))
-    (tmp_path / "sub" / "blob").unlink()
-    (tmp_path / "sub" / "link.txt").unlink()
-    (tmp_path / "sub" / "notes.md").write_text("five")
-    capsys.readouterr()
-    found = prepare.source_documents(str(tmp_path))
-    assert "four" in found and "five" not in found and "1 files left out, of other kinds (.md)" in capsys.readouterr().out
+    assert documents("gaps.jsonl", '{"text": null}\n{"text": " "}\n{"text": "a"}\n') == ["a"]       # null as in .parquet
+
+
+def test_which_files_of_a_folder_are_read(tmp_path, capsys):
+    """Each real file once, through links to files and folders, too; all else is counted and said."""
+    for name, content in {"a/LOUD.TXT": "loud", "a/empty.txt": "\n", "a/notes.md": "md", "a/README": "readme", "a/.hidden.txt": "hidden",
+                          "a/.git/git.txt": "git", "elsewhere/deep/far.txt": "far", "elsewhere/near.txt": "near", "blob": "blob"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for link, target in {"a/corpus": "../elsewhere", "a/again.txt": "LOUD.TXT", "a/named.txt": "../blob", "elsewhere/loop": "../a"}.items():
+        (tmp_path / link).symlink_to(target)
+    named = f" {tmp_path / 'a'} , {tmp_path / 'elsewhere'},"
+    assert prepare.source_documents(named) == ["loud", "far", "near", "blob"]           # in the order of their paths
+    out = capsys.readouterr().out
+    assert "4 files and hidden folders left out (2 hidden, 1 .md, 1 without an ending)" in out, out
+    assert "1 of 5 files are empty" in out and "empty.txt" in out
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, micro, monkeypatch, capsys):
+    (tmp_path / "a" / "closed").mkdir(parents=True)
+    (tmp_path / "a" / "x.txt").write_text("x")
+    scandir = prepare.os.scandir
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(prepare.os, "scandir", closed)
+    with pytest.raises(SystemExit):
+        prepare.main(micro(data=tmp_path / "a"))
+    assert "closed': Permission denied" in error_line(capsys.readouterr().err)
 
 
 def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):

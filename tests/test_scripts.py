@@ -295,7 +295,7 @@ def test_what_torchrun_left_in_the_environment_is_not_for_tools(finished, monkey
     for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delattr(torch.distributed, "init_process_group")
-    for main, words in ((generate.main, "best member"), (plot.main, "prior.png"),
+    for main, words in ((prepare.main, "holds it already"), (generate.main, "best member"), (plot.main, "prior.png"),
                         (plan.main, "parameters")):
         main(argv)
         assert words in capsys.readouterr().out
