@@ -1,6 +1,4 @@
-"""
-Text <-> token ids. The separator that starts every document is the last id of each tokenizer.
-"""
+"""Text <-> token ids. The separator that starts every document is the last id of each tokenizer."""
 import numpy as np
 
 from infra.config import VOCAB_SIZE
@@ -11,19 +9,19 @@ RANKS_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"         # of r50k_base.t
 
 def get_tokenizer(name):
     """(encode: text -> ids, decode: ids -> text, bytes of every id as uint8). The separator has 0 bytes."""
+    bos = VOCAB_SIZE[name] - 1
     if name == "bytes":
-        def decode(ids):
-            return bytes(i for i in ids if i < 256).decode(errors="replace")
-        return lambda text: list(text.encode()), decode, np.array([1] * 256 + [0], np.uint8)
+        def decode_bytes(ids):
+            return bytes(i for i in ids if i < bos).decode(errors="replace")
+        return lambda text: list(text.encode()), decode_bytes, np.array([1] * bos + [0], np.uint8)
     import tiktoken         # here alone: the byte tokenizer needs no package
     try:
         encoding = tiktoken.get_encoding("r50k_base")           # the ids of "gpt2"
     except Exception as e:
         fail(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}): connect once, or set "
              f"TIKTOKEN_CACHE_DIR to a folder with a copy of r50k_base.tiktoken, named {RANKS_NAME}")
-    bos = VOCAB_SIZE["gpt2"] - 1
-    sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(bos)]
 
     def decode(ids):
         return encoding.decode([i for i in ids if i != bos])
+    sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(bos)]
     return encoding.encode_ordinary, decode, np.array(sizes + [0], np.uint8)

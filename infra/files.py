@@ -59,14 +59,14 @@ def clean_up(folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def lock(path, text):
+def lock(path, text, wait=False):
     """
-    The file, open, with this text in it, locked until it is closed or the process ends, however. Raises
-    BlockingIOError where another process has it.
+    The file, open, with this text in it, locked until it is closed or the process ends, however. Where
+    another process has it, waits for that or raises BlockingIOError.
     """
     file = open(path, "a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError:

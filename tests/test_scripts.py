@@ -57,7 +57,7 @@ def finished(tmp_path_factory):
 def test_run_sh_goes_all_the_way(finished):
     folder, argv, done = finished
     assert {p.name for p in (folder / "text").iterdir()} == {
-        "manual_train.pt", "manual_val.pt", "manual_bytes.safetensors", "manual.json"}
+        "manual_train.pt", "manual_val.pt", "manual_bytes.safetensors", "manual.json", ".lock"}
     assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01",
             ".lock"} == {p.name for p in (folder / "out").iterdir()}
     best, mixture, where = done.stdout.splitlines()[-3:]
