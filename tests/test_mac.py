@@ -10,6 +10,7 @@ import os, select, signal, sys
 import datasets, matplotlib, tiktoken, torch                # what they do there is their affair
 import distill, prior, train
 from data import prepare
+from infra import distributed
 from tools import generate, plan, plot
 
 for module, names in {
@@ -24,7 +25,7 @@ def no_proc(event, args):
     if event == "open" and str(args[0]).startswith(("/proc", "/sys")):
         raise FileNotFoundError(2, "No such file or directory", args[0])
 sys.addaudithook(no_proc)
-for script in (prepare, train, distill, prior, generate, plot, plan):
+for script in (distributed, prepare, train, distill, prior, generate, plot, plan):
     script.main(sys.argv[1:])
 """
 
