@@ -51,18 +51,16 @@ def documents_of(sequences, doc_starts):
 def sequences_per_epoch(config, tokens):
     """Of so many training tokens: what can be cut, down to a multiple. Exits with code 2 where that is 0."""
     n = tokens // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
-    return n or fail(f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least "
-                     f"fitness_tokens={config.fitness_tokens}, leaves {tokens}; an epoch wants "
-                     f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}: raise "
-                     "train_tokens, or give shorter documents")
+    return n or fail(f"train_tokens={config.train_tokens}: the fitness set, of whole documents, leaves "
+                     f"{tokens}; an epoch wants epoch_multiple={config.epoch_multiple} sequences of "
+                     f"{config.sequence_len + 1}: raise train_tokens, or give shorter documents")
 
 
 def split_fitness(tokens, starts, fitness_tokens):
     """Whole documents from the front until at least fitness_tokens: (fitness, training tokens and starts)."""
     ends = np.append(starts[1:], len(tokens))
     last = min(int(np.searchsorted(ends, fitness_tokens)), len(ends) - 1)
-    end = int(ends[last])
-    return tokens[:end], tokens[end:], starts[last + 1:] - end
+    return tokens[:ends[last]], tokens[ends[last]:], starts[last + 1:] - ends[last]
 
 
 def fingerprint(splits):
@@ -93,13 +91,12 @@ def load(config):
         fail(f"the files in data_dir='{config.data_dir}' are not what data.prepare wrote, their SHA-256 is "
              "another: delete them and run python -m data.prepare again")
     for split, (tokens, _) in splits.items():               # whole, but are they this config's?
-        path, bos = file_path(config, f"_{split}.pt"), tokens[0]
+        path, bos, n = file_path(config, f"_{split}.pt"), tokens[0], len(tokens)
         if bos != config.vocab_size - 1 or tokens.max() > bos:
             fail(f"'{path}' was not written with tokenizer={config.tokenizer} (its separator is {bos}): set "
                  "the tokenizer or another data_dir")
-        if len(tokens) != getattr(config, f"{split}_tokens"):
-            fail(f"'{path}' holds {len(tokens)} tokens: set {split}_tokens={len(tokens)}, or prepare another "
-                 "data_dir")
+        if n != getattr(config, f"{split}_tokens"):
+            fail(f"'{path}' holds {n} tokens: set {split}_tokens={n}, or prepare another data_dir")
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
     T, sizes = config.sequence_len, file_path(config, "_bytes.safetensors")     # the public script has none
     token_bytes = (read_tensors(sizes, "bytes of the tokens")[0]["token_bytes"].numpy() if sizes.exists() else
@@ -120,10 +117,9 @@ DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
 
 class Batches:
     """
-    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch
-    reorders the documents (from the last epoch's order), concatenates them, cuts sequences, permutes these
-    and drops the last ones, down to a multiple. `position`, the sequences taken so far, is the whole state,
-    and may be set.
+    The training sequences of one trajectory, epoch after epoch without end. Each epoch reorders the documents
+    (from the last epoch's order), concatenates them, cuts sequences, permutes these and drops the last ones,
+    down to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
     def __init__(self, data, sequence_len, seed):
@@ -136,7 +132,7 @@ class Batches:
         return torch.randperm(n, generator=generator).numpy()
 
     def build(self, epoch):
-        """The (per_epoch, T + 1) sequences of an epoch, from 1, in the order in which steps take them."""
+        """The (per_epoch, T + 1) sequences of an epoch, which counts from 1, in order."""
         order = np.arange(len(self.documents))
         for e in range(1, epoch + 1):
             order = order[self.permutation(e, len(order), DOCUMENTS)]

@@ -134,17 +134,16 @@ def tokenize(config, documents):
     encode, c, splits = get_tokenizer(config.tokenizer)[0], config, {}
     stream = (np.array([c.vocab_size - 1, *encode(document)], np.uint16) for document in documents)
     for split, budget in (("val", c.val_tokens), ("train", c.train_tokens)):
-        parts, starts, n = [np.zeros(0, np.uint16)], [], 0
+        parts, starts, n = [], [], 0
         while n < budget and (ids := next(stream, None)) is not None:
             starts.append(n)
             parts.append(ids[:budget - n])
             n += len(parts[-1])
+        if n < budget:
+            fail(f"data={c.data} is too short: {split}_tokens={budget}, and there are {n} in {len(starts)} "
+                 "documents: lower val_tokens and train_tokens, add text, or give shorter documents (each "
+                 "split drops the rest of its last one)")
         splits[split] = np.concatenate(parts), np.array(starts, np.int64)
-    have, count = (sum(len(arrays[i]) for arrays in splits.values()) for i in (0, 1))
-    if have < c.val_tokens + c.train_tokens:
-        fail(f"data={c.data} is too short: its {count} documents give {have} tokens, of val_tokens="
-             f"{c.val_tokens} + train_tokens={c.train_tokens} = {c.val_tokens + c.train_tokens}: lower them, "
-             "add text, or give shorter documents (each split drops the rest of its last one)")
     sequences_per_epoch(c, len(split_fitness(*splits["train"], c.fitness_tokens)[1]))       # its check
     return splits
 

@@ -314,9 +314,9 @@ def test_scores_are_in_order_complete_and_unpadded():
     (b" \n\t\n", {}, ["empty"]),
     (b"a\0b", {}, ["binary"]),
     (b"\xff\xfe\xfa", {}, ["UTF-8"]),
-    (b"too short\n", {}, ["too short", "4800", "10"]),
+    (b"too short\n", {}, ["too short", "val_tokens=1800", "are 10 in 1 documents"]),
     (b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100), ["train_tokens", "epoch_multiple"]),
-    (b"x" * 9000, {}, ["1 documents", "shorter"]),                              # all of it is the validation set's
+    (b"x" * 9000, {}, ["0 documents", "shorter"]),                              # all of it is the validation set's
     (b"x" * 9000 + b"\n" + b"y" * 9000, {}, ["fitness set", "shorter"]),        # and here the fitness set's
 ])
 def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, tmp_path, micro, capsys):
