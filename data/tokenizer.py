@@ -1,10 +1,13 @@
 """Text <-> token ids. The separator that starts every document is the last id of each tokenizer."""
+import re
+
 import numpy as np
 
 from infra.config import VOCAB_SIZE
 from infra.console import fail
 
 RANKS_NAME = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"         # of r50k_base.tiktoken in tiktoken's cache
+BLANKS = 900_000            # in a row: near a million tiktoken panics, with a traceback of its own
 
 
 def get_tokenizer(name):
@@ -21,7 +24,13 @@ def get_tokenizer(name):
         fail(f"tokenizer=gpt2: its ranks cannot be downloaded ({type(e).__name__}): connect once, or set "
              f"TIKTOKEN_CACHE_DIR to a folder with a copy of r50k_base.tiktoken, named {RANKS_NAME}")
 
+    def encode(text):
+        if len(text) > BLANKS and re.search(rf"(?<!\s)\s{{{BLANKS}}}", text):
+            fail(f"tokenizer=gpt2: a document with {BLANKS:,} blanks in a row, which tiktoken cannot encode, "
+                 f"begins with {text.strip()[:40]!r}: shorten them")
+        return encoding.encode_ordinary(text)
+
     def decode(ids):
         return encoding.decode([i for i in ids if i != bos])
     sizes = [len(encoding.decode_single_token_bytes(i)) for i in range(bos)]
-    return encoding.encode_ordinary, decode, np.array(sizes + [0], np.uint8)
+    return encode, decode, np.array(sizes + [0], np.uint8)

@@ -241,7 +241,7 @@ def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):
     assert (tmp_path / "again" / "text_train.pt").read_bytes() == (tmp_path / "data" / "text_train.pt").read_bytes()
 
 
-def test_the_gpt2_tokenizer(monkeypatch):
+def test_the_gpt2_tokenizer(monkeypatch, capsys):
     import tiktoken
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
     small = tiktoken.Encoding("r50k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
@@ -251,6 +251,10 @@ def test_the_gpt2_tokenizer(monkeypatch):
     assert decode([258, *encode("the thing")]) == "the thing"
     assert encode("the <|endoftext|>")[:2] == [257, 32] and 258 not in encode("<|endoftext|>")
     assert sizes.tolist() == [1] * 256 + [2, 3, 0]
+    assert len(encode(" " * 800_000 + "x")) == 800_001
+    with pytest.raises(SystemExit):                             # tiktoken's panic is no Exception
+        encode("log " + " " * 1_100_000 + "x")
+    assert "'log" in error_line(capsys.readouterr().err)
 
 
 def test_a_download_out_of_reach_is_one_line(monkeypatch, capsys):

@@ -274,6 +274,7 @@ def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
     (folder / "elsewhere").mkdir()
     write_json(folder / "elsewhere" / "prior.json", {**other, "text": {**other["text"], "val_tokens": 7}})
     assert "val_tokens" in refused(lambda: plot.main([*argv, "--beside=elsewhere"]), capsys)
+    other["text"]["data"] = "na\udcefve $x^{$.txt"             # a name in Latin-1, with dollars
     for a in [a for a in other["answers"] if a["rule"] == "learned"]:       # a rule that the picture has never heard of
         other["answers"].append({**a, "rule": "newest", "val_error": None})
     write_json(path, other)

@@ -103,7 +103,8 @@ def draw(priors, path, beside):
     or of its repeats with other seeds (bars: their standard deviation). priors: contents of prior.json; beside: label ->
     those of other runs to compare with.
     """
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                                "text.parse_math": False})              # a file's name may have dollars
     figure = Figure(figsize=(11, 8), layout="constrained")              # no pyplot: no window, no backend
     (a, b), (c, d) = figure.subplots(2, 2)
     best, mixed = (np.mean([losses[-1] for losses in pick(priors, rule, "val_loss")]) for rule in ("best", "learned"))
@@ -119,7 +120,8 @@ def draw(priors, path, beside):
     bars = (f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else
             "bars, first panel: standard error of the difference to the best member, over validation documents")
     text = priors[0]["text"]
-    figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, "
+    name = Path(text.get("data", "FineWeb")).name.encode(errors="replace").decode()     # in UTF-8, perhaps not
+    figure.supxlabel(f"{bars}. Text: {name}, "
                      f"SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
