@@ -3,7 +3,8 @@
 #   ./run.sh [CONFIG] [--name=value ...]    (default configs/tiny.py; relative paths are the caller's)
 #   ./run.sh test                           the same environment, then the tests
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+case "$root" in *:*) echo "error: '$root': PYTHONPATH cannot name a folder with a colon: move the clone" >&2; exit 2 ;; esac
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours from any folder, the caller's never
 
 config="$root/configs/tiny.py"
@@ -37,7 +38,9 @@ if [ "$processes" -gt 1 ]; then
     # torchrun passes these on, and waits so long for a checkpoint; SIGHUP is left to nohup
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
     export TORCHELASTIC_SIGNALS_TO_HANDLE="${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGQUIT,SIGUSR1}"
-    launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$processes")
+    # one machine talks to itself, by no name that must be resolved (gloo, on a Mac: untried)
+    [ "$(uname)" != Darwin ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo0}"
+    launch=("$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node="$processes")
 fi
 "$python" -m data.prepare "$@"
 for script in train distill prior; do "${launch[@]}" "$root/$script.py" "$@"; done

@@ -3,7 +3,6 @@ Token files -> batches in the recipe's order, and the one loop over held-out seq
 T + 1 tokens; inputs are [:, :-1], targets [:, 1:]. Attention crosses document boundaries.
 """
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,24 +21,18 @@ def file_path(config, ending):
 
 
 def read_tokens(config, split):
-    """(tokens uint16, doc_starts int64), checked, of one split's file."""
-    path, wanted = file_path(config, f"_{split}.pt"), getattr(config, f"{split}_tokens")
+    """(tokens uint16, doc_starts int64) of one split's file."""
+    path = file_path(config, f"_{split}.pt")
     if not path.exists():
         fail(f"no data at '{path}': run python -m data.prepare on this config first")
     try:
         file = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        tokens, starts, bos = file["tokens"].numpy(), file["doc_starts"].numpy(), int(file["bos_id"])
+        tokens, starts = file["tokens"].numpy(), file["doc_starts"].numpy()
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or starts[0] != 0 or (np.diff(starts) <= 0).any():
             raise ValueError("its arrays are of another kind")
     except Exception as e:          # torch.load raises nearly anything on damaged bytes
         fail(f"'{path}' is not a readable token file ({type(e).__name__}): delete it, and its .json, and run "
              "python -m data.prepare again")
-    if bos != config.vocab_size - 1 or tokens.max(initial=0) > bos:
-        fail(f"'{path}' was not written with tokenizer={config.tokenizer} (its separator is {bos}): set the "
-             "tokenizer or another data_dir")
-    if len(tokens) != wanted:
-        fail(f"{split}_tokens={wanted}: '{path}' holds {len(tokens)}; set {split}_tokens={len(tokens)} or "
-             "prepare another data_dir")
     return tokens, starts
 
 
@@ -56,23 +49,18 @@ def documents_of(sequences, doc_starts):
 
 
 def sequences_per_epoch(config, tokens):
-    """
-    Of so many training tokens: as many as can be cut, down to a multiple. Exits with code 2 where there are
-    none.
-    """
+    """Of so many training tokens: what can be cut, down to a multiple. Exits with code 2 where that is 0."""
     n = tokens // (config.sequence_len + 1) // config.epoch_multiple * config.epoch_multiple
-    return n or fail(f"train_tokens={config.train_tokens}: the fitness set, whole documents until at least "
-                     f"fitness_tokens={config.fitness_tokens}, leaves {tokens}; an epoch wants "
-                     f"epoch_multiple={config.epoch_multiple} sequences of {config.sequence_len + 1}: raise "
-                     "train_tokens, or give shorter documents")
+    return n or fail(f"train_tokens={config.train_tokens}: the fitness set, of whole documents, leaves "
+                     f"{tokens}; an epoch wants epoch_multiple={config.epoch_multiple} sequences of "
+                     f"{config.sequence_len + 1}: raise train_tokens, or give shorter documents")
 
 
 def split_fitness(tokens, starts, fitness_tokens):
     """Whole documents from the front until at least fitness_tokens: (fitness, training tokens and starts)."""
     ends = np.append(starts[1:], len(tokens))
     last = min(int(np.searchsorted(ends, fitness_tokens)), len(ends) - 1)
-    end = int(ends[last])
-    return tokens[:end], tokens[end:], starts[last + 1:] - end
+    return tokens[:ends[last]], tokens[ends[last]:], starts[last + 1:] - ends[last]
 
 
 def fingerprint(splits):
@@ -102,18 +90,20 @@ def load(config):
     if read_about(config).get("fingerprint", found) != found:
         fail(f"the files in data_dir='{config.data_dir}' are not what data.prepare wrote, their SHA-256 is "
              "another: delete them and run python -m data.prepare again")
+    for split, (tokens, _) in splits.items():               # whole, but are they this config's?
+        path, bos, n = file_path(config, f"_{split}.pt"), tokens[0], len(tokens)
+        if bos != config.vocab_size - 1 or tokens.max() > bos:
+            fail(f"'{path}' was not written with tokenizer={config.tokenizer} (its separator is {bos}): set "
+                 "the tokenizer or another data_dir")
+        if n != getattr(config, f"{split}_tokens"):
+            fail(f"'{path}' holds {n} tokens: set {split}_tokens={n}, or prepare another data_dir")
     fitness, train, starts = split_fitness(*splits["train"], config.fitness_tokens)
-    T = config.sequence_len
+    T, sizes = config.sequence_len, file_path(config, "_bytes.safetensors")     # the public script has none
+    token_bytes = (read_tensors(sizes, "bytes of the tokens")[0]["token_bytes"].numpy() if sizes.exists() else
+                   get_tokenizer(config.tokenizer)[2])
     fit, val = cut(fitness, T)[:config.fitness_tokens // (T + 1)], cut(splits["val"][0], T)
-    return Data(train, starts, fit, val, documents_of(val, splits["val"][1]), read_token_bytes(config),
+    return Data(train, starts, fit, val, documents_of(val, splits["val"][1]), token_bytes,
                 sequences_per_epoch(config, len(train)), found)
-
-
-def read_token_bytes(config):
-    path = file_path(config, "_bytes.safetensors")
-    if not path.exists():
-        return get_tokenizer(config.tokenizer)[2]       # files of the public script come without
-    return read_tensors(path, "bytes of the tokens")[0]["token_bytes"].numpy()
 
 
 def read_about(config):
@@ -127,35 +117,27 @@ DOCUMENTS, SEQUENCES = 1000, 2000       # in the seeds of the two permutations
 
 class Batches:
     """
-    The training sequences of one trajectory, in the recipe's order, epoch after epoch without end. Each epoch
-    reorders the documents (from the last epoch's order), concatenates them, cuts sequences, permutes these
-    and drops the last ones, down to a multiple. `position`, the sequences taken so far, is the whole state,
-    and may be set.
+    The training sequences of one trajectory, epoch after epoch without end. Each epoch reorders the documents
+    (from the last epoch's order), concatenates them, cuts sequences, permutes these and drops the last ones,
+    down to a multiple. `position`, the sequences taken so far, is the whole state, and may be set.
     """
 
     def __init__(self, data, sequence_len, seed):
         self.documents, self.per_epoch = np.split(data.train, data.doc_starts[1:]), data.sequences_per_epoch
         self.sequence_len, self.seed = sequence_len, seed
         self.position, self.epoch = 0, 0
-        self.pool, self.next_epoch = ThreadPoolExecutor(1), None
 
     def permutation(self, epoch, n, salt):
         generator = torch.Generator().manual_seed(self.seed * 1009 + epoch + salt)
         return torch.randperm(n, generator=generator).numpy()
 
     def build(self, epoch):
-        """The (per_epoch, T + 1) sequences of an epoch, from 1, in the order in which steps take them."""
+        """The (per_epoch, T + 1) sequences of an epoch, which counts from 1, in order."""
         order = np.arange(len(self.documents))
         for e in range(1, epoch + 1):
             order = order[self.permutation(e, len(order), DOCUMENTS)]
         sequences = cut(np.concatenate([self.documents[i] for i in order]), self.sequence_len)
         return sequences[self.permutation(epoch, len(sequences), SEQUENCES)[:self.per_epoch]]
-
-    def open_epoch(self, epoch):
-        """Take from this one, and begin to build the next: no step waits at an epoch's end."""
-        follows = self.next_epoch is not None and epoch == self.epoch + 1
-        self.sequences = self.next_epoch.result() if follows else self.build(epoch)
-        self.epoch, self.next_epoch = epoch, self.pool.submit(self.build, epoch + 1)
 
     def take(self, n):
         """The next n sequences, (n, T + 1) int64. They may straddle two epochs."""
@@ -163,7 +145,7 @@ class Batches:
         while n > 0:
             epoch, offset = divmod(self.position, self.per_epoch)
             if self.epoch != epoch + 1:
-                self.open_epoch(epoch + 1)
+                self.epoch, self.sequences = epoch + 1, self.build(epoch + 1)
             rows.append(self.sequences[offset:offset + n])
             self.position += len(rows[-1])
             n -= len(rows[-1])

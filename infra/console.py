@@ -113,10 +113,11 @@ def next_command(name, argv):
     """
     words, argv = [sys.executable], sys.argv[1:] if argv is None else argv
     if name.startswith("-m"):
-        return f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.join([*words, *name.split(), *argv])}"
+        return f"PYTHONPATH={shlex.quote(os.path.relpath(ROOT))} {shlex.join([*words, *name.split(), *argv])}"
     nodes, local = (os.environ.get(f"{of}_WORLD_SIZE", "1") for of in ("GROUP", "LOCAL"))
     if nodes != "1" or local != "1":
-        words += ["-m", "torch.distributed.run", "--standalone" if nodes == "1" else f"--nnodes={nodes}",
+        alone = ["--local-addr=127.0.0.1", "--standalone"]      # a host's own name may not resolve
+        words += ["-m", "torch.distributed.run", *(alone if nodes == "1" else [f"--nnodes={nodes}"]),
                   f"--nproc_per_node={local}"]
     command = shlex.join([*words, os.path.relpath(ROOT / name), *argv])
     return command if nodes == "1" else f"{command}    # on every node, with the same --rdzv flags"

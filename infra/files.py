@@ -53,11 +53,14 @@ def clean_up(folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def lock(path, text):
-    """The open file, with this text in it, locked until it is closed or the process ends, however."""
+def lock(path, text, wait=False):
+    """
+    The open file, with this text in it, locked until it is closed or the process ends, however. Where another
+    process has it: wait for that, or exit with code 2.
+    """
     file = open(path, "a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         fail(f"another process writes to '{path.parent}': wait for it or stop it, or name another --run_dir")
     except OSError:

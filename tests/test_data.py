@@ -1,7 +1,12 @@
 """Preparation and loader against the rules written out again: plain loops, and what the file format promises."""
+import hashlib
 import json
 import math
 import re
+import resource
+import shutil
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -9,7 +14,9 @@ import pytest
 import torch
 
 from infra.config import from_args
+from infra.files import lock
 from data import loader, prepare, tokenizer
+from tests.conftest import ROOT, error_line
 
 
 def separate(tokens, starts):
@@ -37,7 +44,7 @@ def test_no_paragraph_of_the_manual_stands_in_two_splits(micro):
 
 
 def test_no_paragraph_of_the_manual_stands_in_two_documents():
-    texts = prepare.source_documents(prepare.MANUAL)
+    texts = prepare.source_documents([prepare.Path(prepare.MANUAL)])
     documents = [" ".join(d.split()) for d in texts]
     everything = "\n".join(documents)
     paragraphs = [" ".join(p.split()) for d in texts for p in d.split("\n\n")]
@@ -59,7 +66,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_counts(micro, tmp_path, 
     monkeypatch.setattr(prepare.os, "replace", replace)
     prepare.main(micro())
     assert {p.name for p in (tmp_path / "data").iterdir()} == {
-        "manual_val.pt", "manual_train.pt", "manual_bytes.safetensors", "manual.json"}
+        "manual_val.pt", "manual_train.pt", "manual_bytes.safetensors", "manual.json", ".lock"}
     whole = (tmp_path / "data" / "manual_train.pt").read_bytes()
     (tmp_path / "data" / "manual_train.pt").unlink()            # what is lost is written again
     prepare.main(micro())
@@ -119,18 +126,104 @@ def test_documents_of_local_files(tmp_path, capsys):
     assert documents("crlf.txt", "one\r\n\r\ntwo") == ["one", "two"]
     assert documents("cr.txt", "one\r\rtwo") == ["one", "two"]
     assert documents("rows.jsonl", '{"text": "a\\nb", "id": 1}\n\n{"text": "c"}\n') == ["a\nb", "c"]
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "deep.txt").write_text("four")
-    assert prepare.source_documents(f"{tmp_path},{tmp_path / 'lines.txt'}").count("one") == 3       # each file once
-    (tmp_path / "sub" / "blob").write_text("six")
-    (tmp_path / "sub" / "link.txt").symlink_to("blob")                          # its own name says what it is
-    assert "six" in prepare.source_documents(str(tmp_path))
-    (tmp_path / "sub" / "blob").unlink()
-    (tmp_path / "sub" / "link.txt").unlink()
-    (tmp_path / "sub" / "notes.md").write_text("five")
-    capsys.readouterr()
-    found = prepare.source_documents(str(tmp_path))
-    assert "four" in found and "five" not in found and "1 files left out, of other kinds (.md)" in capsys.readouterr().out
+    assert documents("gaps.jsonl", '{"text": null}\n{"text": " "}\n{"text": "a"}\n') == ["a"]       # null as in .parquet
+
+
+def test_which_files_of_a_folder_are_read(tmp_path, micro, capsys):
+    """Each real file once, through links to files and folders, too; all else is counted and said."""
+    for name, content in {"a/LOUD.TXT": "loud", "a/empty.txt": "\n", "a/notes.md": "md", "a/README": "readme", "a/.hidden.txt": "hidden",
+                          "a/.git/git.txt": "git", "elsewhere/deep/far.txt": "far", "elsewhere/near.txt": "near", "blob": "blob"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    for link, target in {"a/corpus": "../elsewhere", "a/again.txt": "LOUD.TXT", "a/named.txt": "../blob", "elsewhere/loop": "../a"}.items():
+        (tmp_path / link).symlink_to(target)
+    with pytest.raises(SystemExit):                                 # too short, but read
+        prepare.main(micro(data=f" {tmp_path / 'a'} , {tmp_path / 'elsewhere'},"))
+    out, err = capsys.readouterr()
+    assert "left out 2 hidden, 1 without an ending, 1 .md" in out and "empty.txt' is empty" in out, out
+    text = "\0".join(["loud", "far", "near", "blob"])               # in the order of their paths
+    assert "4 documents" in out and hashlib.sha256(text.encode()).hexdigest() in out and "too short" in err
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, micro, monkeypatch, capsys):
+    (tmp_path / "a" / "closed").mkdir(parents=True)
+    (tmp_path / "a" / "x.txt").write_text("x")
+    iterdir = prepare.Path.iterdir
+    def closed(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+    monkeypatch.setattr(prepare.Path, "iterdir", closed)
+    with pytest.raises(SystemExit):
+        prepare.main(micro(data=tmp_path / "a"))
+    assert "closed': Permission denied" in error_line(capsys.readouterr().err)
+
+
+def test_a_clone_whose_path_has_a_comma(tmp_path, micro, monkeypatch):
+    (tmp_path / "q0, a copy").mkdir()
+    monkeypatch.setattr(prepare, "MANUAL", shutil.copy(prepare.MANUAL, tmp_path / "q0, a copy"))
+    prepare.main(micro())
+
+
+def test_two_preparations_at_once(tmp_path, micro, monkeypatch, capsys):
+    """Of two on one data_dir the first that is whole stays; the other one takes it, or is told that it is another's."""
+    tokenize, write = prepare.tokenize, prepare.write
+    def other_is_faster(config, documents):
+        monkeypatch.setattr(prepare, "tokenize", tokenize)
+        prepare.main(micro())
+        whole.update({p: p.read_bytes() for p in (tmp_path / "data").iterdir()})
+        return tokenize(config, documents)
+    def alone(*args):
+        with pytest.raises(BlockingIOError):
+            lock(tmp_path / "data" / ".lock", "")
+        written.append(args)
+        write(*args)
+    whole, written = {}, []
+    monkeypatch.setattr(prepare, "write", alone)
+    for argv, refused in ((micro(), False), (micro(train_tokens=2500), True)):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        whole.clear(), written.clear()
+        monkeypatch.setattr(prepare, "tokenize", other_is_faster)
+        try:
+            prepare.main(argv)
+        except SystemExit as stop:
+            assert refused and stop.code == 2 and "train_tokens is 3000 there and 2500 here" in error_line(capsys.readouterr().err)
+        assert len(written) == 1 and whole == {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
+
+
+def test_tokens_stand_where_their_text_is_gone(tmp_path, micro, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of the text" for i in range(400)))
+    prepare.main(micro(data=text))
+    text.unlink()
+    prepare.main(micro(data=text))
+    assert "text.txt' is gone" in capsys.readouterr().out
+    for argv, words in ((micro(data=tmp_path / "typo.txt"), "typo.txt"), (micro(data=text, val_tokens=900), "val_tokens is 1800 there")):
+        with pytest.raises(SystemExit):
+            prepare.main(argv)
+        assert words in error_line(capsys.readouterr().err)
+
+
+def test_damaged_tokens_are_not_advised(tmp_path, micro, capsys):
+    """Twice as long, by whatever wrote them: no line says to train on so many, nor on another tokenizer's."""
+    prepare.main(micro())
+    path = tmp_path / "data" / "manual_train.pt"
+    file = torch.load(path)
+    for tokens in (file["tokens"].repeat(2), torch.full((3000,), 300, dtype=torch.uint16)):
+        torch.save({**file, "tokens": tokens}, path)
+        with pytest.raises(SystemExit):
+            prepare.main(micro())
+        assert "not what data.prepare wrote" in error_line(capsys.readouterr().err)
+
+
+def test_a_disk_that_is_full(tmp_path, micro):
+    """A real one, as far as a process's limit goes: one line, what was there stays, and the same command goes on."""
+    command = [sys.executable, "-m", "data.prepare", *micro()]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)),
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "could not be written" in error_line(done.stderr), done.stderr
+    assert [p.name for p in sorted((tmp_path / "data").iterdir())] == [".lock", "manual.json"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):
@@ -141,14 +234,14 @@ def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):
     config = from_args(argv, "")[0]
     val, train = (separate(*loader.read_tokens(config, split)) for split in ("val", "train"))
     assert all(d in texts for d in [*val[:-1], *train[:-1]]) and any(d.startswith(val[-1]) for d in texts)
-    assert not set(val[:-1]) & set(train[:-1]) and len(val) > 5 and "repeat another" not in capsys.readouterr().out
+    assert not set(val[:-1]) & set(train[:-1]) and len(val) > 5 and "which 0 repeat another" in capsys.readouterr().out
     assert val[:-1] != texts[:len(val) - 1]                     # shuffled
     again = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000, data_dir=tmp_path / "again")
     prepare.main(again)                                         # by a fixed seed
     assert (tmp_path / "again" / "text_train.pt").read_bytes() == (tmp_path / "data" / "text_train.pt").read_bytes()
 
 
-def test_the_gpt2_tokenizer(monkeypatch):
+def test_the_gpt2_tokenizer(monkeypatch, capsys):
     import tiktoken
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
     small = tiktoken.Encoding("r50k_base", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
@@ -158,6 +251,10 @@ def test_the_gpt2_tokenizer(monkeypatch):
     assert decode([258, *encode("the thing")]) == "the thing"
     assert encode("the <|endoftext|>")[:2] == [257, 32] and 258 not in encode("<|endoftext|>")
     assert sizes.tolist() == [1] * 256 + [2, 3, 0]
+    assert len(encode(" " * 800_000 + "x")) == 800_001
+    with pytest.raises(SystemExit):                             # tiktoken's panic is no Exception
+        encode("log " + " " * 1_100_000 + "x")
+    assert "'log" in error_line(capsys.readouterr().err)
 
 
 def test_a_download_out_of_reach_is_one_line(monkeypatch, capsys):
@@ -216,14 +313,14 @@ def test_scores_are_in_order_complete_and_unpadded():
 
 
 @pytest.mark.parametrize("content, overrides, names", [
-    (None, dict(data="nowhere.txt"), ["nowhere.txt", "does not exist"]),
+    (None, dict(data="nowhere.txt"), ["nowhere.txt", "No such file"]),
     (b"", {}, ["empty"]),
     (b" \n\t\n", {}, ["empty"]),
     (b"a\0b", {}, ["binary"]),
     (b"\xff\xfe\xfa", {}, ["UTF-8"]),
-    (b"too short\n", {}, ["too short", "4800", "10"]),
+    (b"too short\n", {}, ["too short", "val_tokens=1800", "are 10 in 1 documents"]),
     (b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100), ["train_tokens", "epoch_multiple"]),
-    (b"x" * 9000, {}, ["1 documents", "shorter"]),                              # all of it is the validation set's
+    (b"x" * 9000, {}, ["0 documents", "shorter"]),                              # all of it is the validation set's
     (b"x" * 9000 + b"\n" + b"y" * 9000, {}, ["fitness set", "shorter"]),        # and here the fitness set's
 ])
 def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, tmp_path, micro, capsys):
@@ -239,9 +336,11 @@ def test_bad_text_is_refused_and_nothing_is_written(content, overrides, names, t
 
 def test_bad_rows_folders_and_files_are_refused(tmp_path, micro, capsys):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n\n{"text": \n')
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800"}\n')
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("a,b")
-    for data, names in (("rows.jsonl", ["line 2", "text"]), ("empty", ["empty"]), ("table.csv", [".txt"])):
+    for data, names in (("rows.jsonl", ["row 2", "text"]), ("torn.jsonl", ["line 3"]), ("half.jsonl", ["surrogate"]), ("empty", ["empty"]), ("table.csv", [".txt"])):
         with pytest.raises(SystemExit) as stop:
             prepare.main(micro(data=tmp_path / data))
         err = capsys.readouterr().err

@@ -5,6 +5,7 @@ changed).
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from model import GPT
 from infra.files import read_json, to_json, write_json, write_tensors
 from infra.run_directory import RunDirectory
 from tests.conftest import ROOT, error_line, read
-from tools import generate, import_slowrun, plot
+from tools import generate, import_slowrun, plan, plot
 
 # this python is the active one
 ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -56,7 +57,7 @@ def finished(tmp_path_factory):
 def test_run_sh_goes_all_the_way(finished):
     folder, argv, done = finished
     assert {p.name for p in (folder / "text").iterdir()} == {
-        "manual_train.pt", "manual_val.pt", "manual_bytes.safetensors", "manual.json"}
+        "manual_train.pt", "manual_val.pt", "manual_bytes.safetensors", "manual.json", ".lock"}
     assert {"config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01",
             ".lock"} == {p.name for p in (folder / "out").iterdir()}
     best, mixture, where = done.stdout.splitlines()[-3:]
@@ -273,11 +274,62 @@ def test_a_person_sees_the_picture_beside_others(finished, monkeypatch, capsys):
     (folder / "elsewhere").mkdir()
     write_json(folder / "elsewhere" / "prior.json", {**other, "text": {**other["text"], "val_tokens": 7}})
     assert "val_tokens" in refused(lambda: plot.main([*argv, "--beside=elsewhere"]), capsys)
+    other["text"]["data"] = "na\udcefve $x^{$.txt"             # a name in Latin-1, with dollars
     for a in [a for a in other["answers"] if a["rule"] == "learned"]:       # a rule that the picture has never heard of
         other["answers"].append({**a, "rule": "newest", "val_error": None})
     write_json(path, other)
     plot.main(argv)
     path.write_text(kept)
+
+
+def test_the_picture_needs_no_backend_of_anyones(finished):
+    folder, argv, _ = finished
+    (folder / "out" / "prior.png").unlink()
+    done = run(sys.executable, "-m", "tools.plot", *argv, cwd=folder, PYTHONPATH=str(ROOT), PYTHONSAFEPATH="1", MPLBACKEND="a notebook's")
+    assert done.returncode == 0 and (folder / "out" / "prior.png").exists(), done.stderr
+
+
+def test_what_torchrun_left_in_the_environment_is_not_for_tools(finished, monkeypatch, capsys):
+    """They are one process each: they wait for no other, and print whatever rank they are said to be."""
+    folder, argv, _ = finished
+    monkeypatch.chdir(folder)
+    for name, value in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delattr(torch.distributed, "init_process_group")
+    for main, words in ((prepare.main, "holds it already"), (generate.main, "best member"), (plot.main, "prior.png"),
+                        (plan.main, "parameters")):
+        main(argv)
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-rnu", "ip", "link", "set", "lo", "up"], capture_output=True).returncode != 0
+                    if shutil.which("unshare") and shutil.which("ip") else True, reason="wants namespaces of its own")
+def test_a_host_whose_name_nothing_resolves(finished, tmp_path):
+    """Containers, laptops off line: two ranks meet all the same."""
+    folder, argv, _ = finished
+    command = shlex.join(map(str, [ROOT / "run.sh", *argv, f"--run_dir={tmp_path / 'out'}", "--distill_from=1", "--cycles=1"]))
+    offline = f"hostname nowhere; ip link set lo up; exec timeout 100 {command}"
+    done = run("unshare", "-rnu", "bash", "-c", offline, cwd=folder)
+    assert done.returncode == 0 and "at a time: 2" in done.stdout, done.stderr[-2000:]
+
+
+def test_a_checkout_for_windows_runs(tmp_path):
+    for name in ("run.sh", ".gitattributes"):
+        shutil.copy(ROOT / name, tmp_path)
+    for command in (["init", "-q"], ["add", "."], ["-c", "core.autocrlf=true", "checkout-index", "-a", "--prefix=out/"]):
+        assert run("git", *command, cwd=tmp_path).returncode == 0
+    assert "CONFIG" in run(tmp_path / "out" / "run.sh", "--help").stdout
+
+
+def test_wherever_the_clone_lies(tmp_path):
+    for name in ("a:b", "a b \u00fc'"):
+        shutil.copytree(ROOT, tmp_path / name, ignore=shutil.ignore_patterns(".*", "runs", "*.pt", "__pycache__"))
+    done = run(tmp_path / "a:b" / "run.sh")
+    assert done.returncode == 2 and "a:b" in error_line(done.stderr) and "colon" in done.stderr
+    (tmp_path / "link.sh").symlink_to(tmp_path / name / "run.sh")
+    for command, environment in ((f"{name}/run.sh", dict(CDPATH=".")), (tmp_path / "link.sh", {})):
+        done = run("bash", command, "--seed=none", cwd=tmp_path, **environment)
+        assert done.returncode == 2 and "seed='none'" in error_line(done.stderr), done.stderr
 
 
 # ------------------------------------------------------------------------------------------- bad input

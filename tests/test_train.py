@@ -531,7 +531,7 @@ def test_a_world_of_one_needs_no_launcher(micro):
 
 
 def test_the_next_command_starts_the_same_ranks(monkeypatch):
-    for ranks, local, nodes, words in ((1, 1, 1, "python"), (8, 8, 1, "--standalone --nproc_per_node=8"),
+    for ranks, local, nodes, words in ((1, 1, 1, "python"), (8, 8, 1, "--local-addr=127.0.0.1 --standalone --nproc_per_node=8"),
                                        (40, 8, 5, "--nnodes=5 --nproc_per_node=8")):
         for name, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", local), ("GROUP_WORLD_SIZE", nodes)):
             monkeypatch.setenv(name, str(value))

@@ -12,8 +12,8 @@ import torch
 from data import loader
 from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
-from infra.console import fail, print0, script
-from infra.distributed import join
+from infra.console import fail, script
+from infra.distributed import pick_device
 from infra.run_directory import RunDirectory, load_prior, prior_answer
 from prior import load_member, model_to_score
 
@@ -88,13 +88,13 @@ def main(argv=None):
     run = RunDirectory(config, loader.load(config).fingerprint)
     picked = choose(options, load_prior(config.run_dir), run)
     encode, decode, _ = get_tokenizer(config.tokenizer)
-    bos, device = config.vocab_size - 1, join(config).device
+    bos, device = config.vocab_size - 1, pick_device(config, 0)     # one process, whatever torchrun left in the environment
     for label, members, weights in picked:
         models = [model_to_score(config).to_device(device).eval() for _ in members]
         for model, member in zip(models, members):
             load_member(model, run, *member)
         text = decode(sample(models, weights, [bos, *encode(options.prompt)], options, stop=bos))
-        print0(f"{label}: {(options.prompt + text)!r}")
+        print(f"{label}: {(options.prompt + text)!r}")
 
 
 if __name__ == "__main__":

@@ -5,16 +5,16 @@ after each cycle, the weights, and loss against training epochs, beside the fini
 student, where prior.py --student has weighed one.
 """
 import itertools
+import os
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
+os.environ.pop("MPLBACKEND", None)          # a notebook's perhaps, which matplotlib would look for
+import matplotlib           # noqa: E402
+import numpy as np          # noqa: E402
+from matplotlib.figure import Figure        # noqa: E402
 
 from infra.config import from_args, student_of
-from infra.console import fail, print0, script
+from infra.console import fail, script
 from infra.files import write_whole
 from infra.run_directory import load_prior
 
@@ -103,8 +103,10 @@ def draw(priors, path, beside):
     or of its repeats with other seeds (bars: their standard deviation). priors: contents of prior.json; beside: label ->
     those of other runs to compare with.
     """
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                                "text.parse_math": False})              # a file's name may have dollars
+    figure = Figure(figsize=(11, 8), layout="constrained")              # no pyplot: no window, no backend
+    (a, b), (c, d) = figure.subplots(2, 2)
     best, mixed = (np.mean([losses[-1] for losses in pick(priors, rule, "val_loss")]) for rule in ("best", "learned"))
     figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per token; "
                     f"the best one alone: {best:.3f}")
@@ -118,17 +120,17 @@ def draw(priors, path, beside):
     bars = (f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else
             "bars, first panel: standard error of the difference to the best member, over validation documents")
     text = priors[0]["text"]
-    figure.supxlabel(f"{bars}. Text: {Path(text.get('data', 'FineWeb')).name}, "
+    name = Path(text.get("data", "FineWeb")).name.encode(errors="replace").decode()     # in UTF-8, perhaps not
+    figure.supxlabel(f"{bars}. Text: {name}, "
                      f"SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
-    plt.close(figure)
 
 
 @script
 def main(argv=None):
     config, options = from_args(argv, __doc__, beside="")
     mine, beside = load_prior(config.run_dir), {}
-    folders = list(filter(None, options.beside.split(",")))
+    folders = list(filter(None, map(str.strip, options.beside.split(","))))
     short = len({Path(folder).name for folder in folders}) == len(folders)
     for folder in folders:
         other = load_prior(folder)
@@ -141,7 +143,7 @@ def main(argv=None):
         [last] = load_prior(student)["growing"]         # its own epochs come on top of its teachers'
         beside["its student"] = [{"growing": [{**last, "epochs": last["epochs"] + mine["growing"][-1]["epochs"]}]}]
     draw([mine], Path(config.run_dir) / "prior.png", beside)
-    print0(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
+    print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
 
 
 if __name__ == "__main__":
