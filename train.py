@@ -209,11 +209,15 @@ class Trajectory:
                    "what it would have been", self.ranks.is_main)
         model, average = ({name.removeprefix(kind): w for name, w in tensors.items() if name.startswith(kind)}
                           for kind in ("model.", "average."))
-        self.model.load_state_dict(model)
-        self.average = {name: w.to(self.model.device, copy=True) for name, w in average.items()}
         # fresh: every cycle has an optimizer of its own
         updates = sum(self.config.restart != "fresh" or step.cycle == done[-1].cycle for step in done)
-        self.optimizer.load_state_dict(tensors, updates)
+        try:
+            self.model.load_state_dict(model)
+            self.optimizer.load_state_dict(tensors, updates)
+        except (KeyError, RuntimeError, AssertionError):
+            fail(f"the checkpoint of trajectory {self.t} is of another model: restore it, or delete "
+                 f"'{self.run.folder(self.t)}' and train it again")
+        self.average = {name: w.to(self.model.device, copy=True) for name, w in average.items()}
         self.step, self.batches.position = len(done), sum(step.sequences for step in done)
 
     def check_finite(self, cycle, what, value):

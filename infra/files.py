@@ -75,10 +75,12 @@ def append_json(path, value):
     with open(path, "ab+", buffering=0) as f:
         torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n"
         line = (b"\n" if torn else b"") + json.dumps(value).encode() + b"\n"
-        with contextlib.suppress(OSError):
-            if f.write(line) == len(line):
-                return
-    raise OSError(errno.EIO, "could not be written", str(path))
+        try:
+            written = f.write(line)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, f.name) from e
+        if written < len(line):
+            raise OSError(errno.ENOSPC, "No space left on device", f.name)
 
 
 def sha256_of(value):

@@ -36,9 +36,7 @@ from infra.console import fail, script
 from infra.distributed import join, micro_batch_size
 from model import GPT, attend
 from optim import MuonAdamW
-from prior import fit_weights
-from tests.parity import adamw300
-from tools import plan
+from tools import bench_prior, plan
 import train
 
 OPTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0, members=480, tokens=131072)
@@ -338,36 +336,6 @@ def bench_memory(config, options):
                   f"{gib:.1f} GiB beyond weights, gradients and state")
 
 
-# ----------------------------------------------------------------------------------------------- the fit
-
-def log_probabilities(members, tokens):
-    """
-    (members, tokens) float32, of members that are alike:
-    each token has a common part and a smaller one of each member's own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(tokens, generator=generator) * 1.5 - 3
-    handicap = torch.linspace(0, 0.25, members)[torch.randperm(members, generator=generator)]
-    log_p = 0.6 * torch.randn(members, tokens, generator=generator)
-    return log_p.add_(base).sub_(handicap[:, None]).clamp_(max=-1e-3)
-
-
-def bench_prior(options):
-    """The exact fit beside the public script's 300 AdamW steps."""
-    log_p = log_probabilities(options.members, options.tokens)
-    ours, theirs = [], []
-    print(f"\nfit: {options.members} members x {options.tokens} tokens")
-    for _ in range(options.rounds):
-        seconds, (w, gap) = timed(lambda: fit_weights(log_p))
-        ours.append(seconds)
-        seconds, v = timed(lambda: adamw300(log_p.exp()))
-        theirs.append(seconds)
-    above = ((w @ log_p.double().exp()).log().mean() - (v @ log_p.double().exp()).log().mean()).item()
-    print(f"  exact fit: {spread(ours, 2)} s, gap {gap:.1e} nats, {(w > 0).sum()} members with weight")
-    print(f"  300 AdamW steps: {spread(theirs, 2)} s, {above:.1e} nats above it, "
-          f"{spread([b / a for a, b in zip(ours, theirs)], 1)} times ours")
-
-
 @script
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
@@ -394,7 +362,7 @@ def main(argv=None):
         elif name == "score":
             bench_score(config, options, peak)
         else:
-            bench_prior(options)
+            bench_prior.bench(options)
     if options.memory:
         bench_memory(config, options)
     ranks.leave()
