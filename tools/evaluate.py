@@ -14,6 +14,7 @@ Of its own: --tasks=arc_easy,piqa,sciq     any of the harness that are scored by
             --limit=N              the first N questions of every task; 0: all
 """
 import functools
+import itertools
 import math
 import os
 
@@ -140,32 +141,29 @@ def report(asked, answers):
     from tools import harness
     mixes = [(*answer, mix) for answer in answers
              for mix in (("tokens", "paper") if len(answer[-1]) > 1 else ("-",))]
-    results, bar = [], progress_bar(total=len(asked) * len(mixes), unit="answer", desc="answering")
-    for about, rows, task, lms in asked:
-        best = None
-        for rule, K, run, members, mix in mixes:
-            for lm in lms:
-                lm.log_p = mixed(run, about["scores"], rows, members, mix)
-            found = [harness.figures(task, lm) for lm in lms]
-            best = best or found
-            results += [dict(task=about["task"], rule=rule, K=K, mix=mix, separator=lm.separator,
-                             metrics=harness.compare(*pair)) for lm, *pair in zip(lms, found, best)]
-            bar.update()
-    bar.close()
+    results, best = [], {}
+    for (about, rows, task, lms), (rule, K, run, members, mix) in progress_bar(
+            list(itertools.product(asked, mixes)), unit="answer", desc="answering"):
+        log_p = mixed(run, about["scores"], rows, members, mix)
+        for lm in lms:
+            lm.log_p = log_p
+            found = harness.figures(task, lm)       # the best member's come first
+            results.append(dict(task=about["task"], separator=lm.separator, rule=rule, K=K, mix=mix,
+                                metrics=harness.compare(found, best.setdefault(lm, found))))
     return results
 
 
 def print_table(results):
     """Each task's first metric, with the separator before the prompt, and without."""
-    def cell(metric, key, form="7.4f"):
-        return f"{'-' if metric.get(key) is None else format(metric[key], form):>7}"
-    print0(f"{'':35}with the separator before the prompt {'':5}without it")
-    print0(f"{'task':12} {'rule':8} {'K':>3} {'mix':6}" + f"{'':12} {'+-':>7} {'- best':>7} {'+-':>7}   " * 2)
+    def number(metric, key, form):
+        return f"{'-' if metric.get(key) is None else format(metric[key], form):>8}"
+    print0(f"{'':46}with the separator before the prompt, and without")
+    print0(f"{'task, metric':20} rule       K mix   " + f"{'':8}{'+-':>8}{'- best':>8}{'+-':>8}   " * 2)
     for row, other in zip(results[::2], results[1::2]):
         name = next(iter(row["metrics"]))
-        print0(f"{row['task']:12} {row['rule']:8} {row['K']:>3} {row['mix']:6}" + "   ".join(
-            f"{name[:4]:4} {cell(m, 'value')} {cell(m, 'error')} {cell(m, 'difference', '+.4f')} "
-            f"{cell(m, 'paired_error')}" for m in (row["metrics"][name], other["metrics"][name])))
+        print0(f"{row['task'] + ', ' + name:20} {row['rule']:8} {row['K']:>3} {row['mix']:6}" + "   ".join(
+            number(m, "value", ".4f") + number(m, "error", ".4f") + number(m, "difference", "+.4f")
+            + number(m, "paired_error", ".4f") for m in (row["metrics"][name], other["metrics"][name])))
     print0("- best: difference to the best member; +-: standard errors, that one's on the same questions")
 
 
@@ -173,18 +171,17 @@ def print_table(results):
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     if options.limit < 0:
-        fail(f"limit={options.limit}: must be 0 (all questions) or more")
+        fail(f"limit={options.limit}: must be 0, all questions, or more")
     prior, student = load_prior(config.run_dir), student_of(config)
     chosen, taught = choose(options, prior), RunDirectory(student, None)
     ranks = join(config)
-    plan = asked = ask(config, options) if ranks.rank == 0 else []      # one rank fetches the questions
-    if asked:
-        plan = ({about["scores"]: rows for about, rows, *_ in asked}, {
-            m: taught.load_member(*m, check=False)[1]["tensors_sha256"] for m in taught.members()})
-    questions, students = ranks.of_first(plan)
+    asked = ask(config, options) if ranks.rank == 0 else []         # one rank fetches the questions
+    questions = ranks.of_first({about["scores"]: rows for about, rows, *_ in asked})
+    students = {m: taught.load_member(*m, check=False)[1]["tensors_sha256"] for m in taught.members()}
+    students = ranks.of_first(students)
+    wanted = {m for *_, weights in chosen for m in weights}
     members = {(m["trajectory"], m["cycle"]): m["weights_sha256"] for m in prior["members"]}
-    members = {m: members[m] for m in sorted({m for *_, weights in chosen for m in weights})}
-    run = score_members(config, members, questions, ranks)
+    run = score_members(config, {m: members[m] for m in sorted(wanted)}, questions, ranks)
     answers = [(rule, K, run, weights) for rule, K, weights in chosen]
     if students:
         answers.append(("student", 1, score_members(student, students, questions, ranks), {(0, 0): 1.0}))
@@ -193,10 +190,9 @@ def main(argv=None):
         return
     results = report(asked, answers)
     print_table(results)
+    who = [dict(rule=rule, K=K, members=[[*m, w] for m, w in of.items()]) for rule, K, _, of in answers]
     write_json(run.path / "evaluation.json", dict(
-        tasks=[about for about, *_ in asked], sequence_len=config.sequence_len, results=results,
-        answers=[dict(rule=rule, K=K, members=[[*m, w] for m, w in weights.items()])
-                 for rule, K, _, weights in answers]))
+        tasks=[about for about, *_ in asked], sequence_len=config.sequence_len, answers=who, results=results))
     print0(f"wrote '{run.path / 'evaluation.json'}'")
 
 

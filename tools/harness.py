@@ -64,9 +64,10 @@ def load_task(name, folder="", limit=0, lms=()):
     if name not in task_files():
         near = difflib.get_close_matches(name, task_files(), n=1, cutoff=0)
         fail(f"tasks={name}: lm-evaluation-harness has no such task: did you mean '{near[0]}'?")
-    spec, source, about = {"task": name}, "the hub", {}
+    spec, source, about = {"task": name}, "the hub", {"task": name, "source": "the hub"}
     if folder:
-        rows, source, about["sha256"] = read_questions(folder, name)
+        rows, path, about["sha256"] = read_questions(folder, name)
+        about["source"], source = path.name, f"'{path}', of columns {', '.join(rows.column_names)}"
         splits = collections.defaultdict(lambda: rows, train=rows, validation=rows, test=rows)
         spec["custom_dataset"] = lambda **_: splits
     folders = [str(task_files()[name].parent)]
@@ -82,14 +83,14 @@ def load_task(name, folder="", limit=0, lms=()):
         task.build_all_requests(limit=limit or None)
         found = [{metric: str(value) for metric, (value, _) in figures(task, lm).items()} for lm in lms]
     except Exception as e:          # other columns, no network: the harness raises nearly anything
-        fail(f"tasks={name}: cannot use its questions from '{source}' ({type(e).__name__}: {e}): they need "
+        fail(f"tasks={name}: cannot use its questions from {source} ({type(e).__name__}: {e}): they need "
              "the columns of the hub's data set, and the hub a network; --questions=FOLDER has local ones")
     for metric in found[0] if found else ():
         if any(other[metric] != found[0][metric] for other in found):
             fail(f"tasks={name}: its metric '{metric}' asks what greedy decoding gives, for which a "
                  "mixture's probabilities of the whole vocabulary would have to be kept: leave it out")
-    return task, dict(about, task=name, questions=len({i.doc_id for i in task.instances}),
-                      source=Path(source).name, version=task.VERSION, lm_eval=lm_eval.__version__)
+    return task, dict(about, questions=len({i.doc_id for i in task.instances}), version=task.VERSION,
+                      lm_eval=lm_eval.__version__)
 
 
 def figures(task, lm):
