@@ -1,4 +1,6 @@
-"""Downstream accuracy and data efficiency. Tests that need lm-evaluation-harness skip where it is missing."""
+"""
+Downstream accuracy and data efficiency. What needs lm-evaluation-harness skips where that is missing.
+"""
 import json
 import math
 import os
@@ -14,44 +16,38 @@ import distill
 import prior
 import train
 from data import prepare
-from infra.config import from_args, student_of
+from infra.config import from_args
 from infra.files import read_json, write_json
 from infra.run_directory import RunDirectory
 from prior import load_member, model_to_score
 from tests.conftest import MICRO, ROOT, error_line
 from tools import efficiency, evaluate
 
-QUESTIONS = {
-    "arc_easy": [dict(id="1", question="Ice melts into", answerKey="B", choices=dict(text=["stone", "water"], label=["A", "B"])),
-                 dict(id="2", question="Birds have", answerKey="A", choices=dict(text=["wings", "fins", "ink"], label=["A", "B", "C"])),
-                 dict(id="3", question="At night we see", answerKey="1", choices=dict(text=["the moon", "noon"], label=["1", "2"]))],
-    "piqa": [dict(goal="Open a jar", sol1="Turn the lid.", sol2="Fill it with sand, bury it, and then wait for thirty long years.", label=0),
-             dict(goal="Dry a cup", sol1="Sink it.", sol2="Wipe it.", label=1)],
-    "sciq": [dict(question="What is blue?", support="The sky is blue.", distractor1="grass", distractor2="grass", distractor3="a cat",
-                  correct_answer="the sky"),
-             dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash", correct_answer="rain")],
-}
+QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two equal ones, no support
+    "arc_easy": [
+        dict(id="1", question="Ice is", answerKey="B", choices=dict(text=["oil", "water"], label=["A", "B"])),
+        dict(id="2", question="Seen", answerKey="1", choices=dict(text=["stars", "no"], label=["1", "2"]))],
+    "piqa": [
+        dict(goal="Open a jar", sol1="Turn the lid.", sol2="Fill it with sand, then bury it deep.", label=0),
+        dict(goal="Dry a cup", sol1="Sink it.", sol2="Wipe it.", label=1)],
+    "sciq": [
+        dict(question="What is blue?", support="The sky.", distractor1="grass", distractor2="grass",
+             distractor3="a cat", correct_answer="the sky"),
+        dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash",
+             correct_answer="rain")]}
 
 
 @pytest.fixture(scope="module")
 def harness():
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -r requirements-eval.txt")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is missing: see requirements-eval.txt")
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     from tools import harness
     return harness
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("questions")
-    for name, rows in QUESTIONS.items():
-        (folder / f"{name}_validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def population(tmp_path_factory):
-    """The arguments of three finished members and a student, T = 32 bytes."""
+    """The arguments of three finished members and a student, bytes, T = 32, and of some questions."""
     folder = tmp_path_factory.mktemp("evaluate")
     values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "trajectories": 1, "cycles": 3,
               "student_teachers": 2, "student_epochs": 0.3}
@@ -59,39 +55,35 @@ def population(tmp_path_factory):
     for script in (prepare, train, distill, prior):
         script.main(argv)
     distill.main([*argv, "--student"])
-    return argv
+    for name, rows in QUESTIONS.items():
+        (folder / f"{name}_validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return argv, f"--questions={folder}"
 
 
 @pytest.fixture(scope="module")
-def scored(harness, population, questions):
-    """(config, [(about, rows, task, lms)], the population's run directory, the members' weights)."""
-    config, options = from_args([*population, f"--questions={questions}"], "", **evaluate.OPTIONS)
-    asked = evaluate.ask(config, options)
-    run = RunDirectory(config, None)
+def scored(harness, population):
+    """(config, what ask() gives, the run directory, {member: weight}), all members scored."""
+    argv, questions = population
+    config, options = from_args([*argv, questions], "", **evaluate.OPTIONS)
+    asked, run = evaluate.ask(config, options), RunDirectory(config, None)
     members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in run.members()}
     ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), barrier=lambda **_: None)
     evaluate.score_members(config, members, {about["scores"]: rows for about, rows, *_ in asked}, ranks)
     return config, asked, run, dict(zip(members, (0.5, 0.2, 0.3)))
 
 
-def brute_force(config, run, weights, mix, context, continuation):
-    """log p of a text's bytes after an other's, token by token, each from a pass of its own in float64."""
-    total, done = 0.0, {}
+@torch.no_grad()
+def brute_force(T, models, mix, context, continuation):
+    """log p of a continuation's ids, each by passes of its own in float64. models: [(weight, GPT)]."""
+    total, ids = 0.0, [*context, *continuation]
     for j, target in enumerate(continuation):
-        piece = j // config.sequence_len * config.sequence_len              # pieces of T targets, the last one shorter
-        end = min(piece + config.sequence_len, len(continuation))
-        ids = [*context, *continuation][:len(context) + j]
-        seen = ids[max(0, len(context) + end - config.sequence_len - 1):]
+        end = len(context) + min(j // T * T + T, len(continuation))     # of its piece of at most T targets
+        seen = torch.tensor([ids[max(0, end - T - 1):len(context) + j]])
         p = []
-        for member, w in weights.items():
-            model = done.setdefault(member, model_to_score(config).eval())
-            if model.cos.dtype != torch.float64:
-                load_member(model, run, *member)
-                model.double()
-            with torch.no_grad():
-                z = model.hidden(torch.tensor([seen]))[0, -1] @ model.lm_head.weight.T
-            p.append((15 * torch.tanh(z[:config.vocab_size] / 15)).log_softmax(0)[target].item())
-        w = np.array(list(weights.values()))
+        for _, model in models:
+            z = model.hidden(seen)[0, -1] @ model.lm_head.weight[:model.config.vocab_size].T
+            p.append((15 * torch.tanh(z / 15)).log_softmax(0)[target].item())
+        w = np.array([w for w, _ in models])
         total += w @ p if mix == "paper" else math.log(w @ np.exp(p))
     return total
 
@@ -99,17 +91,19 @@ def brute_force(config, run, weights, mix, context, continuation):
 @pytest.mark.parametrize("mix", ["one", "tokens", "paper"])
 def test_every_choice_is_that_of_a_brute_force_in_float64(mix, scored):
     config, asked, run, weights = scored
-    weights = {(0, 1): 1.0} if mix == "one" else weights
-    separator, longer = config.vocab_size - 1, 0
+    weights, models = {(0, 1): 1.0} if mix == "one" else weights, []
+    for member, w in weights.items():
+        models.append((w, model_to_score(config).eval()))
+        load_member(models[-1][1], run, *member)
+        models[-1][1].double()
     for about, rows, task, lms in asked:
         for lm in lms:
             lm.log_p = evaluate.mixed(run, about["scores"], rows, weights, mix)
             for instance, (found, _) in zip(task.instances, lm.loglikelihood(task.instances)):
                 context, continuation = (list(text.encode()) for text in instance.args)
-                context = [separator] * lm.separator + context
-                assert found == pytest.approx(brute_force(config, run, weights, mix, context, continuation), abs=1e-5)
-                longer += len(continuation) > config.sequence_len
-    assert longer == 2
+                context = [256] * lm.separator + context
+                wanted = brute_force(config.sequence_len, models, mix, context, continuation)
+                assert found == pytest.approx(wanted, abs=1e-5)
 
 
 def test_batches_score_as_one_by_one(scored):
@@ -130,7 +124,7 @@ def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(har
         assert first[0] == first[1] and len(set(first)) == 3
         seen = {}
         lm = harness.Adapter(config, lambda text: list(text.encode()), lm.separator, seen)
-        assert lm.loglikelihood([SimpleNamespace(args=("", "ab")), SimpleNamespace(args=(" ", "b"))])[0][0] == 0
+        lm.loglikelihood([SimpleNamespace(args=args) for args in (("", "ab"), (" ", "b"))])
         assert list(seen) == [((256, 97, 98), 2), ((256, 32, 98), 2)]
 
 
@@ -151,33 +145,11 @@ def test_figures_are_those_of_the_harness_itself(harness, scored):
         lms[0].log_p = evaluate.mixed(run, about["scores"], rows, weights, "tokens")
         ours = harness.figures(task, lms[0])
         compared = harness.compare(ours, ours)
-        theirs_of = theirs(lms[0], {"tasks": {about["task"]: task}}, bootstrap_iters=1)["results"][about["task"]]
+        result = theirs(lms[0], {"tasks": {about["task"]: task}}, bootstrap_iters=1)["results"][about["task"]]
         assert set(compared) == {"acc", "acc_norm"}
         for metric, row in compared.items():
-            assert row["value"] == theirs_of[f"{metric},none"]
-            assert row["error"] == pytest.approx(theirs_of[f"{metric}_stderr,none"], abs=1e-12)
-
-
-def test_two_processes_share_the_members_and_a_second_call_reads_none(harness, population, questions, monkeypatch, capsys):
-    argv = [*population, f"--questions={questions}", "--K=1,2,all", "--limit=2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tools.evaluate"]
-    done = subprocess.run([*command, *argv], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    config, _ = from_args(population, "")
-    first = read_json(RunDirectory(config, None).path / "evaluation.json")
-    monkeypatch.setattr(evaluate, "load_member", None)          # would be called
-    capsys.readouterr()
-    evaluate.main(argv)
-    assert read_json(RunDirectory(config, None).path / "evaluation.json") == first
-    table = capsys.readouterr().out
-    answers = [(a["rule"], a["K"]) for a in first["answers"]]
-    assert answers == [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 3), ("learned", 3), ("student", 1)]
-    assert len(first["results"]) == 3 * 2 * (2 + sum(2 if len(a["members"]) > 1 else 1 for a in first["answers"][1:-1]))
-    for row in first["results"]:
-        acc = row["metrics"]["acc"]
-        assert acc["difference"] == acc["paired_error"] == 0 or row["rule"] != "best"
-        line = f"{row['task'] + ', acc':20} {row['rule']:8} {row['K']:>3} {row['mix']:6}{acc['value']:8.4f}"
-        assert line in table or not row["separator"]
+            assert row["value"] == result[f"{metric},none"]
+            assert row["error"] == pytest.approx(result[f"{metric}_stderr,none"], abs=1e-12)
 
 
 def test_a_paired_error_is_that_of_the_differences(harness):
@@ -187,43 +159,62 @@ def test_a_paired_error_is_that_of_the_differences(harness):
     assert row["acc"]["paired_error"] == pytest.approx(math.sqrt(2 / 3 / 4))       # of 0, 1, -1, 0
 
 
-def refused(argv, capsys):
+def test_two_processes_share_and_a_second_call_reads_no_member(harness, population, monkeypatch, capsys):
+    argv = [*population[0], population[1], "--K=1,2,all", "--limit=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    done = subprocess.run([*launch, "tools.evaluate", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = RunDirectory(from_args(population[0], "")[0], None).path / "evaluation.json"
+    first = read_json(path)
+    monkeypatch.setattr(evaluate, "load_member", None)          # would be called
+    evaluate.main(argv)
+    assert read_json(path) == first
+    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 3), ("learned", 3), ("student", 1)]
+    assert [(a["rule"], a["K"]) for a in first["answers"]] == rules
+    assert {(r["rule"], r["K"]) for r in first["results"] if r["task"] == "sciq"} == set(rules)
+    table = capsys.readouterr().out
+    for row in first["results"][::2]:
+        name = f"{row['task'] + ', acc':20} {row['rule']:8} {row['K']:>3} {row['mix']:6}"
+        assert f"{name}{row['metrics']['acc']['value']:8.4f}" in table
+
+
+def refused(main, argv, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(argv)
+        main(argv)
     assert stop.value.code == 2
     return error_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("args, rows, names", [
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
-    (["--tasks=piqa"], "", ["piqa_test.jsonl", "empty"]),
-    (["--tasks=piqa"], "{", ["piqa_test.jsonl", "JSON"]),
-    (["--tasks=piqa"], '{"goal": "a"}', ["piqa_test.jsonl", "columns"]),
+    (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
+    (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
+    (["--tasks=piqa"], '{"goal": "a"}', ["piqa.jsonl", "columns goal"]),
     (["--tasks=boolq"], None, ["boolq", "boolq.jsonl"]),
     (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
     (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generated"]),
-    (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1", "2"], "answer": "A", "answer_index": 0}', ["few-shot"]),
+    (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1"], "answer": "A"}', ["few-shot"]),
     (["--K=4"], None, ["K=4", "1, 2, 3"]),
     (["--K=x"], None, ["K=x", "1, 2, 3"]),
     (["--limit=-1"], None, ["limit=-1"]),
 ])
-def test_bad_requests_are_refused_before_a_member_is_read(args, rows, names, harness, population, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "score", None)
+def test_bad_requests_are_refused(args, rows, names, harness, population, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "score", None)            # before any member is read
     if rows is not None:
-        (tmp_path / f"{args[0].removeprefix('--tasks=')}_test.jsonl").write_text(rows)
-    line = refused([*population, f"--questions={tmp_path}", *args], capsys)
+        (tmp_path / f"{args[0].removeprefix('--tasks=')}.jsonl").write_text(rows)
+    line = refused(evaluate.main, [*population[0], f"--questions={tmp_path}", *args], capsys)
     assert all(name in line for name in names), line
 
 
-def test_other_weights_than_the_priors_are_refused(harness, population, questions, capsys):
-    path = RunDirectory(from_args(population, "")[0], None).path / "prior.json"
+def test_other_weights_than_the_priors_are_refused(harness, population, capsys):
+    path = RunDirectory(from_args(population[0], "")[0], None).path / "prior.json"
     kept = path.read_text()
     other = read_json(path)
     for m in other["members"]:
         m["weights_sha256"] = "0" * 64
     write_json(path, other)
-    line = refused([*population, f"--questions={questions}", "--tasks=sciq"], capsys)
+    line = refused(evaluate.main, [*population[0], population[1], "--tasks=sciq"], capsys)
     path.write_text(kept)
     assert "run prior.py" in line
 
@@ -231,22 +222,22 @@ def test_other_weights_than_the_priors_are_refused(harness, population, question
 def test_without_the_harness_the_line_says_how_to_install_it(population, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tools.harness", None)
     monkeypatch.delattr("tools.harness", raising=False)
-    assert "pip install -r requirements-eval.txt" in refused(population, capsys)
+    assert "pip install -r requirements-eval.txt" in refused(evaluate.main, population[0], capsys)
 
 
 # ------------------------------------------------------------------------------------------ data efficiency
 
-@pytest.mark.parametrize("name, figure, printed", [
-    ("loss", 3.0476, 9.96), ("loss", 3.0034, 11.96), ("loss", 2.987, 12.87),
-    ("arc_easy", .4781, 7.9), ("piqa", .6697, 8.0), ("sciq", .7850, 13.4), ("mean", .6443, 12.2),
-    ("arc_easy", .4865, 12.7), ("piqa", .6823, 17.0), ("sciq", .8030, 18.8), ("mean", .6573, 14.2),
-    ("arc_easy", .4945, 13.2), ("piqa", .6774, 14.7), ("sciq", .8080, 19.9), ("mean", .6600, 16.0),
+@pytest.mark.parametrize("name, figures, printed", [
+    ("loss", (3.0476, 3.0034, 2.987), (9.96, 11.96, 12.87)),
+    ("mean", (.6443, .6573, .6600), (12.2, 14.2, 16.0)),
+    ("arc_easy", (.4781, .4865, .4945), (7.9, 12.7, 13.2)),
+    ("piqa", (.6697, .6823, .6774), (8.0, 17.0, 14.7)),
+    ("sciq", (.7850, .8030, .8080), (13.4, 18.8, 19.9)),
 ])
-def test_the_multiples_that_the_paper_prints(name, figure, printed, capsys):
-    efficiency.main([f"{name}={figure}"])
-    words = capsys.readouterr().out.split()
-    digits = len(str(printed).split(".")[1])
-    assert abs(float(words[2]) - printed) <= 0.51 * 10 ** -digits + 5e-4
+def test_the_multiples_that_the_paper_prints(name, figures, printed, capsys):
+    efficiency.main([f"{name}={figure}" for figure in figures])
+    found = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
+    assert found == pytest.approx(printed, abs=0.0055 if name == "loss" else 0.0505)        # rounded or cut
 
 
 def test_the_same_rule_on_any_curve(tmp_path, capsys):
@@ -259,11 +250,10 @@ def test_the_same_rule_on_any_curve(tmp_path, capsys):
 
 @pytest.mark.parametrize("args, names", [
     (["loss"], ["loss=:", "number"]), (["los=3"], ["'los=3'", "loss, piqa"]),
-    (["--curve=CURVE", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv", "loss=1"], ["missing.csv"]),
+    (["--curve=CURVE", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv"], ["missing.csv"]),
 ])
 def test_bad_figures_are_refused(args, names, tmp_path, capsys):
     (tmp_path / "curve.csv").write_text("tokens,loss\n1000,x\n")
-    with pytest.raises(SystemExit) as stop:
-        efficiency.main([word.replace("CURVE", str(tmp_path / "curve.csv")) for word in args])
-    line = error_line(capsys.readouterr().err)
-    assert stop.value.code == 2 and all(name in line for name in names), line
+    args = [word.replace("CURVE", str(tmp_path / "curve.csv")) for word in args]
+    line = refused(efficiency.main, args, capsys)
+    assert all(name in line for name in names), line
