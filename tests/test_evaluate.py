@@ -125,6 +125,7 @@ def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(har
         seen = {}
         lm = harness.Adapter(config, lambda text: list(text.encode()), lm.separator, seen)
         lm.loglikelihood([SimpleNamespace(args=args) for args in (("", "ab"), (" ", "b"))])
+        lm.loglikelihood_rolling([SimpleNamespace(args=("ab",))])           # as after an empty context
         assert list(seen) == [((256, 97, 98), 2), ((256, 32, 98), 2)]
 
 
@@ -219,10 +220,11 @@ def test_other_weights_than_the_priors_are_refused(harness, population, capsys):
     assert "run prior.py" in line
 
 
-def test_without_the_harness_the_line_says_how_to_install_it(population, monkeypatch, capsys):
+def test_without_the_harness_the_line_says_how_to_install_it(micro, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tools.harness", None)
     monkeypatch.delattr("tools.harness", raising=False)
-    assert "pip install -r requirements-eval.txt" in refused(evaluate.main, population[0], capsys)
+    asked = from_args(micro(), "", **evaluate.OPTIONS)
+    assert "pip install -r requirements-eval.txt" in refused(lambda argv: evaluate.ask(*asked), [], capsys)
 
 
 # ------------------------------------------------------------------------------------------ data efficiency
