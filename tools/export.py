@@ -110,7 +110,7 @@ def facts(run, prior):
         population += f", of the first cycle {c.first_cycle_epochs:g}"
     if "taught_by" in about:
         population = (f"the student of one: {c.epochs_per_cycle:g} epochs, from the best member's weights "
-                      f"on, taught by {len(about['taught_by']['teachers'])} members, alpha {c.distill_alpha:g}")
+                      f"on, taught by {len(about['taught_by']['teachers'])} of it, alpha={c.distill_alpha:g}")
     return {
         "text": f"{names}, as {c.tokenizer}: {c.train_tokens:,} tokens, of which {c.fitness_tokens:,} are "
                 f"the fitness set, and {c.val_tokens:,} for validation",
