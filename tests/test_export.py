@@ -166,8 +166,6 @@ def test_its_tokenizer_gives_our_ids(name, micro, monkeypatch):
     (["--to=new", "--run_dir=nowhere"], ["prior.json", "prior.py"]),
 ])
 def test_bad_requests_are_refused(args, names, population, capsys, tmp_path, monkeypatch):
-    if not {"K=3000", "member=7,7", "prior.json"}.isdisjoint(names):
-        pytest.importorskip("transformers", reason=EXTRA)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -168,11 +168,11 @@ def main(argv=None):
     folder = Path(options.to).expanduser().resolve()
     if not options.to or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"to='{options.to}': name a folder that is new or empty, such as --to=exported")
-    tokenizer = tokenizer_of(config)
     if options.student:
         config, options.member = student_of(config), "0,0"
     run, prior = RunDirectory(config, loader.load(config).fingerprint), load_prior(config.run_dir)
     label, members, weights = choose(options, prior, run)[-1]
+    tokenizer = tokenizer_of(config)
     if options.member:
         row = next(m for m in prior["members"] if (m["trajectory"], m["cycle"]) == members[0])
     else:
