@@ -153,6 +153,15 @@ def test_figures_are_those_of_the_harness_itself(harness, scored):
             assert row["error"] == pytest.approx(result[f"{metric}_stderr,none"], abs=1e-12)
 
 
+def test_the_hubs_questions_are_asked_alike(harness, scored, monkeypatch):
+    import datasets
+    rows, there = datasets.Dataset.from_list(QUESTIONS["sciq"]), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: there.append(path) or {
+        split: rows for split in ("train", "validation", "test")})
+    [one] = evaluate.ask(scored[0], SimpleNamespace(**{**evaluate.OPTIONS, "tasks": "sciq"}))
+    assert one[1] == scored[1][-1][1] and one[0]["source"] == "the hub" and "sciq" in there[0]
+
+
 def test_a_paired_error_is_that_of_the_differences(harness):
     mine, best = np.array([1, 1, 0, 1.0]), np.array([1, 0, 1, 1.0])
     row = harness.compare({"acc": (0.75, mine), "f1": (0.5, None)}, {"acc": (0.75, best), "f1": (0.25, None)})
