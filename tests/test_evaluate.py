@@ -1,0 +1,270 @@
+"""
+Downstream accuracy and data efficiency. What needs lm-evaluation-harness skips where that is missing.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import prior
+import train
+from data import prepare
+from infra.config import from_args
+from infra.files import read_json, write_json
+from infra.run_directory import RunDirectory
+from prior import load_member, model_to_score
+from tests.conftest import MICRO, ROOT, error_line
+from tools import efficiency, evaluate
+
+QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two equal ones, no support
+    "arc_easy": [
+        dict(id="1", question="Ice is", answerKey="B", choices=dict(text=["oil", "water"], label=["A", "B"])),
+        dict(id="2", question="Seen", answerKey="1", choices=dict(text=["stars", "no"], label=["1", "2"]))],
+    "piqa": [
+        dict(goal="Open a jar", sol1="Turn the lid.", sol2="Fill it with sand, then bury it deep.", label=0),
+        dict(goal="Dry a cup", sol1="Sink it.", sol2="Wipe it.", label=1)],
+    "sciq": [
+        dict(question="What is blue?", support="The sky.", distractor1="grass", distractor2="grass",
+             distractor3="a cat", correct_answer="the sky"),
+        dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash",
+             correct_answer="rain")]}
+
+
+@pytest.fixture(scope="module")
+def harness():
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is missing: see requirements-eval.txt")
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    from tools import harness
+    return harness
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    """The arguments of three finished members and a student, bytes, T = 32, and of some questions."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "trajectories": 1, "cycles": 3,
+              "student_teachers": 2, "student_epochs": 0.3}
+    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    for script in (prepare, train, distill, prior):
+        script.main(argv)
+    distill.main([*argv, "--student"])
+    for name, rows in QUESTIONS.items():
+        (folder / f"{name}_validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return argv, f"--questions={folder}"
+
+
+@pytest.fixture(scope="module")
+def scored(harness, population):
+    """(config, what ask() gives, the run directory, {member: weight}), all members scored."""
+    argv, questions = population
+    config, options = from_args([*argv, questions], "", **evaluate.OPTIONS)
+    asked, run = evaluate.ask(config, options), RunDirectory(config, None)
+    members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in run.members()}
+    ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), barrier=lambda **_: None)
+    evaluate.score_members(config, members, {about["scores"]: rows for about, rows, *_ in asked}, ranks)
+    return config, asked, run, dict(zip(members, (0.5, 0.2, 0.3)))
+
+
+@torch.no_grad()
+def brute_force(T, models, mix, context, continuation):
+    """log p of a continuation's ids, each by passes of its own in float64. models: [(weight, GPT)]."""
+    total, ids = 0.0, [*context, *continuation]
+    for j, target in enumerate(continuation):
+        end = len(context) + min(j // T * T + T, len(continuation))     # of its piece of at most T targets
+        seen = torch.tensor([ids[max(0, end - T - 1):len(context) + j]])
+        p = []
+        for _, model in models:
+            z = model.hidden(seen)[0, -1] @ model.lm_head.weight[:model.config.vocab_size].T
+            p.append((15 * torch.tanh(z / 15)).log_softmax(0)[target].item())
+        w = np.array([w for w, _ in models])
+        total += w @ p if mix == "paper" else math.log(w @ np.exp(p))
+    return total
+
+
+@pytest.mark.parametrize("mix", ["one", "tokens", "paper"])
+def test_every_choice_is_that_of_a_brute_force_in_float64(mix, scored):
+    config, asked, run, weights = scored
+    weights, models = {(0, 1): 1.0} if mix == "one" else weights, []
+    for member, w in weights.items():
+        models.append((w, model_to_score(config).eval()))
+        load_member(models[-1][1], run, *member)
+        models[-1][1].double()
+    for about, rows, task, lms in asked:
+        for lm in lms:
+            lm.log_p = evaluate.mixed(run, about["scores"], rows, weights, mix)
+            for instance, (found, _) in zip(task.instances, lm.loglikelihood(task.instances)):
+                context, continuation = (list(text.encode()) for text in instance.args)
+                context = [256] * lm.separator + context
+                wanted = brute_force(config.sequence_len, models, mix, context, continuation)
+                assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_batches_score_as_one_by_one(scored):
+    config, asked, run, _ = scored
+    model = model_to_score(config).eval()
+    load_member(model, run, 0, 0)
+    for _, rows, *_ in asked:
+        alone, together = (evaluate.score(model, rows, size, lambda n: None) for size in (1, 10 ** 6))
+        assert np.abs(alone - together).max() < 1e-5 and len(alone) == sum(n for _, n in rows)
+
+
+def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(harness, scored):
+    config, asked, run, weights = scored
+    about, rows, task, lms = asked[-1]
+    for lm in lms:
+        lm.log_p = evaluate.mixed(run, about["scores"], rows, weights, "tokens")
+        first = [log_p for log_p, _ in lm.loglikelihood(task.instances)][:4]
+        assert first[0] == first[1] and len(set(first)) == 3
+        seen = {}
+        lm = harness.Adapter(config, lambda text: list(text.encode()), lm.separator, seen)
+        lm.loglikelihood([SimpleNamespace(args=args) for args in (("", "ab"), (" ", "b"))])
+        lm.loglikelihood_rolling([SimpleNamespace(args=("ab",))])           # as after an empty context
+        assert list(seen) == [((256, 97, 98), 2), ((256, 32, 98), 2)]
+
+
+def test_a_long_text_is_cut_as_the_harness_cuts_it(harness):
+    from lm_eval.utils import get_rolling_token_windows
+    for length in range(1, 40):
+        text = list(range(length))
+        theirs = [((*inputs, predicted[-1]), len(predicted))
+                  for inputs, predicted in get_rolling_token_windows(text, 99, 8, 1)]
+        assert harness.windows([99], text, 8) == theirs
+    assert harness.windows([1, 2, 3, 4, 5], [6, 7], 4) == [((3, 4, 5, 6, 7), 2)]
+
+
+def test_figures_are_those_of_the_harness_itself(harness, scored):
+    from lm_eval.evaluator import evaluate as theirs
+    config, asked, run, weights = scored
+    for about, rows, task, lms in asked:
+        lms[0].log_p = evaluate.mixed(run, about["scores"], rows, weights, "tokens")
+        ours = harness.figures(task, lms[0])
+        compared = harness.compare(ours, ours)
+        result = theirs(lms[0], {"tasks": {about["task"]: task}}, bootstrap_iters=1)["results"][about["task"]]
+        assert set(compared) == {"acc", "acc_norm"}
+        for metric, row in compared.items():
+            assert row["value"] == result[f"{metric},none"]
+            assert row["error"] == pytest.approx(result[f"{metric}_stderr,none"], abs=1e-12)
+
+
+def test_the_hubs_questions_are_asked_alike(harness, scored, monkeypatch):
+    import datasets
+    rows, there = datasets.Dataset.from_list(QUESTIONS["sciq"]), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **_: there.append(path) or {
+        split: rows for split in ("train", "validation", "test")})
+    [one] = evaluate.ask(scored[0], SimpleNamespace(**{**evaluate.OPTIONS, "tasks": "sciq"}))
+    assert one[1] == scored[1][-1][1] and one[0]["source"] == "the hub" and "sciq" in there[0]
+
+
+def test_a_paired_error_is_that_of_the_differences(harness):
+    mine, best = np.array([1, 1, 0, 1.0]), np.array([1, 0, 1, 1.0])
+    row = harness.compare({"acc": (0.75, mine), "f1": (0.5, None)}, {"acc": (0.75, best), "f1": (0.25, None)})
+    assert row["f1"] == {"value": 0.5} and row["acc"]["difference"] == 0
+    assert row["acc"]["paired_error"] == pytest.approx(math.sqrt(2 / 3 / 4))       # of 0, 1, -1, 0
+
+
+def test_two_processes_share_and_a_second_call_reads_no_member(harness, population, monkeypatch, capsys):
+    argv = [*population[0], population[1], "--K=1,2,all", "--limit=1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    done = subprocess.run([*launch, "tools.evaluate", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = RunDirectory(from_args(population[0], "")[0], None).path / "evaluation.json"
+    first = read_json(path)
+    monkeypatch.setattr(evaluate, "load_member", None)          # would be called
+    evaluate.main(argv)
+    assert read_json(path) == first
+    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 3), ("learned", 3), ("student", 1)]
+    assert [(a["rule"], a["K"]) for a in first["answers"]] == rules
+    assert {(r["rule"], r["K"]) for r in first["results"] if r["task"] == "sciq"} == set(rules)
+    table = capsys.readouterr().out
+    for row in first["results"][::2]:
+        name = f"{row['task'] + ', acc':20} {row['rule']:8} {row['K']:>3} {row['mix']:6}"
+        assert f"{name}{row['metrics']['acc']['value']:8.4f}" in table
+
+
+def refused(main, argv, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    return error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("args, rows, names", [
+    (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
+    (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
+    (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
+    (["--tasks=piqa"], '{"goal": "a"}', ["piqa.jsonl", "columns goal"]),
+    (["--tasks=boolq"], None, ["boolq", "boolq.jsonl"]),
+    (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
+    (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generated"]),
+    (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1"], "answer": "A"}', ["few-shot"]),
+    (["--K=4"], None, ["K=4", "1, 2, 3"]),
+    (["--K=x"], None, ["K=x", "1, 2, 3"]),
+    (["--limit=-1"], None, ["limit=-1"]),
+])
+def test_bad_requests_are_refused(args, rows, names, harness, population, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "score", None)            # before any member is read
+    if rows is not None:
+        (tmp_path / f"{args[0].removeprefix('--tasks=')}.jsonl").write_text(rows)
+    line = refused(evaluate.main, [*population[0], f"--questions={tmp_path}", *args], capsys)
+    assert all(name in line for name in names), line
+
+
+def test_other_weights_than_the_priors_are_refused(harness, population, capsys):
+    path = RunDirectory(from_args(population[0], "")[0], None).path / "prior.json"
+    kept = path.read_text()
+    other = read_json(path)
+    for m in other["members"]:
+        m["weights_sha256"] = "0" * 64
+    write_json(path, other)
+    line = refused(evaluate.main, [*population[0], population[1], "--tasks=sciq"], capsys)
+    path.write_text(kept)
+    assert "run prior.py" in line
+
+
+def test_without_the_harness_the_line_says_how_to_install_it(micro, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tools.harness", None)
+    monkeypatch.delattr("tools.harness", raising=False)
+    asked = from_args(micro(), "", **evaluate.OPTIONS)
+    assert "pip install -r requirements-eval.txt" in refused(lambda argv: evaluate.ask(*asked), [], capsys)
+
+
+# ------------------------------------------------------------------------------------------ data efficiency
+
+@pytest.mark.parametrize("name, figures, printed", [
+    ("loss", (3.0476, 3.0034, 2.987), (9.96, 11.96, 12.87)),
+    ("mean", (.6443, .6573, .6600), (12.2, 14.2, 16.0)),
+    ("arc_easy", (.4781, .4865, .4945), (7.9, 12.7, 13.2)),
+    ("piqa", (.6697, .6823, .6774), (8.0, 17.0, 14.7)),
+    ("sciq", (.7850, .8030, .8080), (13.4, 18.8, 19.9)),
+])
+def test_the_multiples_that_the_paper_prints(name, figures, printed, capsys):
+    efficiency.main([f"{name}={figure}" for figure in figures])
+    found = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
+    assert found == pytest.approx(printed, abs=0.0055 if name == "loss" else 0.0505)        # rounded or cut
+
+
+def test_the_same_rule_on_any_curve(tmp_path, capsys):
+    path = tmp_path / "curve.csv"
+    path.write_text("tokens,loss\n4000,1.5\n1000,3.0\n2000,2.0\n8000,1.75\n")
+    efficiency.main([f"--curve={path}", "loss=2.5", "loss=1.625", "loss=1.0"])
+    assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "1.500 times the tokens", "3.500 times the tokens", "outside the curve, 1.5 to 3"]
+
+
+@pytest.mark.parametrize("args, names", [
+    (["loss"], ["loss=:", "number"]), (["los=3"], ["'los=3'", "loss, piqa"]),
+    (["--curve=CURVE", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv"], ["missing.csv"]),
+])
+def test_bad_figures_are_refused(args, names, tmp_path, capsys):
+    (tmp_path / "curve.csv").write_text("tokens,loss\n1000,x\n")
+    args = [word.replace("CURVE", str(tmp_path / "curve.csv")) for word in args]
+    line = refused(efficiency.main, args, capsys)
+    assert all(name in line for name in names), line

@@ -1,0 +1,185 @@
+"""An exported folder, in a fresh process of transformers, against our own model, generation and tokenizer."""
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import distill
+import prior
+import train
+from data import prepare
+from data.tokenizer import get_tokenizer
+from infra.config import from_args
+from infra.files import read_json, write_json
+from model import GPT
+from tests.conftest import MICRO, ROOT, error_line, read
+from tools import export, generate
+
+EXTRA = "transformers is not installed: pip install -r requirements-export.txt"
+WEIGHTS = {(0, 0): 0.25, (0, 2): 0.6, (1, 1): 0.15}
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+found, ids = {}, torch.load(sys.argv[1])
+for folder in sys.argv[3:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    prompt = tokenizer("If é ", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=False)[0][1:])
+    with torch.no_grad():
+        out = model(ids, labels=ids)
+        mask = torch.tensor([[1] * ids.size(1) + [0] * 5] * len(ids))
+        padded = model(torch.cat([ids, ids[:, :5]], 1), mask)
+    refused = []
+    for bad in (dict(input_ids=ids, attention_mask=ids * 0), dict(input_ids=torch.cat([ids, ids], 1))):
+        try:
+            model(**bad)
+        except ValueError as e:
+            refused.append(str(e))
+    found[folder] = dict(logits=out.logits, loss=out.loss, padded=padded.logits, prompt=prompt.input_ids,
+                         text=text, refused=refused)
+torch.save(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory):
+    """(folder, arguments) of 2 x 3 members whose prior's K = 4 has three weights, and of their student."""
+    folder = tmp_path_factory.mktemp("export")
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3,
+              "epochs_per_cycle": 0.1, "student_epochs": 0.2, "student_teachers": 4,
+              "loop_start": 1, "loop_end": 2, "loop_extra": 1}
+    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    for script in (prepare, train, distill, prior):
+        script.main(argv)
+    path = folder / "run" / "prior.json"
+    result = read_json(path)
+    answer = next(a for a in result["answers"] if (a["K"], a["rule"]) == (4, "learned"))
+    places = [(m["trajectory"], m["cycle"]) for m in result["members"]]
+    chosen = [*WEIGHTS, (1, 0)]
+    answer |= dict(members=[places.index(m) for m in chosen], weights=[*WEIGHTS.values(), 0.0],
+                   val_loss=5.25, val_error=0.0125)
+    write_json(path, result)
+    for script in (distill, prior):
+        script.main([*argv, "--student"])
+    return folder, argv
+
+
+def exported(population, name, *args):
+    folder, argv = population
+    export.main([*argv, f"--to={folder / name}", *args])
+    return folder / name
+
+
+def member_path(run, t, c):
+    return run / f"trajectory_{t:02d}" / f"cycle_{c:03d}.safetensors"
+
+
+def own_logits(path, ids, argv):
+    """Of the member in this file, by the training's own class."""
+    model = GPT(from_args(argv, "")[0]).eval()
+    model.load_state_dict({name: w.float() for name, w in read(path)[0].items()})
+    with torch.no_grad():
+        return model(ids)
+
+
+def test_a_fresh_process_gives_our_logits_and_our_text(population, tmp_path, capsys):
+    pytest.importorskip("transformers", reason=EXTRA)
+    folder, argv = population
+    run, ids = folder / "run", torch.randint(257, (3, 20), generator=torch.Generator().manual_seed(0))
+    args = {"mixture": ["--K=4"], "member": ["--member=1,2"], "student": ["--student"]}
+    folders = [exported(population, name, *of) for name, of in args.items()]
+    torch.save(ids, tmp_path / "ids.pt")
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH, tmp_path / "ids.pt", tmp_path / "out.pt", *folders]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **environment})
+    found = dict(zip(args, torch.load(tmp_path / "out.pt").values()))
+    members = [own_logits(member_path(run, t, c), ids, argv) for t, c in WEIGHTS]
+    member = own_logits(member_path(run, 1, 2), ids, argv)
+    student = own_logits(member_path(run / "student", 0, 0), ids, argv)
+    assert torch.equal(found["member"]["logits"], member) and torch.equal(found["student"]["logits"], student)
+    mixed = sum(w * z.double().softmax(-1) for w, z in zip(WEIGHTS.values(), members)).log()
+    torch.testing.assert_close(found["mixture"]["logits"].double(), mixed, atol=2e-6, rtol=0)
+    for name, of in args.items():
+        got = found[name]
+        torch.testing.assert_close(got["padded"][:, :20], got["logits"], atol=1e-5, rtol=0)
+        p = got["logits"].double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
+        assert got["loss"].item() == pytest.approx(-p.mean().item(), abs=1e-5)
+        assert got["prompt"].tolist() == [[256, *"If é ".encode()]]
+        assert "padding" in got["refused"][0] and "32" in got["refused"][1]
+        capsys.readouterr()
+        generate.main([*argv, "--prompt=If é ", "--tokens=50", "--temperature=0", *of])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.endswith(repr(got["text"])), (name, last, got["text"])
+
+
+def test_the_same_bytes_twice_and_a_card_of_what_it_is(population):
+    pytest.importorskip("transformers", reason=EXTRA)
+    one, two = (exported(population, name, "--K=4") for name in ("one", "two"))
+    assert sorted(p.name for p in one.iterdir()) == [
+        "LICENSE", "README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
+        "modeling_q0.py", "tokenizer.json", "tokenizer_config.json"]
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+        assert path.stat().st_mode & 0o777 == (one / "model.py").stat().st_mode & 0o777
+    assert (one / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
+    run, card = population[0] / "run", (one / "README.md").read_text()
+    for member, weight in WEIGHTS.items():
+        sha256 = read(member_path(run, *member))[1]["tensors_sha256"]
+        assert f"| {member[0]} | {member[1]} | {weight} | {sha256} |" in card
+    facts = "| 5.2500 | 0.0125 |", "3 forward passes", "| 42, 43 |", "2 trajectories x 3 cycles x 0.1 epochs"
+    text, code = read_json(run / "prior.json")["text"], read_json(run / "config.json")["code"]
+    for fact in (*facts, text["text_sha256"], code):
+        assert fact in card, fact
+    assert str(run.parent) not in card + (one / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_its_tokenizer_gives_our_ids(name, micro, monkeypatch):
+    pytest.importorskip("transformers", reason=EXTRA)
+    try:
+        encode = get_tokenizer(name)[0]
+    except SystemExit:
+        pytest.skip("GPT-2's ranks are not here: connect once, or set TIKTOKEN_CACHE_DIR")
+    config, _ = from_args(micro(tokenizer=name), "")
+    tokenizer = export.tokenizer_of(config)
+    tokenizer.encode_special_tokens = True          # what split_special_tokens in tokenizer_config.json does
+    manual = "".join(json.loads(line)["text"] for line in (ROOT / "data" / "manual.jsonl").open())[:100_000]
+    draw = random.Random(0)
+    odd = "".join(chr(draw.choice([draw.randrange(32, 0xd800), draw.randrange(0xe000, 0x20000)]))
+                  for _ in range(2000))
+    for text in ("", "  two  spaces\r\n\n\tand <|endoftext|> in it\n", manual, odd):
+        assert tokenizer.encode(text).ids == [config.vocab_size - 1, *encode(text)]
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--to=new", "--K=3000"], ["K=3000", "1, 2, 4, 6"]),
+    (["--to=full"], ["'full'", "empty"]),
+    (["--to=full/file"], ["'full/file'", "empty"]),
+    ([], ["to=''"]),
+    (["--to=new", "--member=7,7"], ["member=7,7"]),
+    (["--to=new", "--run_dir=nowhere"], ["prior.json", "prior.py"]),
+])
+def test_bad_requests_are_refused(args, names, population, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        export.main([*population[1], *args])
+    line = error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and all(name in line for name in names), line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_a_missing_package_is_named_with_its_install(population, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.convert_slow_tokenizer", None)
+    with pytest.raises(SystemExit) as stop:
+        export.main([*population[1], f"--to={tmp_path / 'new'}"])
+    line = error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and "pip install -r" in line and "requirements-export.txt" in line

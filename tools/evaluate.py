@@ -1,0 +1,200 @@
+"""
+Downstream accuracy, zero-shot, by lm-evaluation-harness (pip install -r requirements-eval.txt).
+
+One process:  python -m tools.evaluate CONFIG [--name=value ...]
+Eight GPUs:   torchrun --nproc_per_node=8 -m tools.evaluate CONFIG, which share the members
+ Asks, after prior.py, the best member, for each K the uniform mixture and the learned prior, and the student
+where there is one. A mixture's log-probability of a choice is that of its probabilities, token by token
+(mix: tokens), or the weighted sum of its members' (paper). Every member is read once, its scores are kept.
+Prints each task's first metric; run_dir/evaluation.json has all of them.
+
+Of its own: --tasks=arc_easy,piqa,sciq     any of the harness that are scored by log-likelihood
+            --K=1,8,all            answers of prior.json: 1, 2, 4, ... and all
+            --questions=FOLDER     of NAME.jsonl, NAME_test.jsonl or NAME_validation.jsonl, instead of the hub
+            --limit=N              the first N questions of every task; 0: all
+"""
+import functools
+import itertools
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.tokenizer import get_tokenizer
+from infra.config import from_args, student_of
+from infra.console import fail, print0, progress_bar, script
+from infra.distributed import join
+from infra.files import sha256_of, write_json
+from infra.run_directory import RunDirectory, load_prior, prior_answer
+from model import chunks
+from prior import load_member, model_to_score
+
+OPTIONS = dict(tasks="arc_easy,piqa,sciq", K="all", questions="", limit=0)
+
+
+# ------------------------------------------------------------------------------------ what, and who answers
+
+def ask(config, options):
+    """
+    [(about, rows, task, LMs)] of each task: rows (ids, n), whose last n ids are to be scored; the harness's
+    task; its LM with and without the separator before the prompt. Exits with code 2 where one cannot be.
+    """
+    if options.questions:           # before the import
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    try:
+        from tools import harness           # here: an extra, of forty packages
+    except ImportError as e:
+        fail(f"tools.evaluate needs lm-evaluation-harness ({e}): pip install -r requirements-eval.txt")
+    asked, encode = [], get_tokenizer(config.tokenizer)[0]
+    for name in dict.fromkeys(options.tasks.split(",")):
+        rows = {}
+        lms = [harness.Adapter(config, encode, separator, rows) for separator in (True, False)]
+        task, about = harness.load_task(name, options.questions, options.limit, lms)
+        rows = list(rows)
+        asked.append((dict(about, scores=f"{name}-{sha256_of(rows)[:16]}"), rows, task, lms))
+    return asked
+
+
+def choose(options, prior):
+    """[(rule, K, {member: weight})], the best member first. Exits with code 2 where prior.json has none."""
+    answers = [("best", 1)]
+    for word in options.K.split(","):
+        K = len(prior["members"]) if word == "all" else int(word) if word.isdecimal() else word
+        prior_answer(prior, K)
+        answers += [(rule, K) for rule in ("uniform", "learned") if K > 1]
+    return [(rule, K, {(m["trajectory"], m["cycle"]): w for m, w in prior_answer(prior, K, rule)})
+            for rule, K in dict.fromkeys(answers)]
+
+
+# --------------------------------------------------------------------------------------------- the scores
+
+@torch.no_grad()
+def score(model, rows, batch_tokens, done):
+    """
+    Log-probability in nats of the last n ids of every row (ids, n), one row after another, float32 numpy.
+    The model is in eval mode; batch_tokens: the most in a batch, padding included; done(rows) hears of each.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))        # like lengths, the longest first
+    log_p = [None] * len(rows)
+    while order:
+        width = len(rows[order[0]][0]) - 1
+        size = max(1, batch_tokens // width)
+        batch, order = order[:size], order[size:]
+        idx = torch.zeros(len(batch), width, dtype=torch.long)      # padded on the right, which nobody sees
+        wanted = torch.zeros(len(batch), width, dtype=torch.bool)
+        for i, inputs, mask in zip(batch, idx, wanted):
+            ids, n = rows[i]
+            inputs[:len(ids) - 1] = torch.tensor(ids[:-1])
+            mask[len(ids) - 1 - n:len(ids) - 1] = True
+        targets = torch.cat([torch.tensor(rows[i][0][-rows[i][1]:]) for i in batch]).to(model.device)
+        x = model.hidden(idx.to(model.device))[wanted.to(model.device)]     # these alone go through the head
+        found = torch.cat([-F.cross_entropy(model.logits(x[chunk]), targets[chunk], reduction="none")
+                           for chunk in chunks(x, model.config.vocab_size)])
+        for i, tokens in zip(batch, found.cpu().split([rows[i][1] for i in batch])):
+            log_p[i] = tokens
+        done(len(batch))
+    return torch.cat(log_p).numpy()
+
+
+def score_members(config, members, questions, ranks):
+    """
+    Score members, {(t, c): SHA-256 of the weights}, on questions, {name: rows}, where there are no scores
+    yet, spread over the ranks. Returns their run directory.
+    """
+    run = RunDirectory(config, None)
+
+    def unscored(member):
+        return [name for name in questions
+                if run.load_scores(name, *member, check=False)[1] != members[member]]
+    with run.open(ranks, "scores"):
+        todo = [member for member in list(members)[ranks.rank::ranks.world_size] if unscored(member)]
+        model = model_to_score(config).to_device(ranks.device).eval() if todo else None
+        total = sum(len(questions[name]) for member in todo for name in unscored(member))
+        bar = progress_bar(total=total, unit="row", desc="scoring", disable=ranks.rank > 0 or not todo)
+        for member in todo:
+            if load_member(model, run, *member) != members[member]:
+                fail(f"'{run.member_path(*member)}' is not what prior.json weighed: run prior.py again")
+            for name in unscored(member):
+                log_p = score(model, questions[name], config.micro_batch * config.sequence_len, bar.update)
+                run.save_scores(name, *member, log_p, members[member])
+        bar.close()
+        ranks.barrier(everyone=True)
+    return run
+
+
+def mixed(run, name, rows, members, mix):
+    """Of every row of questions `name` its log-probability under a mixture, {member: weight}: float64."""
+    log_p = ((w, run.load_scores(name, *member)[0].astype(np.float64)) for member, w in members.items())
+    if mix == "paper":              # not a probability's: at most the logarithm of the mean
+        tokens = sum(w * of_member for w, of_member in log_p)
+    else:
+        tokens = functools.reduce(np.logaddexp, (math.log(w) + of_member for w, of_member in log_p))
+    return np.add.reduceat(tokens, np.cumsum([0] + [n for _, n in rows[:-1]]))
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+def report(asked, answers):
+    """[dict] of every task, answer (rule, K, run, {member: weight}), mix and separator."""
+    from tools import harness
+    mixes = [(*answer, mix) for answer in answers
+             for mix in (("tokens", "paper") if len(answer[-1]) > 1 else ("-",))]
+    results, best = [], {}
+    for (about, rows, task, lms), (rule, K, run, members, mix) in progress_bar(
+            list(itertools.product(asked, mixes)), unit="answer", desc="answering"):
+        log_p = mixed(run, about["scores"], rows, members, mix)
+        for lm in lms:
+            lm.log_p = log_p
+            found = harness.figures(task, lm)       # the best member's come first
+            results.append(dict(task=about["task"], separator=lm.separator, rule=rule, K=K, mix=mix,
+                                metrics=harness.compare(found, best.setdefault(lm, found))))
+    return results
+
+
+def print_table(results):
+    """Each task's first metric, with the separator before the prompt, and without."""
+    def number(metric, key, form):
+        return f"{'-' if metric.get(key) is None else format(metric[key], form):>8}"
+    print0(f"{'':46}with the separator before the prompt, and without")
+    print0(f"{'task, metric':20} rule       K mix   " + f"{'':8}{'+-':>8}{'- best':>8}{'+-':>8}   " * 2)
+    for row, other in zip(results[::2], results[1::2]):
+        name = next(iter(row["metrics"]))
+        print0(f"{row['task'] + ', ' + name:20} {row['rule']:8} {row['K']:>3} {row['mix']:6}" + "   ".join(
+            number(m, "value", ".4f") + number(m, "error", ".4f") + number(m, "difference", "+.4f")
+            + number(m, "paired_error", ".4f") for m in (row["metrics"][name], other["metrics"][name])))
+    print0("- best: difference to the best member; +-: standard errors, that one's on the same questions")
+
+
+@script
+def main(argv=None):
+    config, options = from_args(argv, __doc__, **OPTIONS)
+    if options.limit < 0:
+        fail(f"limit={options.limit}: must be 0, all questions, or more")
+    prior, student = load_prior(config.run_dir), student_of(config)
+    chosen, taught = choose(options, prior), RunDirectory(student, None)
+    ranks = join(config)
+    asked = ask(config, options) if ranks.rank == 0 else []         # one rank fetches the questions
+    questions = ranks.of_first({about["scores"]: rows for about, rows, *_ in asked})
+    students = {m: taught.load_member(*m, check=False)[1]["tensors_sha256"] for m in taught.members()}
+    students = ranks.of_first(students)
+    wanted = {m for *_, weights in chosen for m in weights}
+    members = {(m["trajectory"], m["cycle"]): m["weights_sha256"] for m in prior["members"]}
+    run = score_members(config, {m: members[m] for m in sorted(wanted)}, questions, ranks)
+    answers = [(rule, K, run, weights) for rule, K, weights in chosen]
+    if students:
+        answers.append(("student", 1, score_members(student, students, questions, ranks), {(0, 0): 1.0}))
+    ranks.leave()
+    if ranks.rank > 0:
+        return
+    results = report(asked, answers)
+    print_table(results)
+    who = [dict(rule=rule, K=K, members=[[*m, w] for m, w in of.items()]) for rule, K, _, of in answers]
+    write_json(run.path / "evaluation.json", dict(
+        tasks=[about for about, *_ in asked], sequence_len=config.sequence_len, answers=who, results=results))
+    print0(f"wrote '{run.path / 'evaluation.json'}'")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""
+A model that leaves the house: python -m tools.export CONFIG --to=FOLDER [--name=value ...]
+Writes the mixture of K members, one member, or the student as a folder that Hugging Face transformers loads
+anywhere: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). In it: the weights in bf16
+(model.safetensors), their config, model.py as it is, a modelling file, the tokenizer and a model card.
+
+Of its own: --to=FOLDER (new, or empty)
+            --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
+            --member=T,C (trajectory and cycle): that model alone    --student: the student alone
+"""
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from data import loader
+from data.tokenizer import get_tokenizer
+from infra.config import from_args, student_of
+from infra.console import ROOT, Damaged, fail, print0, script
+from infra.files import flush_to_disk, read_json, read_tensors, write_whole
+from infra.run_directory import RunDirectory, load_prior
+from model import GPTConfig
+from prior import model_to_score
+from tools.generate import choose
+
+SEPARATOR = "<|endoftext|>"
+SPECIAL = "bos", "eos", "pad"               # all of them the separator
+
+
+def tokenizer_of(config):
+    """A fast tokenizer with data.tokenizer's ids, the separator in front; bytes are a BPE of no merges."""
+    try:
+        from tokenizers.processors import TemplateProcessing
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError as e:
+        fail(f"the package '{e.name}' is missing: pip install -r '{ROOT / 'requirements-export.txt'}'")
+    get_tokenizer(config.tokenizer)         # says what to do where its ranks cannot be had
+    ranks, pattern = {bytes([i]): i for i in range(256)}, r"[\s\S]+"
+    if config.tokenizer == "gpt2":
+        import tiktoken
+        encoding = tiktoken.get_encoding("r50k_base")
+        ranks, pattern = encoding._mergeable_ranks, encoding._pat_str
+
+    class Converter(TikTokenConverter):
+        def load_tiktoken_bpe(self, _):     # the original's reads a file
+            return ranks
+    tokenizer = Converter(pattern=pattern, extra_special_tokens=[SEPARATOR]).converted()
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, config.vocab_size - 1)])
+    return tokenizer
+
+
+def json_files(config, weights):
+    """name -> contents."""
+    ids = {f"{name}_token_id": config.vocab_size - 1 for name in SPECIAL} | {"use_cache": False}
+    gpt = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig)} | {"mtp_weight": 0.0}
+    auto_map = dict(AutoConfig="modeling_q0.Q0Config", AutoModelForCausalLM="modeling_q0.Q0ForCausalLM")
+    model = dict(
+        model_type="q0", architectures=["Q0ForCausalLM"], auto_map=auto_map, gpt=gpt, weights=weights,
+        dtype="float32", vocab_size=config.vocab_size, max_position_embeddings=config.sequence_len,
+        hidden_size=config.n_embd, num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        tie_word_embeddings=False, **ids)
+    tokenizer = dict(
+        tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.sequence_len, padding_side="right",
+        model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
+        split_special_tokens=True, **{f"{name}_token": SEPARATOR for name in SPECIAL})
+    return {"config.json": model, "generation_config.json": ids, "tokenizer_config.json": tokenizer}
+
+
+def tensors_of(run, members):
+    """
+    (name -> bf16 tensor, the parameters of one model): the members' own without the MTP head, and the rotary
+    tables, which no member's file has.
+    """
+    tensors, model = {}, model_to_score(run.config)
+    for i, member in enumerate(members):
+        own = {n: w for n, w in run.load_member(*member)[0].items() if not n.startswith("mtp_")}
+        own |= {name: table.clone() for name, table in model.named_buffers()}
+        tensors |= {f"members.{i}.{name}": w for name, w in own.items()}
+    return tensors, sum(p.numel() for p in model.parameters())
+
+
+def commit():
+    """Of this repository, marked as dirty where files differ from it."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return "unknown"
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def trained_on(run):
+    path = run.folder(0) / "resume.safetensors"
+    try:
+        about = read_tensors(path, "a checkpoint", check=False)[1]["environment"]
+    except Damaged:                         # imported members come without a checkpoint
+        return "unknown"
+    return f"{about['machine']}; torch {about['torch']}; ranks of a trajectory: {about['ranks']}"
+
+
+def facts(run, prior):
+    """Of the card: name -> text."""
+    c, text, about = run.config, prior["text"], read_json(run.config_path)
+    names = ", ".join(Path(name).name for name in text.get("data", c.data).split(","))  # paths stay at home
+    trajectories = sorted({m["trajectory"] for m in prior["members"]})
+    population = f"{len(trajectories)} trajectories x {c.cycles} cycles x {c.epochs_per_cycle:g} epochs"
+    if c.first_cycle_epochs:
+        population += f", of the first cycle {c.first_cycle_epochs:g}"
+    if "taught_by" in about:
+        population = (f"the student of one: {c.epochs_per_cycle:g} epochs, from the best member's weights "
+                      f"on, taught by {len(about['taught_by']['teachers'])} of it, alpha={c.distill_alpha:g}")
+    return {
+        "text": f"{names}, as {c.tokenizer}: {c.train_tokens:,} tokens, of which {c.fitness_tokens:,} are "
+                f"the fitness set, and {c.val_tokens:,} for validation",
+        "SHA-256 of the text": text.get("text_sha256", "unknown"),
+        "SHA-256 of its tokens": run.identity["data_fingerprint"],
+        "population": population,
+        "seeds": ", ".join(str(c.seed + t) for t in trajectories),
+        "trained on": trained_on(run),
+        "code": f"{about['code']} (SHA-256 of the method's files); exported by commit {commit()}"}
+
+
+def card(run, prior, chosen, row, parameters):
+    """README.md. chosen: (trajectory, cycle) -> weight; row: their losses, as prior.json has them."""
+    of, passes = {(m["trajectory"], m["cycle"]): m for m in prior["members"]}, len(chosen)
+    title, what, each = "One model", f"One member of a population of {len(of)}.", ""
+    if "taught_by" in read_json(run.config_path):
+        title, what = "A student", "One model, which the members of a population have taught."
+    if passes > 1:
+        title, each = f"A mixture of {passes} models", f" in each of {passes} models"
+        what = (f"The weighted mean of the next-token probabilities of {passes} members of a population of "
+                f"{len(of)}: every token costs {passes} forward passes.")
+
+    def losses(name, a):
+        error = f"{a['val_error']:.4f}" if a["val_error"] else "-"      # the best member has none to itself
+        return (f"| {name} | {a['fit_loss']:.4f} | {a['val_loss']:.4f} | {error} | "
+                f"{a['val_perplexity']:.3f} | {a['val_bits_per_byte']:.4f} |")
+    best = next(a for a in prior["answers"] if a["rule"] == "best")
+    rows = {"parameters": f"{parameters:,}{each}", **facts(run, prior)}
+    return (ROOT / "tools" / "model_card.md").read_text(encoding="utf-8").format(
+        title=title, what=what, sequence_len=run.config.sequence_len,
+        facts="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
+        losses="\n".join([losses("this model", row), losses("the best member", best)]),
+        members="\n".join(f"| {t} | {c} | {w} | {of[t, c]['weights_sha256']} |"
+                          for (t, c), w in chosen.items()))
+
+
+def write_folder(folder, tokenizer, contents, tensors):
+    """All of its files; contents: name -> text, or a value to write as JSON."""
+    folder.mkdir()
+    for name, content in contents.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    for path in ("model.py", "tools/modeling_q0.py", "LICENSE"):
+        shutil.copyfile(ROOT / path, folder / Path(path).name)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    shutil.copymode(folder / "model.py", folder / "model.safetensors")      # it would be its owner's alone
+    for path in folder.iterdir():
+        flush_to_disk(path)
+
+
+@script
+def main(argv=None):
+    config, options = from_args(argv, __doc__, to="", K=0, member="", student=False)
+    folder = Path(options.to).expanduser().resolve()
+    if not options.to or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"to='{options.to}': name a folder that is new or empty, such as --to=exported")
+    if options.student:
+        config, options.member = student_of(config), "0,0"
+    run, prior = RunDirectory(config, loader.load(config).fingerprint), load_prior(config.run_dir)
+    label, members, weights = choose(options, prior, run)[-1]
+    tokenizer = tokenizer_of(config)
+    if options.member:
+        row = next(m for m in prior["members"] if (m["trajectory"], m["cycle"]) == members[0])
+    else:
+        K = options.K or max(a["K"] for a in prior["answers"] if a["K"] <= 4)
+        row = next(a for a in prior["answers"] if (a["K"], a["rule"]) == (K, "learned"))
+    tensors, parameters = tensors_of(run, members)
+    readme = card(run, prior, dict(zip(members, weights)), row, parameters)
+    contents = {"README.md": readme, **json_files(config, weights)}
+    write_whole(folder, lambda temporary: write_folder(temporary, tokenizer, contents, tensors))
+    print0(f"wrote {label} to '{options.to}': its README.md says how to load it")
+
+
+if __name__ == "__main__":
+    main()
