@@ -101,10 +101,10 @@ def send_all(run, send, state, state_path, follow):
     with open(run.path / "metrics.jsonl", "rb") as file, StopRequest() as stop:
         finished = False
         while not finished:
-            records, there = whole_lines(file), (run.path / "prior.json").exists()
+            there = (run.path / "prior.json").exists()      # first: then all lines before it are there, too
             prior = load_prior(run.path) if there else {"members": [], "losses": {}}
             whole = len(prior["members"]) == run.config.trajectories * run.config.cycles
-            new = list(unsent([*records, *prior_records(prior)], state["sent"]))
+            new = list(unsent([*whole_lines(file), *prior_records(prior)], state["sent"]))
             try:
                 for series, step, values in progress_bar(new, unit="line", disable=len(new) < 1000):
                     if stop.requested:
