@@ -20,35 +20,48 @@ import torch._dynamo         # DDP imports it, for seconds: here once, not in ev
 import distill
 import prior
 import train
-from infra.config import from_args
 from data import loader
+from data import prepare as data_prepare
 from infra.run_directory import RunDirectory
-from tests.conftest import MICRO, ROOT
+from tests.conftest import MICRO, ROOT, read
 
 SCRIPTS = (train, distill, prior)
-PHASES = ("between", "training step", "distillation step", "fitness loss", "member saved", "state saved", "scoring",
-          "scores saved", "fit", "prior.json saved")
+# what rank 0 of the forked processes is in, on the board: an index into PHASES
+MARKED = ((train, "train_step", "training step"), (loader, "score", "fitness loss"),
+          (RunDirectory, "save_member", "member saved"), (RunDirectory, "save_checkpoint", "state saved"),
+          (RunDirectory, "save_scores", "scores saved"), (prior, "answers_for", "fit"),
+          (prior, "write_json", "prior.json saved"))
+# the same functions under another script are another phase
+UNDER = {(distill, "training step"): "distillation step", (prior, "fitness loss"): "scoring"}
+PHASES = ("between", *(phase for *_, phase in MARKED), *UNDER.values())
 WRITERS = []
-LINGER = 0.001                      # seconds before and after each marked function: some are too short to be met
+LINGER = 0.001              # seconds before and after each marked function: some are too short to be met
 RANDOM = random.Random(0)
-board = mmap.mmap(-1, 1)            # what rank 0 of the forked processes is in: an index into PHASES
+board = mmap.mmap(-1, 1)
 
 
-def arguments(folder, **overrides):
-    """
-    Of a population of 3 members in 9 steps, whose data stands in folder/data, of text that is the same under every Python.
-    """
-    values = {**MICRO, "trajectories": 1, "cycles": 3, "distill_from": 1, "epochs_per_cycle": 0.3, "resume_every": 2,
-              "train_tokens": 1700, "fitness_tokens": 300, "val_tokens": 400, "data": folder / "words.txt",
-              "data_dir": folder / "data", "run_dir": folder / "run", **overrides}
+def arguments(folder):
+    """Of 3 members in 9 steps, with data in folder/data: text that is the same under every Python."""
+    values = {**MICRO, "trajectories": 1, "cycles": 3, "distill_from": 1, "epochs_per_cycle": 0.3,
+              "resume_every": 2, "train_tokens": 1700, "fitness_tokens": 300, "val_tokens": 400,
+              "data": folder / "words.txt", "data_dir": folder / "data", "run_dir": folder / "run"}
     return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
 
 
-def mark(owner, name, phase):
-    """Have a function show its phase on the board while it runs."""
+def prepare(folder):
+    torch.set_num_threads(1)
+    word, words = random.Random(0), ("to", "be", "or", "not", "that", "is", "the", "question")
+    lines = (" ".join(word.choice(words) for _ in range(20)) for _ in range(60))
+    (folder / "words.txt").write_text("\n".join(lines))
+    data_prepare.main(arguments(folder))
+
+
+def mark(owner, name, phase, script):
+    """Have a function show its phase on the board while it runs; script(): the one that is running."""
     function = getattr(owner, name)
+
     def marked(*args, **kwargs):
-        before, board[0] = board[0], PHASES.index(phase)
+        before, board[0] = board[0], PHASES.index(UNDER.get((script(), phase), phase))
         try:
             time.sleep(LINGER)
             result = function(*args, **kwargs)
@@ -59,35 +72,25 @@ def mark(owner, name, phase):
     setattr(owner, name, marked)
 
 
-def work(argv, output, rank, size, ports, patch, scripts):
-    """In a forked process: the scripts, as run.sh calls them; patch(rank) changes the process first. Never returns."""
-    code = 1
+def work(argv, output, rank, turns, patch):
+    """
+    In a forked process: the scripts, as run.sh calls them, each with its environment; patch(rank) changes the
+    process first. Never returns.
+    """
+    code, script = 1, None
     try:
         sys.stdout = sys.stderr = open(output, "w", buffering=1)
-        if rank == 0:
-            mark(loader, "score", "fitness loss")
-            mark(RunDirectory, "save_member", "member saved")
-            mark(RunDirectory, "save_checkpoint", "state saved")
-            mark(RunDirectory, "save_scores", "scores saved")
-            mark(prior, "answers_for", "fit")
-            mark(prior, "write_json", "prior.json saved")
+        for marked in MARKED if rank == 0 else ():
+            mark(*marked, lambda: script)
         # a forked process has no other threads to compute with: it would wait for them
         torch.set_num_threads = lambda n: None
         patch(rank)
-        step, score = train.train_step, loader.score
-        for script, port in zip(scripts, ports):
-            if size > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            if rank == 0:
-                train.train_step, loader.score = step, score
-                mark(train, "train_step", "distillation step" if script is distill else "training step")
-                if script is prior:
-                    mark(loader, "score", "scoring")
+        for script, environment in turns:
+            os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
             script.main(argv)
         code = 0
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else print(e.code) or 1
+        code = e.code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -95,41 +98,33 @@ def work(argv, output, rank, size, ports, patch, scripts):
 
 
 def free_ports(n):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    for s in sockets:
+        yield str(s.getsockname()[1])
+        s.close()
 
 
 def start(argv, log, size=1, patch=lambda rank: None, scripts=SCRIPTS):
-    """
-    The process ids of `size` forked ranks. What they print goes to the log, through a pipe: a limit on files is not on it.
-    """
-    board[0], ports, children = 0, free_ports(len(scripts)) if size > 1 else range(len(scripts)), []
+    """Process ids of `size` forked ranks. They print to the log by a pipe: a limit on files is not on it."""
+    turns = [(script, dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+             for script, port in zip(scripts, free_ports(len(scripts)))]
     with open(log, "ab") as f:
-        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=f)
-    for rank in range(size):
-        children.append(os.fork() or work(argv, writer.stdin.fileno(), rank, size, ports, patch, scripts))
-    writer.stdin.close()
-    WRITERS.append(writer)
+        WRITERS.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=f))
+    board[0], pipe = 0, WRITERS[-1].stdin
+    children = [os.fork() or work(argv, pipe.fileno(), rank, turns, patch) for rank in range(size)]
+    pipe.close()
     return children
 
 
-def ended(child):
-    """Its exit code (negative: the signal), None while it runs."""
-    pid, status = os.waitpid(child, os.WNOHANG)
-    return os.waitstatus_to_exitcode(status) if pid else None
-
-
 def finish(children, seconds=120):
-    """Wait for their exit codes; as torchrun, end the others once one has failed."""
+    """Wait for their exit codes (negative: the signal); as torchrun, end the others once one has failed."""
     codes, until = {}, time.monotonic() + seconds
     while len(codes) < len(children) and time.monotonic() < until:
-        for child in children:
-            if child not in codes and (code := ended(child)) is not None:
-                codes[child] = code
-                if code != 0:
+        for child in set(children) - set(codes):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if status:
                     until = min(until, time.monotonic() + 2)
         time.sleep(0.002)
     for child in set(children) - set(codes):
@@ -141,30 +136,31 @@ def finish(children, seconds=120):
     return [codes.get(child, "killed") for child in children]
 
 
-def kill_when(children, moment):
+def reaches(phase, children):
+    """Wait until rank 0 is in this phase; False where it ends before."""
+    while board[0] != PHASES.index(phase):
+        if os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+def kill_in(phase, children, delay):
     """
-    SIGKILL to all ranks at a moment (a function that waits, and returns False where it has passed). The phase, None where
-    they ended well before.
+    SIGKILL to all ranks, `delay` seconds after rank 0 is first seen in this phase. The phase that met it,
+    None where they ended well before.
     """
-    phase = None
-    if moment():
-        phase = PHASES[board[0]]
+    met = None
+    if reaches(phase, children):
+        time.sleep(delay)
+        met = PHASES[board[0]]
         for child in children:
             os.kill(child, signal.SIGKILL)
     codes = finish(children)
     if set(codes) == {0}:
         return None
-    assert phase and set(codes) <= {0, -signal.SIGKILL}, codes        # 0: this rank had just ended
-    return phase
-
-
-def left(folder):
-    """What must be equal: bytes by name of members, scores and prior.json; and every step's loss, as its last line has it."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-             if p.suffix == ".json" and p.name != "config.json"
-             or p.suffix == ".safetensors" and (p.name.startswith("cycle_") or "scores" in p.parts)}
-    steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"]) for r in logged(folder) if r["kind"] == "step"}
-    return files | {"steps": sorted((*step, *values) for step, values in steps.items())}
+    assert met and set(codes) <= {0, -signal.SIGKILL}, codes          # 0: this rank had just ended
+    return met
 
 
 def logged(folder):
@@ -174,15 +170,18 @@ def logged(folder):
             yield json.loads(line)
 
 
-def debris(folder):
-    """Temporary files."""
-    return [p for p in folder.rglob(".*") if p.name != ".lock"]
+def left(folder):
+    """What must be equal: bytes by name of members, scores, prior.json; each step's loss, as its last line says."""
+    paths = [*folder.glob("trajectory_*/cycle_*"), *folder.glob("scores/*/*"), *folder.glob("prior.json")]
+    steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"])
+             for r in logged(folder) if r["kind"] == "step"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths} | {"steps": steps}
 
 
 def difference(reference, folder):
     """The names in which a finished run differs from the uninterrupted one; temporary files count."""
-    found = left(folder)
-    return [name for name in {*reference, *found} if reference.get(name) != found.get(name)] + debris(folder)
+    found, debris = left(folder), [p for p in folder.rglob(".*") if p.name != ".lock"]
+    return [name for name in {*reference, *found} if reference.get(name) != found.get(name)] + debris
 
 
 def uninterrupted(argv, folder, size=1):
@@ -191,25 +190,7 @@ def uninterrupted(argv, folder, size=1):
     return left(folder)
 
 
-def prepare(folder):
-    torch.set_num_threads(1)
-    from data import prepare as script
-    word = random.Random(0)
-    (folder / "words.txt").write_text("\n".join(
-        " ".join(word.choice(("to", "be", "or", "not", "that", "is", "the", "question")) for _ in range(20))
-        for _ in range(60)))
-    script.main(arguments(folder))
-    return from_args(arguments(folder), "")[0]
-
-
-def within(phase, children, delay):
-    """A moment: `delay` seconds after rank 0 is first seen in this phase; passed where it ends before."""
-    def moment():
-        while board[0] != PHASES.index(phase):
-            if (code := os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None and code:
-                return False
-            time.sleep(0.0005)
-        time.sleep(delay)
-        return True
-    return moment
-
+def saved_last_step(folder):
+    """Whether the checkpoint of a run that was stopped is of the last step that was logged."""
+    step = read(folder / "trajectory_00" / "resume.safetensors")[1]["step"]
+    return step == max(r["step"] for r in logged(folder) if r["kind"] == "step")

@@ -1,8 +1,6 @@
 """
-Kills a population hundreds of times, in each phase of its making: python -m tests.soak [KILLS] > results/soak.md
-(240 by default: five to ten minutes on two cores; not part of the suite). Each kill is a SIGKILL to every process, at a
-random moment of a chosen phase; then the scripts are started again. Whenever a population is done, its members, scores,
-prior.json and logged steps are compared with those of an uninterrupted one, byte by byte, and the next is begun.
+Kills a population hundreds of times, in each phase of it: python -m tests.soak [KILLS] > results/soak.md
+(240 by default: five to ten minutes on two cores; in the suite, test_survival.py has it do 20).
 """
 import collections
 import os
@@ -17,18 +15,23 @@ import torch
 from results.experiments import commit
 from tests import kill
 
+METHOD = """\
+Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started
+again. Whenever a population is done, its members, scores, prior.json and logged steps are compared with those
+of an uninterrupted one, byte by byte, and the next is begun.
+"""
 
 def soak(size, kills, folder):
     """(kills by phase, populations compared, names that differed) of populations on `size` ranks."""
-    argv, log, population = [*kill.arguments(folder), "--micro_batch=1"], folder / f"log{size}", folder / f"killed{size}"
-    whole = kill.uninterrupted(argv, folder / f"whole{size}", size)
+    argv, log = [*kill.arguments(folder), "--micro_batch=1"], folder / f"log{size}"
+    whole, population = kill.uninterrupted(argv, folder / f"whole{size}", size), folder / f"killed{size}"
     argv, phases, compared, differ = [*argv, f"--run_dir={population}"], collections.Counter(), 0, []
     wanted = [phase for phase in kill.PHASES for _ in range(-(-kills // len(kill.PHASES)))]
     kill.RANDOM.shuffle(wanted)
     while wanted:
-        children = kill.start(argv, log, size)
+        children, delay = kill.start(argv, log, size), kill.RANDOM.choice([0, 0.001, 0.003, 0.01])
         # a phase that this start still comes to: one that it does not ends in a finished population
-        phase = kill.kill_when(children, kill.within(wanted[-1], children, kill.RANDOM.choice([0, 0.001, 0.003, 0.01])))
+        phase = kill.kill_in(wanted[-1], children, delay)
         if phase is not None:
             phases[phase] += 1
             if phase in wanted:
@@ -47,20 +50,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout, out = sys.stderr, sys.stdout            # what data.prepare says is not part of the report
         kill.prepare(Path(folder))
-        results = {size: soak(size, kills // 2, Path(folder)) for size in (1, 2)}
+        one, two = (soak(size, kills // 2, Path(folder)) for size in (1, 2))
         sys.stdout = out
     print(f"# Killed, and started again\n\nPrinted by `python -m tests.soak {kills}` at commit {commit()}; "
-          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n"
-          "Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started again. "
-          "Whenever a population is done, its\nmembers, scores, prior.json and logged steps are compared with "
-          "those of an uninterrupted one, byte by byte, and the next is begun.\n")
-    print("| phase of rank 0 | kills, 1 process | kills, 2 processes |\n|---|---|---|")
-    for phase in kill.PHASES:
-        print(f"| {phase} | {results[1][0][phase]} | {results[2][0][phase]} |")
-    print(f"| all | {results[1][0].total()} | {results[2][0].total()} |")
-    print(f"| populations finished and compared | {results[1][1]} | {results[2][1]} |")
-    print(f"| files that differed or were left over | {len(results[1][2])} | {len(results[2][2])} |")
-    for name in results[1][2] + results[2][2]:
+          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n{METHOD}\n"
+          "| phase of rank 0 | kills, 1 process | kills, 2 processes |\n|---|---|---|")
+    rows = [(phase, one[0][phase], two[0][phase]) for phase in kill.PHASES]
+    rows += [("all", one[0].total(), two[0].total()), ("populations finished and compared", one[1], two[1]),
+             ("files that differed or were left over", len(one[2]), len(two[2]))]
+    for row in rows:
+        print("| {} | {} | {} |".format(*row))
+    for name in one[2] + two[2]:
         print(f"\n{name}")
 
 

@@ -1,11 +1,13 @@
 """Killed, stopped, starved, damaged: nothing finished is lost, and what goes on goes on bit for bit."""
+import errno
+import fcntl
 import hashlib
-import json
 import os
 import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -14,19 +16,52 @@ import pytest
 import torch
 
 import distill
+import infra.distributed
+import infra.files
+import infra.run_directory
 import prior
 import train
-from infra.config import from_args
 from data import loader
-import infra.files
-import infra.distributed
-import infra.run_directory
 from infra.console import STOPPED, Damaged
-from infra.files import read_json, read_tensors, write_json, write_tensors
-from infra.run_directory import RunDirectory
+from infra.files import FORMAT, lock, read_json, read_tensors, write_json, write_tensors
 from tests import kill
+from tests.conftest import ROOT, error_line, read, tree
+from tests.soak import soak
 from tools import plot
-from tests.conftest import ROOT, error_line, read
+
+
+class Run:
+    """A population of a test's own, made by forked processes; whole: what an uninterrupted one leaves."""
+
+    def __init__(self, folder, whole, at):
+        self.whole, self.folder, self.log = whole, at / "run", at / "log"
+        self.argv = [*kill.arguments(folder), f"--run_dir={self.folder}"]
+
+    def start(self, *flags, **how):
+        return kill.start([*self.argv, *flags], self.log, **how)
+
+    def codes(self, *flags, **how):
+        return kill.finish(self.start(*flags, **how))
+
+    def said(self):
+        return self.log.read_text()
+
+    def begin(self, phase, *flags, **how):
+        """Its processes, the first of them in this phase."""
+        children = self.start(*flags, **how)
+        assert kill.reaches(phase, children), self.said()[-3000:]
+        return children
+
+    def stop(self, phase, *flags, **how):
+        """Asked to in this phase, by way of its last rank, all of them stop."""
+        children = self.begin(phase, *flags, **how)
+        os.kill(children[-1], signal.SIGTERM)
+        assert kill.finish(children) == [STOPPED] * len(children), self.said()[-3000:]
+
+    def finishes(self, *flags, size=1, **how):
+        """It goes on to the end, and leaves what an uninterrupted run leaves."""
+        assert self.codes(*flags, size=size, **how) == [0] * size, self.said()[-3000:]
+        assert kill.difference(self.whole, self.folder) == []
 
 
 @pytest.fixture(scope="module")
@@ -38,200 +73,182 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture
-def begun(reference, tmp_path):
-    """(argv of a run of its own, its folder, its log, the files it should end with)."""
-    folder, whole = reference
-    return [*kill.arguments(folder), f"--run_dir={tmp_path / 'run'}"], tmp_path / "run", tmp_path / "log", whole
-
-
-def finishes(begun, size=1):
-    """It goes on to the end, and leaves what an uninterrupted run leaves."""
-    argv, folder, log, whole = begun
-    assert kill.finish(kill.start(argv, log, size)) == [0] * size, log.read_text()[-2000:]
-    assert kill.difference(whole, folder) == []
+def run(reference, tmp_path):
+    return Run(*reference, tmp_path)
 
 
 # ------------------------------------------------------------------------------------- killed and stopped
 
-def test_twenty_kills_at_random_moments(begun):
-    argv, folder, log, whole = begun
-    kills, phases = 0, set()
-    while kills < 20:
-        children = kill.start(argv, log)
-        moment = kill.within(kill.RANDOM.choice(kill.PHASES), children, kill.RANDOM.uniform(0, 0.02))
-        phase = kill.kill_when(children, moment)
-        if phase is None:                           # it ended first: compare, begin anew
-            assert kill.difference(whole, folder) == []
-            shutil.rmtree(folder)
-        else:
-            kills, phases = kills + 1, phases | {phase}
-    finishes(begun)
-    assert len(phases) > 3
+def test_twenty_kills_in_every_phase(reference):
+    phases, _, differ = soak(1, 20, reference[0])
+    assert phases.total() >= 20 and set(phases) == set(kill.PHASES) and not differ
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_and_goes_on(number, begun):
-    argv, folder, log, _ = begun
-    [child] = kill.start(argv, log)
-    assert kill.within("distillation step", [child], 0)(), log.read_text()[-3000:]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_asked_to_stop_it_saves_and_goes_on(number, run):
+    """By a launcher, Ctrl-C, a closed terminal, SLURM's warning."""
+    [child] = run.begin("distillation step")
     os.kill(child, number)
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
-    assert kill.finish([child]) == [STOPPED]
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert (read(folder / "trajectory_00" / "resume.safetensors")[1]["step"] == steps[-1]
-            and re.search(r"resume with: \S*python\S* \S*distill.py", log.read_text()) and "Traceback" not in log.read_text())
-    finishes(begun)
+    assert kill.finish([child]) == [STOPPED] and kill.saved_last_step(run.folder)
+    assert re.search(r"resume with: \S*python\S* \S*distill.py", run.said()) and "Traceback" not in run.said()
+    run.finishes()
 
 
-def test_asked_twice_it_stops_at_once(begun):
-    argv, folder, log, _ = begun
-    children = kill.start([*argv, "--micro_batch=1"], log, size=2)
-    assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
-    os.kill(children[1], signal.SIGSTOP)            # so that the first waits for it, deaf to Python's own handlers
+def test_under_nohup_a_closed_terminal_is_nothing(run):
+    [child] = run.begin("training step", patch=lambda rank: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    os.kill(child, signal.SIGHUP)
+    assert kill.finish([child]) == [0] and kill.difference(run.whole, run.folder) == []
+
+
+def test_asked_twice_it_stops_at_once(run):
+    first, second = run.begin("training step", "--micro_batch=1", size=2)
+    os.kill(second, signal.SIGSTOP)                 # the first waits for it, deaf to Python's own handlers
     time.sleep(0.5)
-    os.kill(children[0], signal.SIGTERM)
+    os.kill(first, signal.SIGTERM)
     time.sleep(1.2)
-    os.kill(children[0], signal.SIGTERM)
-    assert kill.finish(children[:1], seconds=20) == [128 + signal.SIGTERM]
-    os.kill(children[1], signal.SIGKILL)
-    kill.finish(children[1:])
+    os.kill(first, signal.SIGTERM)
+    assert kill.finish([first], seconds=20) == [128 + signal.SIGTERM]
+    kill.finish([second], seconds=0)
 
 
-def test_no_request_to_stop_is_lost(begun):
+def test_no_request_to_stop_is_lost(run):
     """One that comes while the ranks agree on the last step counts at the next."""
-    argv, folder, log, _ = begun
     def ask_then(rank):
-        mean = infra.distributed.Ranks.mean
+        mean, calls = infra.distributed.Ranks.mean, []
+
         def asking(self, *values):
-            if len(calls := asking.__dict__.setdefault("calls", [])) == 1:
+            if len(calls) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.2)
             calls.append(1)
             return mean(self, *values)
         infra.distributed.Ranks.mean = asking
-    assert kill.finish(kill.start(argv, log, patch=ask_then)) == [STOPPED]
-    assert "after step 3 " in log.read_text()
-    finishes(begun)
+    assert run.codes(patch=ask_then) == [STOPPED] and "after step 3 " in run.said()
+    run.finishes()
 
 
-def test_torchrun_is_asked_to_stop(begun):
+def test_torchrun_is_asked_to_stop(run):
     """The launcher passes it on; what it prints itself and its exit code are its own."""
-    argv, folder, log, whole = begun
-    with open(log, "wb") as out:
-        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                     str(ROOT / "train.py"), *argv, "--micro_batch=1", "--epochs_per_cycle=30"],
-                                    stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while launcher.poll() is None and not (folder / "metrics.jsonl").exists():
+    with open(run.log, "wb") as out:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             ROOT / "train.py", *run.argv, "--micro_batch=1", "--epochs_per_cycle=30"],
+            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while launcher.poll() is None and not (run.folder / "metrics.jsonl").exists():
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(60) == 1 and "resume with: " in log.read_text() and "--nproc_per_node=2 train.py" in log.read_text()
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert read(folder / "trajectory_00" / "resume.safetensors")[1]["step"] == steps[-1] and steps == list(range(1, len(steps) + 1))
+    assert launcher.wait(60) == 1 and re.search("resume with: .*--nproc_per_node=2 .*train.py", run.said())
+    steps = [r["step"] for r in kill.logged(run.folder)]
+    assert kill.saved_last_step(run.folder) and steps == list(range(1, len(steps) + 1))
 
 
-def test_three_ranks_sum_as_before_after_a_stop(begun):
-    argv, folder, log, _ = begun
-    argv = [*argv, "--micro_batch=1", "--batch_tokens=192"]
-    whole = kill.uninterrupted(argv, folder.parent / "whole", size=3)
-    children = kill.start(argv, log, size=3)
-    assert kill.within("distillation step", children, 0)(), log.read_text()[-3000:]
-    os.kill(children[0], signal.SIGTERM)
-    assert kill.finish(children) == [STOPPED] * 3
-    assert kill.finish(kill.start(argv, log, size=3)) == [0] * 3 and kill.difference(whole, folder) == []
+def test_ranks_of_a_group_leave_at_one_step_and_sum_as_before(run):
+    flags = ["--micro_batch=1", "--batch_tokens=192"]
+    run.whole = kill.uninterrupted([*run.argv, *flags], run.folder.parent / "whole", size=3)
+    run.stop("distillation step", *flags, size=3)
+    run.finishes(*flags, size=3)
 
 
-def test_all_ranks_of_a_group_leave_at_the_same_step(begun):
-    argv, folder, log, whole = begun
-    argv = [*argv, "--micro_batch=1"]
-    children = kill.start(argv, log, size=2)
-    assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
-    os.kill(children[1], signal.SIGTERM)
-    assert kill.finish(children) == [STOPPED] * 2, log.read_text()[-3000:]
-    assert kill.finish(kill.start(argv, log, 2)) == [0, 0] and kill.debris(folder) == []
-    assert [s[:2] for s in kill.left(folder)["steps"]] == [s[:2] for s in whole["steps"]]
+def test_groups_that_are_asked_together_leave_together(run):
+    """Whether they are in the middle of a step or wait for the others at the end."""
+    children = run.start("--trajectories=2", size=2, patch=lambda rank: rank and setattr(
+        train, "seed_dropout", lambda *_: time.sleep(0.5)))         # the second is slow
+    while not (run.folder / "trajectory_00" / "cycle_000.safetensors").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    assert kill.finish(children, 30) == [STOPPED] * 2 and "error" not in run.said(), run.said()[-2000:]
 
 
-def test_other_ranks_and_micro_batches_take_the_same_tokens(begun, tmp_path):
-    """Begun on one rank, gone on with on two, and back: every step has the tokens of an uninterrupted run, once."""
-    argv, folder, log, _ = begun
+def test_other_ranks_and_micro_batches_take_the_same_tokens(run, tmp_path):
+    """From one rank to two and back: every step has the tokens of an uninterrupted run, once."""
+    tokens = tmp_path / "tokens"
+
     def watch(rank):
         take = loader.Batches.take
+
         def watched(self, n):
             rows = take(self, n)
-            if rank == 0:
-                with open(tmp_path / "tokens", "a") as f:
-                    f.write(hashlib.sha256(rows.numpy()).hexdigest() + "\n")
+            with open(tokens if rank == 0 else os.devnull, "a") as f:
+                f.write(hashlib.sha256(rows.numpy()).hexdigest() + "\n")
             return rows
         loader.Batches.take = watched
-    assert kill.finish(kill.start([*argv, f"--run_dir={tmp_path / 'whole'}"], log, patch=watch)) == [0]
-    wanted = (tmp_path / "tokens").read_text()
-    (tmp_path / "tokens").unlink()
-    for phase, size, micro_batch in (("training step", 1, 4), ("distillation step", 2, 1), ("distillation step", 2, 2),
-                                     ("fit", 1, 1)):
-        children = kill.start([*argv, f"--micro_batch={micro_batch}"], log, size, patch=watch)
-        if phase == "fit":
-            assert kill.finish(children) == [0]
-        else:
-            assert kill.within(phase, children, 0)(), log.read_text()[-3000:]
-            os.kill(children[0], signal.SIGTERM)
-            assert kill.finish(children) == [STOPPED] * size, log.read_text()[-2000:]
-    assert (tmp_path / "tokens").read_text() == wanted and len(wanted.splitlines()) == len(set(wanted.splitlines()))
-    assert "ranks is 1 there and 2 here" in log.read_text() and "not bit for bit" in log.read_text()
+    assert run.codes(f"--run_dir={tmp_path / 'whole'}", patch=watch) == [0]
+    wanted = tokens.read_text()
+    tokens.unlink()
+    for phase, size, most in (("training step", 1, 4), ("distillation step", 2, 1), ("distillation step", 2, 2)):
+        run.stop(phase, f"--micro_batch={most}", size=size, patch=watch)
+    assert run.codes("--micro_batch=1", patch=watch) == [0]
+    assert tokens.read_text() == wanted and len(wanted.splitlines()) == len(set(wanted.splitlines()))
+    assert "ranks is 1 there and 2 here" in run.said() and "not bit for bit" in run.said()
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
-def limit(size):
-    return lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def no_room_for(file):
+    """Files of this name end at 500 bytes, as on a full disk."""
+    def patch(rank):
+        for owner, name in ((infra.files, "write_whole"), (infra.run_directory, "append_json")):
+            def limited(path, content, write=getattr(owner, name)):
+                _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (500 if path.name == file else most, most))
+                write(path, content)
+            setattr(owner, name, limited)
+    return patch
 
 
-@pytest.mark.parametrize("file, scripts, size", [
-    ("config.json", kill.SCRIPTS, 100),
-    ("metrics.jsonl", kill.SCRIPTS, 3_000_000),
-    ("cycle_000.safetensors", kill.SCRIPTS, 20_000),
-    ("resume.safetensors", kill.SCRIPTS, 200_000),
-    ("00_000.safetensors", (prior,), 1000),
-    ("prior.json", (prior,), 2000),
-])
-def test_a_full_disk(file, scripts, size, begun, reference):
-    """
-    A limit on the size of files, in bytes, stops each kind of file; what was there stays, and the run goes on once there is
-    room.
-    """
-    argv, folder, log, whole = begun
-    if scripts == (prior,):
-        shutil.copytree(reference[0] / "whole", folder,
-                        ignore=shutil.ignore_patterns("prior.json", *["scores"] * (file != "prior.json")))
-    if file == "metrics.jsonl":
-        folder.mkdir()
-        (folder / file).write_text('{"kind": "score", "trajectory": 0}\n' * (size // 35))
-    metrics = (folder / "metrics.jsonl").read_bytes() if scripts == (prior,) else b""
-    if metrics:
-        (folder / "metrics.jsonl").write_bytes(b"")
-    limited = [*argv, "--resume_every=0"] if "cycle" in file else argv                  # a state is larger than a member
-    assert kill.finish(kill.start(limited, log, patch=limit(size), scripts=scripts)) == [2], log.read_text()
-    if metrics:
-        (folder / "metrics.jsonl").write_bytes(metrics)
-    err = error_line(log.read_text())
-    assert f"{file}'" in err and "make room" in err and not list(folder.rglob(".writing-*")), err
-    finishes(begun)
+@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl", "cycle_000.safetensors",
+                                  "resume.safetensors", "00_000.safetensors", "prior.json"])
+def test_a_full_disk(file, run):
+    """What was there stays, and the run goes on once there is room."""
+    assert run.codes(patch=no_room_for(file)) == [2], run.said()
+    err = error_line(run.said())
+    assert f"{file}'" in err and "make room" in err and not list(run.folder.rglob(".writing-*")), err
+    run.finishes()
 
 
-def flipped(content, n):
-    """A copy of bytes with their n-th bit turned."""
-    return content[:n // 8] + bytes([content[n // 8] ^ 1 << n % 8]) + content[n // 8 + 1:]
+def test_room_is_looked_for_before_the_first_step(run, monkeypatch, refused):
+    usage = shutil.disk_usage(run.folder.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    assert "make room" in refused(train.main, run.argv) and not list(run.folder.rglob("*.safetensors"))
+
+
+def test_a_file_system_without_locks_and_flushed_folders(run):
+    def poor(rank):
+        fsync = os.fsync
+
+        def no_folders(descriptor):
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "Invalid argument")
+            fsync(descriptor)
+
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+        os.fsync, fcntl.flock = no_folders, no_locks
+    run.finishes(patch=poor)
+
+
+def cut(content):
+    return content[:len(content) // 2]
+
+
+def flipped(content, bit):
+    """A copy of bytes with one bit turned."""
+    return content[:bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1:]
 
 
 def test_no_flipped_bit_passes(reference, tmp_path):
     """Of a member and a state: a bit flipped anywhere is found, or changes nothing that is read."""
     found = 0
-    for path in ("cycle_001.safetensors", "resume.safetensors"):
-        content = (reference[0] / "whole" / "trajectory_00" / path).read_bytes()
-        tensors, about = read(reference[0] / "whole" / "trajectory_00" / path)
+    for name in ("cycle_001.safetensors", "resume.safetensors"):
+        path = reference[0] / "whole" / "trajectory_00" / name
+        content, (tensors, about) = path.read_bytes(), read(path)
         for _ in range(150):
-            (tmp_path / path).write_bytes(flipped(content, kill.RANDOM.randrange(8 * len(content))))
+            (tmp_path / name).write_bytes(flipped(content, kill.RANDOM.randrange(8 * len(content))))
             try:
-                theirs, their_about = read_tensors(tmp_path / path, about["kind"])
+                theirs, their_about = read_tensors(tmp_path / name, about["kind"])
             except Damaged:
                 found += 1
                 continue
@@ -240,249 +257,63 @@ def test_no_flipped_bit_passes(reference, tmp_path):
     assert found > 200
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: flipped(b, 4 * len(b)), lambda b: b""])
-def test_a_damaged_state_is_passed_over(damage, begun, reference):
-    argv, folder, log, _ = begun
-    [child] = kill.start(argv, log)
-    assert kill.within("distillation step", [child], 0)(), log.read_text()[-3000:]
-    os.kill(child, signal.SIGTERM)
-    kill.finish([child])
-    _, newest = sorted((folder / "trajectory_00").glob("resume*"), reverse=True)         # never more than two
+@pytest.mark.parametrize("damage", [cut, lambda b: flipped(b, 4 * len(b)), lambda b: b""])
+def test_a_damaged_checkpoint_is_passed_over(damage, run):
+    """Nor does it take the place of a good one, where the write of the next one fails."""
+    run.stop("distillation step")
+    newest, previous = (run.folder / "trajectory_00" / f"resume{of}.safetensors" for of in ("", "_previous"))
     newest.write_bytes(damage(newest.read_bytes()))
-    finishes(begun)
-    assert f"'{newest}' " in log.read_text() and "trying the previous one" in log.read_text()
-
-
-def test_a_damaged_checkpoint_does_not_take_the_place_of_a_good_one(begun, reference):
-    """The newest is damaged, and the write of the next fails: the previous one is still there to resume from."""
-    argv, folder, log, _ = begun
-    [child] = kill.start(argv, log)
-    assert kill.within("distillation step", [child], 0)(), log.read_text()[-3000:]
-    os.kill(child, signal.SIGTERM)
-    kill.finish([child])
-    newest, previous = (folder / "trajectory_00" / f"resume{name}.safetensors" for name in ("", "_previous"))
     kept = previous.read_bytes()
-    newest.write_bytes(flipped(newest.read_bytes(), 80_000))
-    assert kill.finish(kill.start(argv, log, patch=limit(200_000))) == [2] and previous.read_bytes() == kept
-    finishes(begun)
+    assert run.codes(patch=no_room_for(newest.name)) == [2] and previous.read_bytes() == kept
+    assert f"'{newest}' " in run.said() and "trying the previous one" in run.said()
+    run.finishes()
 
 
-@pytest.mark.parametrize("copied, over, script", [
-    ("scores/val/00_001.safetensors", "scores/fit/00_001.safetensors", prior),
-    ("trajectory_00/cycle_001.safetensors", "scores/fit/00_001.safetensors", prior),
-    ("scores/val/00_001.safetensors", "trajectory_00/cycle_001.safetensors", prior),
-    ("trajectory_00/cycle_000.safetensors", "trajectory_00/cycle_001.safetensors", prior),
-    ("trajectory_00/cycle_000.safetensors", "trajectory_00/resume.safetensors", distill),
-    ("prior.json", "config.json", train),
-    ("config.json", "prior.json", plot),
-])
-def test_a_file_of_another_kind_is_named(copied, over, script, begun, reference, capsys):
-    argv, folder, _, _ = begun
-    shutil.copytree(reference[0] / "whole", folder)
-    (folder / "trajectory_00" / "resume_previous.safetensors").unlink()
-    shutil.copy(folder / copied, folder / over)
-    with pytest.raises(SystemExit) as stop:
-        script.main(argv)
-    assert stop.value.code == 2 and f"{folder / over}' holds something else" in error_line(capsys.readouterr().err)
+def content(change):
+    return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def test_groups_that_are_asked_together_leave_together(begun):
-    """Whether they are in the middle of a step or wait for the others at the end."""
-    argv, folder, log, _ = begun
-    children = kill.start([*argv, "--trajectories=2"], log, 2, lambda rank: rank and setattr(
-        train, "seed_dropout", lambda *_: time.sleep(0.5)))         # the second is slow
-    while not (folder / "trajectory_00" / "cycle_000.safetensors").exists():
-        time.sleep(0.01)
-    time.sleep(0.5)
-    for child in children:
-        os.kill(child, signal.SIGTERM)
-    assert kill.finish(children, 30) == [STOPPED] * 2, log.read_text()[-2000:]
-    assert "error" not in log.read_text()
+def copied(other):
+    return lambda path: shutil.copy(path.parent / other, path)
 
 
-def test_no_whole_state_is_refused(begun, reference, capsys):
-    argv, folder, log, _ = begun
-    shutil.copytree(reference[0] / "whole", folder)
-    for path in folder.glob("trajectory_00/resume*"):
-        path.write_bytes(path.read_bytes()[:-7])
-    for name in ("resume", "resume_previous"):
-        with pytest.raises(SystemExit) as stop:
-            train.main(argv)
-        assert (stop.value.code == 2 and f"delete '{folder}/trajectory_00'" in (err := error_line(capsys.readouterr().err))
-                and f"{name}.safetensors" in err)
-        (folder / "trajectory_00" / f"{name}.safetensors").unlink()
-    with pytest.raises(SystemExit):
-        train.main(argv)
-    assert "has members but no checkpoint" in error_line(capsys.readouterr().err)
+def rewritten(identity=(), **said):
+    """Whole, but it says something else of itself."""
+    def rewrite(path):
+        tensors, about = (None, read_json(path)) if path.suffix == ".json" else read(path)
+        about |= {**said, "identity": {**about.get("identity", {}), **dict(identity)}}
+        if tensors is None:
+            return write_json(path, about)
+        write_tensors(path, about.pop("kind"), tensors, **about)
+    return rewrite
 
 
-@pytest.mark.parametrize("split", ["fit", "val"])
-def test_flipped_scores_and_results_are_named(split, begun, reference, capsys):
-    argv, folder, _, _ = begun
-    shutil.copytree(reference[0] / "whole", folder)
-    path = folder / "scores" / split / "00_001.safetensors"
-    numbers, kept = read(path)[0]["log_p"].numpy().tobytes(), path.read_bytes()
-    for at in (kept.index(numbers) + 40, kept.index(b"weights_sha256") + 20):
-        path.write_bytes(flipped(kept, 8 * at))
-        with pytest.raises(SystemExit) as stop:
-            prior.main(argv)
-        path.write_bytes(kept)
-        assert stop.value.code == 2 and "00_001.safetensors' is damaged" in error_line(capsys.readouterr().err)
-    (folder / "prior.json").write_bytes((folder / "prior.json").read_bytes().replace(b'"K": 1', b'"K": 2', 1))
-    with pytest.raises(Damaged, match="prior.json' is damaged"):
-        infra.run_directory.load_prior(folder)
+MEMBER, CHECKPOINT = "trajectory_00/cycle_001.safetensors", "trajectory_00/resume.safetensors"
+FIT, VAL = "scores/fit/00_001.safetensors", "scores/val/00_001.safetensors"
+READ_BY = {FIT: prior, VAL: prior, MEMBER: prior, CHECKPOINT: distill, "config.json": train, "prior.json": plot}
+UNUSABLE = [        # file, what happens to it, words of the line
+    *((file, content(damage), "' is ") for file in READ_BY for damage in (cut, lambda b: b"", lambda b: b"[1]")),
+    *((file, rewritten(format=FORMAT + 1), "' is damaged, or of another version") for file in READ_BY),
+    # whose member is not read where it has scores
+    *((file, content(lambda b: flipped(b, 8 * len(b) - 997)), "' is damaged") for file in READ_BY if file != MEMBER),
+    (FIT, content(lambda b: flipped(b, 8 * b.index(b"weights_sha256") + 160)), "' is damaged"),
+    *((file, copied(other), "' holds something else") for file, other in (
+        (FIT, f"../../{VAL}"), (FIT, f"../../{MEMBER}"), (MEMBER, f"../{FIT}"), (MEMBER, "cycle_000.safetensors"),
+        (CHECKPOINT, "cycle_000.safetensors"), ("config.json", "prior.json"), ("prior.json", "config.json"))),
+    *((file, rewritten({key: value}), f"' is of another population ({key} is {value} there")
+      for file, key, value in ((MEMBER, "tokenizer", "gpt2"), (MEMBER, "fitness_tokens", 999),
+                               (MEMBER, "data_fingerprint", "0" * 64), (CHECKPOINT, "lr_scale", 7.0))),
+    (CHECKPOINT, os.unlink, "' has members but no checkpoint to resume from: restore one, or delete '")]
 
 
-def test_flipped_data_is_refused(reference, tmp_path, capsys):
-    shutil.copytree(reference[0] / "data", tmp_path / "data")
-    argv = [*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"]
-    path = tmp_path / "data" / "text_train.pt"
-    file = torch.load(path)
-    file["tokens"].view(torch.uint8)[100] ^= 1
-    torch.save(file, path)
-    with pytest.raises(SystemExit) as stop:
-        train.main(argv)
-    assert stop.value.code == 2 and "data.prepare" in error_line(capsys.readouterr().err) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_nothing_is_kept_of_a_step_that_is_no_number(what, begun):
-    """
-    The fifth step's loss or gradient is no number: it stops, names the step, and without the cause goes on as if nothing
-    had been.
-    """
-    argv, folder, log, _ = begun
-    def poison(rank):
-        real, calls = train.label_loss, []
-        class Infinite(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x):
-                return x.clone()
-            @staticmethod
-            def backward(ctx, g):
-                return g * float("inf")
-        def loss(model, batch):
-            calls.append(1)
-            good = real(model, batch)
-            return good if len(calls) != 5 else good * float("nan") if what == "loss" else Infinite.apply(good)
-        train.label_loss = loss
-    assert kill.finish(kill.start(argv, log, patch=poison)) == [1]
-    assert ("step 2," in (err := error_line(log.read_text())) and "sequences up to 11" in err
-            and ("nan" in err or "inf" in err)), err
-    finishes(begun)
-
-
-def test_a_member_that_is_no_number_is_not_kept(begun):
-    argv, folder, log, _ = begun
-    def poison(rank):
-        score = loader.score
-        loader.score = lambda *args: score(*args) * float("nan")
-    assert kill.finish(kill.start(argv, log, patch=poison)) == [1]
-    assert "fitness loss nan" in error_line(log.read_text()) and not list(folder.glob("trajectory_00/cycle_*"))
-    finishes(begun)
-
-
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_ends_the_others(fault, begun):
-    argv, folder, log, whole = begun
-    argv = [*argv, "--micro_batch=1"]
-    def impatient(rank):
-        infra.distributed.GROUP_TIMEOUT = infra.distributed.timedelta(seconds=5)
-    children = kill.start(argv, log, 2, patch=impatient)
-    assert kill.within("training step", children, 0)(), log.read_text()[-3000:]
-    os.kill(children[1], fault)
-    assert kill.finish(children[:1], seconds=60) == [1], log.read_text()[-2000:]
-    os.kill(children[1], signal.SIGKILL)
-    kill.finish(children[1:])
-    assert "another rank exited or hangs" in error_line(log.read_text())
-    assert kill.finish(kill.start(argv, log, 2)) == [0, 0] and kill.debris(folder) == []
-    assert [s[:2] for s in kill.left(folder)["steps"]] == [s[:2] for s in whole["steps"]]
-
-
-def test_a_second_run_on_one_directory_is_refused(begun, tmp_path):
-    argv, folder, log, whole = begun
-    for name, size in (("second", 1), ("third", 2)):
-        first = kill.start(argv, log)
-        assert kill.within("training step", first, 0)(), log.read_text()[-3000:]
-        os.kill(first[0], signal.SIGSTOP)
-        assert kill.finish(kill.start(argv, tmp_path / name, size))[0] == 2
-        assert "another process writes to" in error_line((tmp_path / name).read_text())
-        os.kill(first[0], signal.SIGCONT)
-        assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
-        shutil.rmtree(folder)
-
-
-@pytest.mark.parametrize("script", [train, prior])
-def test_a_rank_that_sees_another_disk_is_refused(script, begun, reference, tmp_path):
-    argv, folder, log, whole = begun
-    for disk in "01":                               # copies, not the same one
-        shutil.copytree(reference[0] / "whole", tmp_path / disk / "run", ignore=shutil.ignore_patterns("scores"))
-    def apart(rank):
-        infra.run_directory.LAG = 0
-        os.chdir(tmp_path / str(rank))
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*.*t")}
-    assert kill.finish(kill.start([*argv, "--run_dir=run"], log, 2, apart, scripts=(script,)))[1] == 2
-    assert "rank 1" in (err := error_line(log.read_text())) and "does not see rank 0's disk" in err
-    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*.*t")}
-
-
-@pytest.mark.parametrize("file", ["trajectory_00/cycle_001.safetensors", "trajectory_00/resume.safetensors", "config.json",
-                                  "prior.json", "scores/fit/00_001.safetensors"])
-def test_files_of_a_newer_version(file, begun, reference, monkeypatch, capsys):
-    argv, folder, _, _ = begun
-    shutil.copytree(reference[0] / "whole", folder)
-    newer, ours = infra.files.FORMAT + 1, infra.files.FORMAT
-    path = folder / file
-    tensors, about = (None, read_json(path)) if path.suffix == ".json" else read(path)
-    monkeypatch.setattr(infra.files, "FORMAT", newer)
-    if path.suffix == ".json":
-        write_json(path, {k: v for k, v in about.items() if k not in ("format", "kind")})
-    else:
-        write_tensors(path, about["kind"], {n: w.clone() for n, w in tensors.items()},
-                     **{k: v for k, v in about.items() if k not in ("format", "kind", "sha256")})
-        for other in set(folder.glob("trajectory_00/resume*")) - {path}:
-            other.unlink()
-    monkeypatch.setattr(infra.files, "FORMAT", ours)
-    from tools import plot
-    script = train if "resume" in file else plot if file == "prior.json" else prior
-    with pytest.raises(SystemExit) as stop:
-        script.main(argv)
-    assert stop.value.code == 2 and "another version" in error_line(capsys.readouterr().err)
-
-
-# --------------------------------------------------------------------------------------------- disk, strangers
-
-def test_a_member_that_comes_while_others_are_scored(begun, reference):
-    argv, folder, log, whole = begun
-    shutil.copytree(reference[0] / "whole", folder, ignore=shutil.ignore_patterns("scores", "prior.json"))
-    late = (folder / "trajectory_00" / "cycle_002.safetensors").rename(folder / "late")
-    def comes(rank):
-        score = loader.score
-        def scoring(*args):
-            if (folder / "late").exists():
-                (folder / "late").rename(folder / "trajectory_00" / "cycle_002.safetensors")
-            return score(*args)
-        loader.score = scoring
-    assert kill.finish(kill.start(argv, log, patch=comes, scripts=(prior,))) == [0], log.read_text()[-2000:]
-    assert "2 of 3 members" in log.read_text() and not late.exists()
-    finishes(begun)
-
-
-def test_prior_may_run_beside_training(begun):
-    argv, folder, log, whole = begun
-    first = kill.start(argv, log)
-    assert kill.within("distillation step", first, 0)(), log.read_text()[-3000:]
-    assert kill.finish(kill.start(argv, log, scripts=(prior,))) == [0] and "of 3 members" in log.read_text()
-    assert kill.finish(first) == [0] and kill.difference(whole, folder) == []
-
-
-def test_room_is_looked_for_before_the_first_step(begun, monkeypatch, capsys):
-    argv, folder, _, _ = begun
-    usage = shutil.disk_usage(folder.parent)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(SystemExit) as stop:
-        train.main(argv)
-    assert stop.value.code == 2 and "make room" in error_line(capsys.readouterr().err) and not list(folder.rglob("*.safetensors"))
+@pytest.mark.parametrize("file, change, words", UNUSABLE)
+def test_a_file_that_cannot_be_used_is_named(file, change, words, run, reference, refused):
+    shutil.copytree(reference[0] / "whole", run.folder)
+    for path in run.folder.glob(file.replace("resume", "resume*")):         # the previous one, too
+        change(path)
+    before = tree(run.folder)
+    named = file if (run.folder / file).exists() else "trajectory_00"
+    assert named + words in refused(READ_BY[file].main, run.argv) and tree(run.folder) == before
 
 
 class Code:
@@ -490,41 +321,101 @@ class Code:
         return os.system, ("touch /tmp/q0_was_run",)
 
 
-@pytest.mark.parametrize("tensors", [
-    {"w": Code()},
-    {"w": torch.zeros(1).expand(10 ** 12)},
-    {"w": torch.zeros(4).to_sparse()},
-    {"w": torch.zeros(4, device="meta")},
-    {"w": [1]},
-    {1: torch.zeros(1)},
-    [torch.zeros(1)],
-    None,
+@pytest.mark.parametrize("change, words", [
+    (lambda f: f["tokens"].view(torch.uint8)[100].bitwise_xor_(1), "are not what data.prepare wrote"),
+    (lambda f: f.update(doc_starts=Code()), "text_train.pt' is not a readable"),
+    (lambda f: f.update(doc_starts=torch.zeros(1).expand(10 ** 12)), "text_train.pt' is not a readable"),
+    (lambda f: f.update(doc_starts=torch.zeros(4).to_sparse()), "text_train.pt' is not a readable"),
 ])
-def test_a_strangers_tensors(tensors, tmp_path, reference, capsys):
-    torch.save({"tensors": tensors}, tmp_path / "member.safetensors")
+def test_a_strangers_tokens(change, words, tmp_path, reference, refused):
+    shutil.copytree(reference[0] / "data", tmp_path / "data")
+    path = tmp_path / "data" / "text_train.pt"
+    change(file := torch.load(path))
+    torch.save(file, path)
     with pytest.raises(Damaged):
-        read_tensors(tmp_path / "member.safetensors", "the member of cycle 0")
-    (tmp_path / "data").mkdir()
-    torch.save({"tokens": torch.zeros(1700, dtype=torch.uint16),
-                "doc_starts": tensors["w"] if isinstance(tensors, dict) and "w" in tensors else tensors, "bos_id": 256},
-               tmp_path / "data" / "text_train.pt")
-    shutil.copy(reference[0] / "data" / "text_val.pt", tmp_path / "data")
-    with pytest.raises(SystemExit) as stop:
-        train.main([*kill.arguments(tmp_path), f"--run_dir={tmp_path / 'run'}"])
-    assert stop.value.code == 2 and "text_train.pt" in error_line(capsys.readouterr().err)
+        read_tensors(path, "the member of cycle 0")
+    assert words in refused(train.main, kill.arguments(tmp_path)) and not (tmp_path / "run").exists()
     assert not os.path.exists("/tmp/q0_was_run")
 
 
-def test_the_resume_state_is_the_populations(begun, reference, capsys):
-    """A state of another population under this name is not gone on from."""
-    argv, folder, _, _ = begun
-    shutil.copytree(reference[0] / "whole", folder)
-    config = from_args(argv, "")[0]
-    run = RunDirectory(config, loader.load(config).fingerprint)
-    tensors, about = run.load_checkpoint(0)
-    run.identity = {**run.identity, "lr_scale": 7.0}
-    for _ in range(2):
-        run.save_checkpoint(0, {n: w.clone() for n, w in tensors.items()}, step=about["step"], environment=about["environment"])
-    with pytest.raises(SystemExit):
-        train.main(argv)
-    assert "lr_scale is 7.0 there" in error_line(capsys.readouterr().err.replace("note: ", ""))
+@pytest.mark.parametrize("what, words", [("loss", r"step 2, sequences up to 11 of its order: loss nan"),
+                                         ("gradient", r"step 2, .*: loss \d+\.\d+, gradient norm nan"),
+                                         ("member", "fitness loss nan")])
+def test_nothing_is_kept_of_what_is_no_number(what, words, run):
+    """It stops and names the step; without the cause it goes on as if nothing had been."""
+    def poison(rank):
+        label_loss, score, calls = train.label_loss, loader.score, []
+
+        def loss(model, batch):
+            calls.append(1)
+            good = label_loss(model, batch)
+            if len(calls) == 5 and what == "gradient":
+                good.register_hook(lambda g: g * float("inf"))
+            return good * (float("nan") if len(calls) == 5 and what == "loss" else 1)
+
+        def scores(*args):
+            return score(*args) * (float("nan") if what == "member" else 1)
+        train.label_loss, loader.score = loss, scores
+    assert run.codes(patch=poison) == [1] and re.search(words, error_line(run.said()))
+    assert not list(run.folder.glob("trajectory_00/cycle_*"))
+    run.finishes()
+
+
+# ------------------------------------------------------------------------------------- other processes
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_the_others(fault, run):
+    def impatient(rank):
+        infra.distributed.GROUP_TIMEOUT = infra.distributed.timedelta(seconds=5)
+    first, second = run.begin("training step", "--micro_batch=1", size=2, patch=impatient)
+    os.kill(second, fault)
+    assert kill.finish([first], seconds=60) == [1], run.said()[-2000:]
+    kill.finish([second], seconds=0)
+    assert "another rank exited or hangs" in error_line(run.said())
+    assert run.codes("--micro_batch=1", size=2) == [0, 0]
+    assert kill.left(run.folder)["steps"].keys() == run.whole["steps"].keys()
+
+
+def test_a_second_run_on_one_directory_is_refused(run, tmp_path):
+    first = run.begin("training step")
+    os.kill(first[0], signal.SIGSTOP)
+    assert kill.finish(kill.start(run.argv, tmp_path / "second", size=2))[0] == 2
+    assert "another process writes to" in error_line((tmp_path / "second").read_text())
+    os.kill(first[0], signal.SIGCONT)
+    assert kill.finish(first) == [0] and kill.difference(run.whole, run.folder) == []
+
+
+@pytest.mark.parametrize("script", [train, prior])
+def test_a_rank_that_sees_another_disk_is_refused(script, run, reference, tmp_path):
+    for disk in "01":                               # copies, not the same one
+        shutil.copytree(reference[0] / "whole", tmp_path / disk / "run")
+        shutil.rmtree(tmp_path / disk / "run" / "scores")
+
+    def apart(rank):
+        infra.run_directory.LAG = 0
+        os.chdir(tmp_path / str(rank))
+    before = tree(tmp_path)
+    assert run.codes("--run_dir=run", size=2, patch=apart, scripts=(script,))[1] == 2
+    err = error_line(run.said())
+    run.log.unlink()
+    assert "rank 1" in err and "does not see rank 0's disk" in err and tree(tmp_path) == before
+
+
+def test_prior_runs_beside_training(run, reference):
+    """Which has the lock, and brings a member while the others are scored: one for the next time."""
+    shutil.copytree(reference[0] / "whole", run.folder, ignore=shutil.ignore_patterns("scores", "prior.json"))
+    member = run.folder / "trajectory_00" / "cycle_002.safetensors"
+    late = member.rename(run.folder / "late")
+
+    def comes(rank):
+        score = loader.score
+
+        def scoring(*args):
+            if late.exists():
+                late.rename(member)
+            return score(*args)
+        loader.score = scoring
+    with lock(run.folder / ".lock", "of training"):
+        assert run.codes(patch=comes, scripts=(prior,)) == [0], run.said()[-2000:]
+    assert "2 of 3 members" in run.said() and member.exists()
+    run.finishes()
