@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -34,7 +33,6 @@ MARKED = ((train, "train_step", "training step"), (loader, "score", "fitness los
 # the same functions under another script are another phase
 UNDER = {(distill, "training step"): "distillation step", (prior, "fitness loss"): "scoring"}
 PHASES = ("between", *(phase for *_, phase in MARKED), *UNDER.values())
-WRITERS = []
 LINGER = 0.001              # seconds before and after each marked function: some are too short to be met
 RANDOM = random.Random(0)
 board = mmap.mmap(-1, 1)
@@ -59,7 +57,6 @@ def prepare(folder):
 def mark(owner, name, phase, script):
     """Have a function show its phase on the board while it runs; script(): the one that is running."""
     function = getattr(owner, name)
-
     def marked(*args, **kwargs):
         before, board[0] = board[0], PHASES.index(UNDER.get((script(), phase), phase))
         try:
@@ -72,14 +69,23 @@ def mark(owner, name, phase, script):
     setattr(owner, name, marked)
 
 
-def work(argv, output, rank, turns, patch):
+def before(owner, name, do):
+    """Have do(*args) come before every call of owner.name(*args)."""
+    function = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        do(*args, **kwargs)
+        return function(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+
+def work(argv, log, rank, turns, patch):
     """
     In a forked process: the scripts, as run.sh calls them, each with its environment; patch(rank) changes the
     process first. Never returns.
     """
     code, script = 1, None
     try:
-        sys.stdout = sys.stderr = open(output, "w", buffering=1)
+        sys.stdout = sys.stderr = open(log, "a", buffering=1)
         for marked in MARKED if rank == 0 else ():
             mark(*marked, lambda: script)
         # a forked process has no other threads to compute with: it would wait for them
@@ -97,23 +103,15 @@ def work(argv, output, rank, turns, patch):
         os._exit(code)
 
 
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    for s in sockets:
-        yield str(s.getsockname()[1])
-        s.close()
-
-
 def start(argv, log, size=1, patch=lambda rank: None, scripts=SCRIPTS):
-    """Process ids of `size` forked ranks. They print to the log by a pipe: a limit on files is not on it."""
-    turns = [(script, dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-             for script, port in zip(scripts, free_ports(len(scripts)))]
-    with open(log, "ab") as f:
-        WRITERS.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=f))
-    board[0], pipe = 0, WRITERS[-1].stdin
-    children = [os.fork() or work(argv, pipe.fileno(), rank, turns, patch) for rank in range(size)]
-    pipe.close()
-    return children
+    """The process ids of `size` forked ranks, whose output goes to the log."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in scripts]         # of free ports
+    turns = [(script, dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1])))
+             for script, s in zip(scripts, sockets)]
+    for s in sockets:
+        s.close()
+    board[0] = 0
+    return [os.fork() or work(argv, log, rank, turns, patch) for rank in range(size)]
 
 
 def finish(children, seconds=120):
@@ -130,9 +128,6 @@ def finish(children, seconds=120):
     for child in set(children) - set(codes):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    for writer in WRITERS:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            writer.wait(1)                  # a stopped rank may still hold its end
     return [codes.get(child, "killed") for child in children]
 
 
@@ -171,7 +166,7 @@ def logged(folder):
 
 
 def left(folder):
-    """What must be equal: bytes by name of members, scores, prior.json; each step's loss, as its last line says."""
+    """What must be equal: bytes by name of members, scores, prior.json; each step's loss, by its last line."""
     paths = [*folder.glob("trajectory_*/cycle_*"), *folder.glob("scores/*/*"), *folder.glob("prior.json")]
     steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"])
              for r in logged(folder) if r["kind"] == "step"}

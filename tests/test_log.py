@@ -70,25 +70,18 @@ def test_the_last_line_of_a_step_holds_and_nothing_is_sent_twice(sent, run_dir, 
     log.main(argv)
     assert [row[1:] for row in sent if row[0].endswith("loss")] == [(1, 0.125), (2, 0.25), (3, 1.125)]
     finish(run_dir, *STEPS[1:])                                 # killed and resumed: step 2 and 3 again
+    (run_dir / "gone").touch()
+    with pytest.raises(SystemExit):
+        log.main(argv)
+    assert 3 < len(once(sent)) < len(ALL)                       # it broke off, and goes on there
+    (run_dir / "gone").unlink()
     for _ in range(2):
         log.main(argv)
         assert once(sent) == ALL
 
 
-def test_one_that_breaks_off_goes_on_there(sent, run_dir, micro):
-    finish(run_dir, *STEPS)
-    (run_dir / "gone").touch()
-    with pytest.raises(SystemExit):
-        log.main([*micro(), "--to=memory"])
-    assert 0 < len(once(sent)) < len(ALL)
-    (run_dir / "gone").unlink()
-    log.main([*micro(), "--to=memory"])
-    assert once(sent) == ALL
-
-
 def test_it_follows_until_all_members_are_in_the_prior(sent, run_dir, micro, monkeypatch):
-    half = json.dumps(STEPS[1])
-    again = {**STEPS[0], "loss": 9.0}                           # was sent: that stays
+    half, again = json.dumps(STEPS[1]), {**STEPS[0], "loss": 9.0}           # what was sent stays
     events = iter([lambda: append(run_dir, half[:20]),
                    lambda: append(run_dir, half[20:] + "\n", again, *STEPS[2:]),
                    lambda: write_json(run_dir / "prior.json", {"members": [{}], "losses": {}}),
@@ -125,7 +118,7 @@ def wandb_rows(run_dir):
             length = 7 + int.from_bytes(data[4:6], "little")
             items, data = Record.FromString(data[7:length]).history.item, data[length:]
             records += [{(*i.nested_key, i.key)[0]: json.loads(i.value_json) for i in items}] if items else []
-    assert [values["_step"] for values in records] == list(range(len(records)))     # goes on in the second file
+    assert [values["_step"] for values in records] == list(range(len(records)))     # goes on in the second
     return [(name, values["step"], value) for values in records for name, value in values.items()
             if name != "step" and name[0] != "_"]
 

@@ -1,4 +1,4 @@
-"""What a Mac lacks, taken away: the whole run in one process. (None was at hand: this is Linux without its own calls.)"""
+"""What a Mac lacks, taken away: the whole run in one process. (None was at hand: Linux without its calls.)"""
 import re
 import subprocess
 import sys
@@ -14,9 +14,9 @@ from infra import distributed
 from tools import generate, plan, plot
 
 for module, names in {
-        os: "sched_getaffinity sched_setaffinity sched_getparam memfd_create eventfd posix_fadvise posix_fallocate copy_file_range "
-            "splice pidfd_open getrandom fdatasync getresuid setresuid pipe2",
-        select: "epoll", signal: "sigwaitinfo sigtimedwait SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT SIGPOLL"}.items():
+        os: "sched_getaffinity sched_setaffinity sched_getparam memfd_create eventfd posix_fadvise pipe2 splice "
+            "posix_fallocate copy_file_range pidfd_open getrandom fdatasync getresuid setresuid", select: "epoll",
+        signal: "sigwaitinfo sigtimedwait SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT SIGPOLL"}.items():
     for name in names.split():
         vars(module).pop(name, None)
 sys.platform = "darwin"
@@ -39,7 +39,8 @@ def test_no_call_that_only_linux_has(micro, tmp_path):
 def test_run_sh_is_in_the_words_of_bash_3():
     """A Mac's bash is 3.2, its tools are BSD's."""
     assert subprocess.run(["bash", "-n", ROOT / "run.sh"]).returncode == 0
-    newer = (r"mapfile|readarray|coproc|(declare|local|typeset) -\w*[Agn]|\|&|&>>|\$\{!?\w+(\^|,|@\w)|wait -n|;&|printf -v|"
-             r"\[\[ -v|nproc\b(?!_)|sed -i|grep -P|date -d|stat -c|mktemp -p|cp --|readlink -m|realpath --|timeout |setsid")
+    newer = (r"mapfile|readarray|coproc|(declare|local|typeset) -\w*[Agn]|\|&|&>>|\$\{!?\w+(\^|,|@\w)|"
+             r"wait -n|;&|printf -v|\[\[ -v|nproc\b(?!_)|sed -i|grep -P|date -d|stat -c|mktemp -p|cp --|readlink -m|"
+             r"realpath --|timeout |setsid")
     code = re.sub(r"(^|\s)#.*", "", (ROOT / "run.sh").read_text(), flags=re.M)
     assert not re.findall(newer, code)

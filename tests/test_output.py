@@ -1,4 +1,4 @@
-"""Terminals that close, disks that fill, readers that go: real processes, asked to stop and resumed, bit for bit."""
+"""Terminals that close, disks that fill, readers that go: real processes, stopped, and resumed bit for bit."""
 import os
 import shlex
 import signal
@@ -12,6 +12,7 @@ from infra.console import STOPPED
 from tests import kill
 from tests.conftest import ROOT
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LONG = ["--epochs_per_cycle=3", "--cycles=2", "--distill_from=1", "--resume_every=0"]       # 50 steps a cycle
 
 
@@ -27,8 +28,9 @@ def reference(tmp_path_factory):
 def start(argv, run_dir, shell="{}", **environment):
     """train.py in a process group of its own, as part of a line of the shell's."""
     command = f"exec {shlex.join([sys.executable, str(ROOT / 'train.py'), *argv, f'--run_dir={run_dir}'])}"
-    return subprocess.Popen(["bash", "-c", shell.format(command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return subprocess.Popen(
+        ["bash", "-c", shell.format(command)], start_new_session=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**ENVIRONMENT, **environment})
 
 
 def begin(argv, run_dir, shell="{}"):
@@ -83,8 +85,8 @@ def test_printed_commands_work_where_the_user_stands(reference, tmp_path):
     command = process.communicate(timeout=60)[0].decode().split("resume with: ")[1].splitlines()[0]
     for script in ("train.py", "distill.py", "prior.py", "-m tools.plot"):
         assert script in command
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=100, env=ENVIRONMENT)
         assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
         command = done.stdout.split("next: ")[-1].strip()
     assert kill.difference(reference[1], tmp_path / "my run") == []
