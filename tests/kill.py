@@ -48,9 +48,8 @@ def arguments(folder):
 
 def prepare(folder):
     torch.set_num_threads(1)
-    word, words = random.Random(0), ("to", "be", "or", "not", "that", "is", "the", "question")
-    lines = (" ".join(word.choice(words) for _ in range(20)) for _ in range(60))
-    (folder / "words.txt").write_text("\n".join(lines))
+    words, draw = "to be or not that is the question".split(), random.Random(0).choices
+    (folder / "words.txt").write_text("\n".join(" ".join(draw(words, k=20)) for _ in range(60)))
     data_prepare.main(arguments(folder))
 
 
@@ -105,12 +104,11 @@ def work(argv, log, rank, turns, patch):
 
 def start(argv, log, size=1, patch=lambda rank: None, scripts=SCRIPTS):
     """The process ids of `size` forked ranks, whose output goes to the log."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in scripts]         # of free ports
-    turns = [(script, dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1])))
-             for script, s in zip(scripts, sockets)]
-    for s in sockets:
-        s.close()
-    board[0] = 0
+    turns, board[0] = [], 0
+    for script in scripts:
+        with socket.create_server(("127.0.0.1", 0)) as s:           # a free port for each
+            turns.append((script, dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                                       MASTER_PORT=str(s.getsockname()[1]))))
     return [os.fork() or work(argv, log, rank, turns, patch) for rank in range(size)]
 
 
@@ -166,7 +164,7 @@ def logged(folder):
 
 
 def left(folder):
-    """What must be equal: bytes by name of members, scores, prior.json; each step's loss, by its last line."""
+    """What must be equal: bytes of members, scores, prior.json, by name; each step's last loss and norm."""
     paths = [*folder.glob("trajectory_*/cycle_*"), *folder.glob("scores/*/*"), *folder.glob("prior.json")]
     steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"])
              for r in logged(folder) if r["kind"] == "step"}

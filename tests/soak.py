@@ -1,6 +1,9 @@
 """
 Kills a population hundreds of times, in each phase of it: python -m tests.soak [KILLS] > results/soak.md
 (240 by default: five to ten minutes on two cores; in the suite, test_survival.py has it do 20).
+Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started
+again. Whenever a population is done, its members, scores, prior.json and logged steps are compared with those
+of an uninterrupted one, byte by byte, and the next is begun.
 """
 import collections
 import os
@@ -15,11 +18,6 @@ import torch
 from results.experiments import commit
 from tests import kill
 
-METHOD = """\
-Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started
-again. Whenever a population is done, its members, scores, prior.json and logged steps are compared with those
-of an uninterrupted one, byte by byte, and the next is begun.
-"""
 
 def soak(size, kills, folder):
     """(kills by phase, populations compared, names that differed) of populations on `size` ranks."""
@@ -53,7 +51,7 @@ def main():
         one, two = (soak(size, kills // 2, Path(folder)) for size in (1, 2))
         sys.stdout = out
     print(f"# Killed, and started again\n\nPrinted by `python -m tests.soak {kills}` at commit {commit()}; "
-          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n{METHOD}\n"
+          f"torch {torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}).\n{__doc__}\n"
           "| phase of rank 0 | kills, 1 process | kills, 2 processes |\n|---|---|---|")
     rows = [(phase, one[0][phase], two[0][phase]) for phase in kill.PHASES]
     rows += [("all", one[0].total(), two[0].total()), ("populations finished and compared", one[1], two[1]),

@@ -14,9 +14,10 @@ from infra import distributed
 from tools import generate, plan, plot
 
 for module, names in {
-        os: "sched_getaffinity sched_setaffinity sched_getparam memfd_create eventfd posix_fadvise pipe2 splice "
-            "posix_fallocate copy_file_range pidfd_open getrandom fdatasync getresuid setresuid", select: "epoll",
-        signal: "sigwaitinfo sigtimedwait SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT SIGPOLL"}.items():
+        os: "sched_getaffinity sched_setaffinity sched_getparam memfd_create eventfd posix_fadvise pipe2 "
+            "getresuid posix_fallocate copy_file_range pidfd_open getrandom fdatasync setresuid splice",
+        signal: "sigwaitinfo sigtimedwait SIGRTMIN SIGRTMAX SIGPWR SIGSTKFLT SIGPOLL",
+        select: "epoll"}.items():
     for name in names.split():
         vars(module).pop(name, None)
 sys.platform = "darwin"
@@ -40,7 +41,7 @@ def test_run_sh_is_in_the_words_of_bash_3():
     """A Mac's bash is 3.2, its tools are BSD's."""
     assert subprocess.run(["bash", "-n", ROOT / "run.sh"]).returncode == 0
     newer = (r"mapfile|readarray|coproc|(declare|local|typeset) -\w*[Agn]|\|&|&>>|\$\{!?\w+(\^|,|@\w)|"
-             r"wait -n|;&|printf -v|\[\[ -v|nproc\b(?!_)|sed -i|grep -P|date -d|stat -c|mktemp -p|cp --|readlink -m|"
-             r"realpath --|timeout |setsid")
+             r"wait -n|;&|printf -v|\[\[ -v|nproc\b(?!_)|sed -i|grep -P|date -d|stat -c|mktemp -p|cp --|"
+             r"readlink -m|realpath --|timeout |setsid")
     code = re.sub(r"(^|\s)#.*", "", (ROOT / "run.sh").read_text(), flags=re.M)
     assert not re.findall(newer, code)

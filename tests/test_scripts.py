@@ -22,7 +22,6 @@ from tools import generate, import_slowrun, plan, plot
 
 # this python is the active one
 ENVIRONMENT = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-
 EIGHT = [(t, c) for t in range(2) for c in range(4)]
 
 
@@ -119,12 +118,12 @@ def test_prior_json_holds_what_it_promises(finished):
         assert a["val_bits_per_byte"] == pytest.approx(bits.item(), rel=1e-5)
 
 
-def test_everything_again_changes_no_file(finished):
+def test_everything_again_changes_no_file(finished, by_run_sh):
     argv, folder = finished
-    before, data = tree(folder), tree(folder.cwd() / "text")
+    before, data = tree(folder), tree(by_run_sh[0])
     for script in (prepare, train, distill):
         script.main(argv)
-    assert tree(folder) == before and tree(folder.cwd() / "text") == data
+    assert tree(folder) == before and tree(by_run_sh[0]) == data
     prior.main(argv)                                            # fits again, scores nothing again
     after, (_, fitted) = tree(folder), before.pop(folder / "prior.json")
     assert after.pop(folder / "prior.json")[1] == fitted and after == before
