@@ -85,6 +85,8 @@ def work(argv, log, rank, turns, patch):
     code, script = 1, None
     try:
         sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        for number in (signal.SIGINT, signal.SIGHUP):           # ignored where the tests are under nohup
+            signal.signal(number, signal.SIG_DFL)
         for marked in MARKED if rank == 0 else ():
             mark(*marked, lambda: script)
         # a forked process has no other threads to compute with: it would wait for them

@@ -48,7 +48,7 @@ def test_output_that_cannot_be_written_costs_nothing(shell, reference, tmp_path)
     argv, whole = reference
     run_dir, log, process = tmp_path / "run", tmp_path / "log", begin(argv, tmp_path / "run", shell)
     process.stdout.close()
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(60) == STOPPED and kill.saved_last_step(run_dir)
     assert not list(run_dir.glob("trajectory_00/cycle_*"))              # it was inside the first cycle
     assert kill.finish(kill.start([*argv, f"--run_dir={run_dir}"], log)) == [0], log.read_text()[-2000:]
