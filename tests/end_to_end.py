@@ -79,8 +79,6 @@ def load(path, name, edits):
     return module
 
 
-# ------------------------------------------------------------------------------------ what both record
-
 def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -121,15 +119,13 @@ class Record:
 # ------------------------------------------------------------------------------------ theirs, one rank
 
 def moments_of(optimizer, model):
-    """Of theirs: name -> the two."""
     names, moments = {id(p): name for name, p in model.named_parameters()}, {}
     for group in optimizer.param_groups:
+        states = [optimizer.state[p] for p in group["params"]]
         if group["kind"] == "adamw":
-            states = [optimizer.state[p] for p in group["params"]]
             pairs = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
         else:
-            stack = optimizer.state[group["params"][0]]
-            pairs = zip(stack["momentum_buffer"], stack["second_momentum_buffer"])
+            pairs = zip(states[0]["momentum_buffer"], states[0]["second_momentum_buffer"])
         moments |= {names[id(p)]: pair for p, pair in zip(group["params"], pairs)}
     return moments
 
@@ -254,7 +250,10 @@ def ours(spec, record):
         record.add_step(loss, norm, micro_batches)
         record.rates.append(rates)
         if steps[optimizer.steps - 1].last:
-            gpt, moments = getattr(gpt, "module", gpt), optimizer.state_dict()["moments"]
+            gpt, moments = getattr(gpt, "module", gpt), {}
+            for g in optimizer.groups:      # of this rank's share
+                mine = g["names"][optimizer.rank::optimizer.size] if g["kind"] == "muon" else g["names"]
+                moments |= {name: pair for name, *pair in zip(mine, g["m"], g["v"])}
             record.end_cycle(gpt, moments, fitness=-loader.score(gpt, data.fit, 4).mean().item(),
                              validation=-loader.score(gpt, data.val, 4).mean().item())
         return loss, norm
@@ -314,27 +313,29 @@ def our_arguments(s, data, out):
 
 def run(s, path, **spec):
     """Workers under torchrun, one a rank. Their records; exits where one fails, with its last lines."""
-    ranks = s["N"] * s["G"]
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(spec, G=s["G"]), default=str))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-               f"--nproc_per_node={ranks}", "-m", "tests.end_to_end", "--worker", str(path)]
+               f"--nproc_per_node={s['N'] * s['G']}", "-m", "tests.end_to_end", "--worker", str(path)]
     env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         fail(f"{path.parent.name}: exit code {done.returncode}: {done.stderr[-4000:]}", FAILED)
-    return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(ranks)]
+    return [torch.load(f"{path}.{rank}", weights_only=False) for rank in range(s["N"] * s["G"])]
 
 
 def population(s, records):
-    """Of every trajectory a dict of lists, from its first rank; losses and sequences from all its ranks."""
+    """Of every trajectory a dict of lists: its first rank's, but losses, sequences, moments of all."""
     found = []
-    for of in ([r[t * s["G"]:(t + 1) * s["G"]] for r in records] for t in range(s["N"])):
-        own = {key: [x for ranks in of for x in ranks[0][key]] for key in of[0][0]}
-        losses, rows = ([x for ranks in of for x in zip(*(rank[key] for rank in ranks))]
-                        for key in ("losses", "sequences"))
-        own |= dict(losses=[sum(x) / s["G"] for x in losses], sequences=[sorted(sum(x, [])) for x in rows])
-        found.append(own | {key: [cycle[key] for cycle in own["cycles"]] for key in own["cycles"][0]})
+    for t in range(s["N"]):
+        of = [ranks[t * s["G"]:(t + 1) * s["G"]] for ranks in records]              # script after script
+        every = {key: [x for ranks in of for x in zip(*(rank[key] for rank in ranks))] for key in of[0][0]}
+        own = {key: [x for x, *_ in every[key]] for key in every}
+        own |= {key: [cycle[key] for cycle in own["cycles"]] for key in own["cycles"][0]}
+        own["losses"] = [sum(x) / s["G"] for x in every["losses"]]
+        own["sequences"] = [sorted(sum(x, [])) for x in every["sequences"]]
+        own["moments"] = [{k: w for cycle in x for k, w in cycle["moments"].items()} for x in every["cycles"]]
+        found.append(own)
     return found
 
 
@@ -381,7 +382,6 @@ def scenario(name, public, work):
         out = folder / str(ulps)
         spec = dict(public=public, argv=their_arguments(s, folder, out), first=out, off=ulps * ULP)
         return population(s, [run(s, out / "theirs", **spec)])
-
     with ThreadPoolExecutor(2) as pool:
         one, again = pool.map(run_theirs, (0, 1))
     return one, compare(one, run_ours(s, folder, folder / "ours")), compare(one, again)
