@@ -88,7 +88,7 @@ def newton(P, w, tolerance=1e-10):
     """
     def loss(w):
         return w.sum() - (w.to(P.dtype) @ P).log().mean().double()      # its minimum over w >= 0 sums to 1
-    now = loss(w)
+    now, rounding = loss(w), 4 * torch.finfo(P.dtype).eps
     for _ in range(100):
         R = P / (w.to(P.dtype) @ P)
         s, R = R.mean(dim=1).double(), R.float()
@@ -98,7 +98,7 @@ def newton(P, w, tolerance=1e-10):
         slope, t = (1 - s) @ (y - w), 1.0
         if s.max() - 1 < tolerance or slope > -tolerance ** 1.6:
             break
-        while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope and t > 1e-8:
+        while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope + rounding and t > 1e-8:
             t /= 2
         w, now = w + t * (y - w), then
         w = w / w.sum()
