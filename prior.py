@@ -107,20 +107,23 @@ def newton(P, w, tolerance=1e-10):
 
 def fit(p, w, among, tolerance=1e-7):
     """fit_weights() of Probabilities, over the members where among (members,) is true, from weights w."""
-    for _ in range(1000):
+    for attempt in range(1000):
         support = w.nonzero()[:, 0]
         _, w[support], _ = newton(p.fast[support], w[support] / w[support].sum(), 1e-5)
         s = torch.where(among, p.ratios(w[support].float() @ p.fast[support]), 0)
         better = s.topk(min(32, len(s))).indices        # those whose share would lower the loss join,
         better = better[(s[better] > 1 + 1e-5) & (w[better] == 0)]
-        w[better] = 0.01                                # with a share: Newton starts inside
-        if len(better) == 0:                            # float32 sees none: those close to it, exactly
-            near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]
-            P = p.exact(near)
-            _, w[near], _ = newton(P, w[near])
-            gap = (P @ (1 / (w[near] @ P))).max().item() / P.size(1) - 1
-            if gap <= tolerance:
-                return w, gap
+        if len(better) and attempt < 100:
+            w[better] = 0.01                            # with a share: Newton starts inside
+            continue
+        near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]         # float32 sees none: exactly, then
+        P = p.exact(near)
+        _, w[near], _ = newton(P, w[near])
+        mix = w[near] @ P
+        s = torch.where(among, p.ratios(mix), 0).index_copy(0, near, P @ (1 / mix) / len(mix))
+        gap = s.max().item() - 1
+        if gap <= tolerance:
+            return w, gap
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
