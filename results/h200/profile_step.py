@@ -44,7 +44,7 @@ def show(name, function, tokens=0):
 def main():
     config, _ = from_args(["configs/1p8b.py", "--train_tokens=4000000", "--fitness_tokens=100000", "--batch_tokens=16384",
                         "--batch_tokens_ends=16384", *sys.argv[1:]], __doc__)
-    ours, batch = bench.Ours(config, True, None), bench.random_rows(config)[:config.micro_batch]
+    ours, batch = bench.Ours(config, chain=True), bench.random_batches(config, config.micro_batch)[0]
     tokens = batch[:, 1:].numel()
     show("labels, a micro-batch", lambda: train.label_loss(ours.model, batch).backward(), tokens)
     show("chain, a micro-batch", lambda: ours.loss_fn(ours.model, batch).backward(), tokens)
