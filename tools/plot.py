@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 
 os.environ.pop("MPLBACKEND", None)          # a notebook's perhaps, which matplotlib would look for
-import matplotlib           # noqa: E402
-import numpy as np          # noqa: E402
-from matplotlib.figure import Figure        # noqa: E402
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 from infra.config import from_args, student_of
 from infra.console import fail, script
