@@ -10,7 +10,10 @@ import pytest           # noqa: E402
 import torch            # noqa: E402
 from safetensors import safe_open           # noqa: E402
 
+from data import loader, prepare            # noqa: E402
+from infra.config import from_args          # noqa: E402
 from infra.files import read_tensors        # noqa: E402
+from infra.run_directory import RunDirectory            # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
@@ -28,6 +31,18 @@ def read(path):
     """(tensors, about) of a file of tensors, of whatever kind."""
     with safe_open(path, "pt") as file:
         return read_tensors(path, json.loads(file.metadata()["about"])["kind"])
+
+
+def config_of(name, *flags):
+    """The Config of configs/NAME.py."""
+    return from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")[0]
+
+
+def population_of(argv):
+    """(config, data, run directory) of a script's arguments."""
+    config = from_args(argv, "")[0]
+    data = loader.load(config)
+    return config, data, RunDirectory(config, data.fingerprint)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,3 +63,36 @@ def micro(tmp_path):
         values = {**MICRO, "data_dir": tmp_path / "data", "run_dir": tmp_path / "run", **overrides}
         return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
     return argv
+
+
+@pytest.fixture
+def ready(micro):
+    """micro, its data prepared."""
+    prepare.main(micro())
+    return micro
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(call, argument, ...) -> the one error line with which the call ends, with exit code 2."""
+    def line(call, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(*args)
+        assert stop.value.code == 2
+        return error_line(capsys.readouterr().err)
+    return line
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(owner, name, what) -> a list that gets what(*args) before every call of owner.name(*args)."""
+    def watching(owner, name, what):
+        seen, function = [], getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.append(what(*args, **kwargs))
+            return function(*args, **kwargs)
+        monkeypatch.setattr(owner, name, watched)
+        return seen
+    return watching
