@@ -48,7 +48,7 @@ def test_noise_is_in_proportion_and_by_seed():
         train.perturb(model, 0.2, seed)
         return {n: p - start[n] for n, p in model.state_dict().items()}
     change, again, other = noise(3), noise(3), noise(4)
-    for name in ("transformer.wte.weight", "transformer.h.0.attn.c_q.weight", "transformer.h.1.mlp.c_fc.weight"):
+    for name in ("lm_head.weight", "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"):
         assert change[name].std() / start[name].std() == pytest.approx(0.2, rel=0.02)
     assert not change["resid_lambdas"].any()                    # all equal: no deviation, no noise
     assert all(torch.equal(w, again[n]) for n, w in change.items())
@@ -128,7 +128,7 @@ def check_fit_loss(member, config, data):
 
 
 def test_the_loop_follows_the_recipe(ready, watch):
-    """Noise, rates, batches, cycle lengths, seeds, compilation of every cycle, against the recipe written out."""
+    """Noise, rates, batches, cycle lengths, seeds, compilation: against the recipe written out."""
     steps = watch(train, "train_step", lambda model, optimizer, rows, loss_fn, rates: (
         sum(map(len, rows)), optimizer.groups[0]["lr"], *rates))
     noise = watch(train, "perturb", lambda model, scale, seed: (len(steps), scale, seed))
@@ -183,7 +183,7 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
     monkeypatch.setattr(train, "train_step", record)
     L = 40                                      # steps: two updates fit into the last tenth
     epochs = L * 4 / population_of(ready())[1].sequences_per_epoch
-    argv = ready(trajectories=1, cycles=2, distill_from=2, epochs_per_cycle=epochs, ema_decay=0.75, ema_every=3)
+    argv = ready(cycles=2, trajectories=1, epochs_per_cycle=epochs, ema_decay=0.75, ema_every=3)
     train.main(argv)
     kept = kept[L:]                             # the second cycle knows nothing of the first's average
     average = None
@@ -194,7 +194,8 @@ def test_a_member_can_be_an_average_of_the_weights(ready, tmp_path, monkeypatch,
     member = run.load_member(0, 1)
     assert len(kept) == L and not torch.equal(average["lm_head.weight"], kept[-1]["lm_head.weight"])
     for name, w in moving(run.load_checkpoint(0)[0]).items():
-        assert torch.allclose(w.double(), average[name], atol=1e-6) and torch.equal(member[0][name], w.bfloat16())
+        assert torch.allclose(w.double(), average[name], atol=1e-6)
+        assert torch.equal(member[0][name], w.bfloat16())
     check_fit_loss(member, config, data)
     other = [*argv, "--ema_every=4", f"--run_dir={tmp_path / 'other'}"]
     assert "ema_every=4" in refused(train.main, other) and not (tmp_path / "other").exists()
@@ -225,10 +226,10 @@ def another_model(model, config, init=GPT.__init__):
 @pytest.mark.parametrize("owner, name, changed, words", [
     (train, "train_step", out_of_memory, ["lower --micro_batch"]),
     (GPT, "__init__", another_model, ["of another model", "trajectory_00'", "restore it, or delete"]),
-    (distill, "teacher_of", lambda run, t, cycle: 0, ["cycle_000.safetensors' is not readable (FileNotFound"]),
+    (distill, "teacher_of", lambda run, t, cycle: 0, ["cycle_000.safetensors' is not readable"]),
 ])
 def test_a_chain_that_cannot_go_on(owner, name, changed, words, ready, tmp_path, monkeypatch, refused):
-    """Too little memory; model.py edited since the checkpoint; a teacher that was deleted: nothing is lost."""
+    """Too little memory, model.py edited since the checkpoint, a teacher deleted: nothing is lost."""
     argv = ready(trajectories=1)
     train.main(argv)
     (tmp_path / "run" / "trajectory_00" / "cycle_000.safetensors").unlink()
@@ -253,19 +254,18 @@ def test_members_say_what_they_are(ready, tmp_path):
     state = moving(run.load_checkpoint(1)[0])           # goes on from float32
     assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
     assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
-    lines = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert set(lines) == {"step", "cycle"} and lines.count("cycle") == 8
+    kinds = [json.loads(line)["kind"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert set(kinds) == {"step", "cycle"} and kinds.count("cycle") == 8
 
 
-@pytest.mark.parametrize("settings", [
-    {},
-    dict(trajectories=1, cycles=2, distill_from=2, restart="fresh", schedule="warmdown", momentum_warmup=50,
-         resume_every=29, ema_decay=0.75, ema_every=1, ema_share=0.4),      # a checkpoint inside an average
+@pytest.mark.parametrize("steps, saves, settings", [
+    (4, 16, {}),
+    (30, 6, dict(trajectories=1, cycles=2, restart="fresh", schedule="warmdown", momentum_warmup=50,
+                 resume_every=29, ema_decay=0.75, ema_every=1, ema_share=0.4)),     # saves inside an average
 ])
-def test_a_run_in_pieces_equals_a_run_at_once(settings, ready, tmp_path, monkeypatch):
+def test_a_run_in_pieces_equals_a_run_at_once(steps, saves, settings, ready, tmp_path, monkeypatch):
     """It dies after every member and checkpoint that it keeps, and goes on bit for bit."""
-    if settings:                                                            # cycles of 30 steps
-        settings["epochs_per_cycle"] = 30 * 4 / population_of(ready())[1].sequences_per_epoch
+    settings = {**settings, "epochs_per_cycle": steps * 4 / population_of(ready())[1].sequences_per_epoch}
     run_all(ready(run_dir=tmp_path / "whole", **settings))
     died = []
 
@@ -288,14 +288,14 @@ def test_a_run_in_pieces_equals_a_run_at_once(settings, ready, tmp_path, monkeyp
                 script.main(argv)
                 finished = script
     whole, pieces = members(tmp_path / "whole"), members(tmp_path / "pieces")
-    assert len(died) == (6 if settings else 16) and whole == pieces
+    assert len(died) == saves and whole == pieces
     before = tree(tmp_path / "pieces")
     run_all(argv)                                   # nothing is done twice
     assert tree(tmp_path / "pieces") == before
 
 
 def test_trajectories_can_be_added(ready, tmp_path, capsys):
-    """Each draws from a seed of its own. Where there is no chain, distill.py says so, and train.py goes past it."""
+    """Each draws from a seed of its own. Without a chain train.py names prior.py next."""
     train.main(ready(trajectories=1, distill_from=4))
     assert "prior.py" in capsys.readouterr().out.splitlines()[-1]
     one = members(tmp_path / "run")
@@ -314,7 +314,8 @@ def test_trajectories_can_be_added(ready, tmp_path, capsys):
 def test_who_shares_what(micro, monkeypatch, refused):
     def config(**changes):
         return from_args(micro(**changes), "")[0]
-    one, odd, record = config(trajectories=1), config(trajectories=1, batch_tokens_ends=192), config_of("1p8b_960")
+    one, odd = config(trajectories=1), config(trajectories=1, batch_tokens_ends=192)
+    record = config_of("1p8b_960")
     assert [n for n in (1, 2, 4, 8) if can_share(one, n)] == [1, 2, 4]              # of 4 sequences
     assert can_share(config(trajectories=4), 4) and can_share(odd, 2) and not can_share(odd, 3)
     assert processes(config()) == min(2, os.cpu_count()) and processes(one) == 1
@@ -346,11 +347,11 @@ def launch(ready, tmp_path):
 
 
 def test_two_processes_take_the_step_of_one(launch):
-    """One step of one trajectory on 1 and 2 ranks, without dropout: the same loss, gradient and new weights."""
+    """One step of a trajectory on 1 and 2 ranks, without dropout: the same loss, gradient, weights."""
     steps, states = [], []
     for ranks in (1, 2):
         folder = launch(ranks, trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1, distill_from=1)
-        steps.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]))
+        steps.append(json.loads(next(open(folder / "metrics.jsonl"))))
         states.append(read(folder / "trajectory_00" / "resume.safetensors"))
     assert [about["step"] for _, about in states] == [1, 1]
     for key in ("loss", "grad_norm"):
@@ -360,7 +361,7 @@ def test_two_processes_take_the_step_of_one(launch):
         # q, k heads are normalised: the diagonal of their mix has no gradient but rounding, for AdamW one
         if not name.endswith(("q_mix", "k_mix")):
             assert (a - moving(two)[name]).norm() <= 2e-3 * a.norm(), name
-        first, second = one[f"m.{name}"], two[f"m.{name}"]                          # the first moment: the gradient
+        first, second = one[f"m.{name}"], two[f"m.{name}"]                  # the first moment: the gradient
         assert (first - second).norm() <= 1e-4 * first.norm() + 1e-9, name
 
 
@@ -407,11 +408,11 @@ def test_a_gpu_that_cannot_be_used_is_refused(micro, monkeypatch, refused):
     """It is no reason to train on the CPU, unless one asks for it."""
     config = from_args(micro(), "")[0]
     monkeypatch.setattr("os.path.exists", lambda path: path == "/dev/nvidia0")
-    join(config)                                        # asked for: CUDA_VISIBLE_DEVICES is empty in the tests
+    join(config)                            # asked for: CUDA_VISIBLE_DEVICES is empty in the tests
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     line = refused(join, config)
     assert "driver" in line and "CUDA_VISIBLE_DEVICES=" in line
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))         # no flash attention
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))     # no flash attention
     assert "compute capability 8.0" in refused(join, config)
