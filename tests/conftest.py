@@ -14,6 +14,7 @@ from data import loader, prepare            # noqa: E402
 from infra.config import from_args          # noqa: E402
 from infra.files import read_tensors        # noqa: E402
 from infra.run_directory import RunDirectory            # noqa: E402
+from model import GPT       # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
@@ -43,6 +44,19 @@ def population_of(argv):
     config = from_args(argv, "")[0]
     data = loader.load(config)
     return config, data, RunDirectory(config, data.fingerprint)
+
+
+def moving(checkpoint):
+    """name -> float32 weight, of a checkpoint's tensors."""
+    return {name.removeprefix("model."): w for name, w in checkpoint.items() if name.startswith("model.")}
+
+
+def check_fit_loss(member, config, data):
+    """What a member's file says is the loss of the weights in it."""
+    weights, about = member
+    model = GPT(config)
+    model.load_state_dict(weights)
+    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,11 +12,11 @@ import distill
 import prior
 import train
 from data import loader, prepare
-from infra.config import from_args
+from infra.config import from_args, student_of
 from infra.files import read_json, write_json
 from model import GPT
 from optim import MuonAdamW
-from tests.conftest import MICRO, ROOT, population_of
+from tests.conftest import MICRO, ROOT, check_fit_loss, moving, population_of
 from tests.test_scripts import tree
 from tools import generate, plot
 
@@ -70,11 +70,13 @@ def test_the_teacher_is_a_frozen_member(teacher_of, teachers, ready, monkeypatch
         distill.ChainLoss()(run, 0, 2, torch.device("cpu"))
 
 
-def test_fresh_cycles_are_models_of_their_own(ready):
+def test_fresh_cycles_are_models_of_their_own_and_averages(ready, tmp_path, refused):
     """The second cycle by hand, from labels alone: weights, optimizer, momentum and average begin anew."""
-    argv = ready(trajectories=1, cycles=2, distill_from=1, distill_alpha=0, epochs_per_cycle=2.5,
-                 restart="fresh", schedule="warmdown", momentum_warmup=3,
-                 ema_decay=0.9, ema_every=1, ema_share=0.4)
+    L = 30                              # steps: of the last tenth, every second one joins the average
+    settings = dict(trajectories=1, cycles=2, distill_from=1, distill_alpha=0, restart="fresh", ema_decay=0.75,
+                    schedule="warmdown", momentum_warmup=3, ema_share=0.4,
+                    epochs_per_cycle=L * 4 / population_of(ready())[1].sequences_per_epoch)
+    argv = ready(**settings, ema_every=2)
     train.main(argv)
     distill.main(argv)
     config, data, run = population_of(argv)
@@ -82,20 +84,21 @@ def test_fresh_cycles_are_models_of_their_own(ready):
     torch.manual_seed(train.noise_seed(42, 1))
     model.init_weights()
     optimizer = MuonAdamW(model.named_parameters(), config.lr_scale, momentum_warmup=3)
-    batches, average = loader.Batches(data, 32, 42), None
-    length = round(2.5 * data.sequences_per_epoch / 4)
-    batches.position = 4 * length
-    for s in range(length):
-        train.seed_dropout(42, length + s, 0)
+    batches, kept = loader.Batches(data, 32, 42), []
+    batches.position = 4 * L
+    for s in range(L):
+        train.seed_dropout(42, L + s, 0)
         train.train_step(model, optimizer, batches.take(4).split(2), train.label_loss,
-                         train.rate_multipliers("warmdown", s, length))
-        if s >= 0.9 * length:
-            weights = {n: w.detach().clone() for n, w in model.state_dict().items()}
-            average = {n: w if average is None else 0.9 * average[n] + 0.1 * w for n, w in weights.items()}
-    member = run.load_member(0, 1)[0]
-    for n, w in model.state_dict().items():
-        expected = (0.6 * w + 0.4 * average[n]).bfloat16().float()
-        assert torch.allclose(member[n].float(), expected, rtol=2e-2, atol=2e-3)
+                         train.rate_multipliers("warmdown", s, L))
+        kept.append({n: w.clone() for n, w in model.state_dict().items()})
+    member, checkpoint = run.load_member(0, 1), moving(run.load_checkpoint(0)[0])
+    for n, last in kept[-1].items():
+        expected = 0.6 * last + 0.4 * (0.75 * kept[L - 3][n] + 0.25 * last)
+        assert torch.allclose(checkpoint[n], expected, atol=1e-6), n
+        assert torch.equal(checkpoint[n].bfloat16(), member[0][n]), n
+    check_fit_loss(member, config, data)
+    other = ready(**settings, ema_every=3, run_dir=tmp_path / "other")
+    assert "ema_every=3" in refused(train.main, other) and not (tmp_path / "other").exists()
 
 
 def test_a_trajectory_trained_elsewhere_joins(ready, tmp_path, capsys, refused):
@@ -172,9 +175,16 @@ def test_a_student_of_K_members(population_to_teach, tmp_path, capsys, watch):
     assert all(torch.equal(steps[0][2][n].bfloat16(), w) for n, w in answer("best", 1)[0][0].items())
     cosine = [0.5 * (1 + math.cos(math.pi * s / len(steps))) for s in range(len(steps))]
     assert [s[:2] for s in steps] == [((pytest.approx(rate), 1.0), 0.0) for rate in cosine]
+    assert path.read_bytes() == before
+    of = run.config, student_of(run.config)
+    chosen = distill.choose_teachers(*of)
+    for a in result["answers"]:
+        a["members"] = a["members"][::-1]
+    write_json(path, result)
+    assert distill.choose_teachers(*of) == chosen               # whatever prior.json says now
     kept = tree(tmp_path / "run")
     student(argv)                                               # done already: nothing is trained
-    assert tree(tmp_path / "run") == kept and path.read_bytes() == before
+    assert tree(tmp_path / "run") == kept
 
 
 def test_a_student_is_a_population_of_one(population_to_teach, tmp_path, capsys, watch):
@@ -196,31 +206,6 @@ def test_a_student_is_a_population_of_one(population_to_teach, tmp_path, capsys,
     capsys.readouterr()
     generate.main([*argv, "--student", "--tokens=5"])
     assert re.match("student: ['\"]The ", capsys.readouterr().out)
-
-
-def test_a_student_goes_on_bit_for_bit(population_to_teach, tmp_path, monkeypatch):
-    """Whatever prior.json says meanwhile."""
-    argv = population_to_teach
-    shutil.copytree(tmp_path / "run", tmp_path / "other")
-    student(argv)
-    other, calls = [*argv, f"--run_dir={tmp_path / 'other'}", "--resume_every=2"], []
-
-    def stops(*args, step=train.train_step):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*args)
-    with monkeypatch.context() as fault, pytest.raises(SystemExit):
-        fault.setattr(train, "train_step", stops)
-        student(other)
-    changed = read_json(tmp_path / "other" / "prior.json")
-    for a in changed["answers"]:
-        a["members"] = a["members"][::-1]
-    write_json(tmp_path / "other" / "prior.json", changed)
-    student(other)
-    one, two = (load_file(tmp_path / name / "student" / "trajectory_00" / "cycle_000.safetensors")
-                for name in ("run", "other"))
-    assert all(torch.equal(w, two[n]) for n, w in one.items())
 
 
 def test_what_a_student_needs(population_to_teach, tmp_path, refused):
