@@ -3,10 +3,8 @@ import math
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import distill
 import prior
@@ -16,7 +14,7 @@ from infra.config import from_args, student_of
 from infra.files import read_json, write_json
 from model import GPT
 from optim import MuonAdamW
-from tests.conftest import MICRO, ROOT, check_fit_loss, moving, population_of
+from tests.conftest import MICRO, ROOT, check_fit_loss, moving, population_of, read
 from tests.test_scripts import tree
 from tools import generate, plot
 
@@ -73,8 +71,8 @@ def test_the_teacher_is_a_frozen_member(teacher_of, teachers, ready, monkeypatch
 def test_fresh_cycles_are_models_of_their_own_and_averages(ready, tmp_path, refused):
     """The second cycle by hand, from labels alone: weights, optimizer, momentum and average begin anew."""
     L = 30                              # steps: of the last tenth, every second one joins the average
-    settings = dict(trajectories=1, cycles=2, distill_from=1, distill_alpha=0, restart="fresh", ema_decay=0.75,
-                    schedule="warmdown", momentum_warmup=3, ema_share=0.4,
+    settings = dict(trajectories=1, cycles=2, distill_from=1, distill_alpha=0, restart="fresh", ema_share=0.4,
+                    schedule="warmdown", momentum_warmup=3, ema_decay=0.75,
                     epochs_per_cycle=L * 4 / population_of(ready())[1].sequences_per_epoch)
     argv = ready(**settings, ema_every=2)
     train.main(argv)
@@ -123,10 +121,6 @@ def test_a_trajectory_trained_elsewhere_joins(ready, tmp_path, capsys, refused):
 
 # ------------------------------------------------------------------------------------------- the student
 
-def student(argv, *flags):
-    distill.main([*argv, "--student", *flags])
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(folder, argv) of a population, to be copied; noise on its members has a mixture take several."""
@@ -155,7 +149,7 @@ def population_to_teach(finished, tmp_path):
 
 def test_a_student_of_K_members(population_to_teach, tmp_path, capsys, watch):
     """Its teachers are prior.json's answer with its weights; it starts from the best, on one cosine."""
-    argv, path = population_to_teach, tmp_path / "run" / "prior.json"
+    argv, path = [*population_to_teach, "--student"], tmp_path / "run" / "prior.json"
     before, result, run = path.read_bytes(), read_json(path), population_of(population_to_teach)[2]
 
     def answer(rule, K):
@@ -166,7 +160,7 @@ def test_a_student_of_K_members(population_to_teach, tmp_path, capsys, watch):
         [(teacher.lm_head.weight.clone(), w) for teacher, w in teachers], *settings))
     steps = watch(train, "train_step", lambda model, *args: (
         args[-1], model.config.dropout, {n: w.clone() for n, w in model.state_dict().items()}))
-    student(argv)
+    distill.main(argv)
     assert re.search(r"next: \S*python\S* prior.py .*--student", capsys.readouterr().out)
     for teachers, *settings in taught:
         assert settings == [0.85, 1.0] and len(teachers) == len(answer("learned", 4)) > 1
@@ -175,54 +169,40 @@ def test_a_student_of_K_members(population_to_teach, tmp_path, capsys, watch):
     assert all(torch.equal(steps[0][2][n].bfloat16(), w) for n, w in answer("best", 1)[0][0].items())
     cosine = [0.5 * (1 + math.cos(math.pi * s / len(steps))) for s in range(len(steps))]
     assert [s[:2] for s in steps] == [((pytest.approx(rate), 1.0), 0.0) for rate in cosine]
-    assert path.read_bytes() == before
-    of = run.config, student_of(run.config)
-    chosen = distill.choose_teachers(*of)
-    for a in result["answers"]:
-        a["members"] = a["members"][::-1]
-    write_json(path, result)
-    assert distill.choose_teachers(*of) == chosen               # whatever prior.json says now
-    kept = tree(tmp_path / "run")
-    student(argv)                                               # done already: nothing is trained
-    assert tree(tmp_path / "run") == kept
-
-
-def test_a_student_is_a_population_of_one(population_to_teach, tmp_path, capsys, watch):
-    """Which prior.py and the tools take as such; that of the teachers stays as it is."""
-    argv, before = population_to_teach, (tmp_path / "run" / "prior.json").read_bytes()
-    student(argv)
-    prior.main([*argv, "--student"])
+    # a population of one, which prior.py and the tools take as such; that of the teachers stays as it is
+    prior.main(argv)
     own = read_json(tmp_path / "run" / "student" / "prior.json")
-    assert (len(own["members"]), own["growing"][0]["epochs"]) == (1, 1.0)
-    config, data, _ = population_of(argv)
-    model = GPT(config)
-    model.load_state_dict(load_file(tmp_path / "run" / "student" / "trajectory_00" / "cycle_000.safetensors"))
-    loss = -loader.score(model, data.val, 4).astype(np.float64).mean()
-    assert own["members"][0]["val_loss"] == pytest.approx(loss, abs=1e-6)
-    assert (tmp_path / "run" / "prior.json").read_bytes() == before
+    about = read(tmp_path / "run" / "student" / "trajectory_00" / "cycle_000.safetensors")[1]
+    assert [m["weights_sha256"] for m in own["members"]] == [about["tensors_sha256"]]
+    assert own["growing"][0]["epochs"] == 1.0 and path.read_bytes() == before
     drawn = watch(plot, "draw", lambda priors, path, beside: beside)
-    plot.main(argv)
+    plot.main(population_to_teach)
     assert drawn[0]["its student"][0]["growing"][0]["epochs"] == 2 * 4 * 0.5 + 1.0
     capsys.readouterr()
-    generate.main([*argv, "--student", "--tokens=5"])
+    generate.main([*argv, "--tokens=5"])
     assert re.match("student: ['\"]The ", capsys.readouterr().out)
 
 
 def test_what_a_student_needs(population_to_teach, tmp_path, refused):
-    """Its teachers as they were weighed, and afterwards the settings that it was begun with."""
-    argv, run = [*population_to_teach, "--student"], tmp_path / "run"
-    members = sorted(run.glob("trajectory_*/cycle_*.safetensors"))
-    kept = [path.read_bytes() for path in members]
-    for path, content in zip(members, kept[1:] + kept[:1]):             # none is what was weighed
-        path.write_bytes(content)
-    assert "cycle_" in refused(distill.main, argv) and not (run / "student").exists()
-    for path, content in zip(members, kept):
-        path.write_bytes(content)
+    """Its teachers as they were weighed, and afterwards the settings and teachers that it was begun with."""
+    argv, path = [*population_to_teach, "--student"], tmp_path / "run" / "prior.json"
+    result = read_json(path)
+    of_others = [{**m, "weights_sha256": "0" * 64} for m in result["members"]]
+    write_json(path, {**result, "members": of_others})
+    assert "is not the member that prior.json weighed" in refused(distill.main, argv)
+    assert not (tmp_path / "run" / "student").exists()
+    write_json(path, result)
     distill.main(argv)
+    config, before = population_of(population_to_teach)[0], tree(tmp_path / "run" / "student")
+    chosen = distill.choose_teachers(config, student_of(config))
+    write_json(path, {**result, "members": of_others})
+    assert distill.choose_teachers(config, student_of(config)) == chosen
     for script in (distill, prior):
         line = refused(script.main, [*argv, "--student_alpha=0.5"])
         assert "distill_alpha is 0.85 there and 0.5 here" in line
     assert "student_teachers=4, not 8" in refused(distill.main, [*argv, "--student_teachers=8"])
+    distill.main(argv)                                          # done already: nothing is trained
+    assert tree(tmp_path / "run" / "student") == before
 
 
 def test_scores_whose_member_was_deleted_are_no_member(population_to_teach, tmp_path):
