@@ -4,7 +4,7 @@ import json
 import os
 import re
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than a machine may have GPUs
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than GPUs
 
 import pytest           # noqa: E402
 import torch            # noqa: E402
@@ -17,13 +17,15 @@ from infra.run_directory import RunDirectory            # noqa: E402
 from model import GPT       # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
-MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
-             batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
+MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,
+             val_tokens=1800, batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2,
+             epochs_per_cycle=0.5, epoch_multiple=4)
 
 
 def error_line(err):
-    """The one error line of a standard error that may hold progress bars (and their moves of the cursor), and no traceback."""
-    [line] = {part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")}      # of each rank, perhaps
+    """The one error line of a standard error that may hold progress bars (and moves of the cursor)."""
+    lines = re.split(r"[\r\n]|\x1b\[A", err)
+    [line] = {line for line in lines if line.startswith("error: ")}             # of each rank, perhaps
     assert "Traceback" not in err
     return line
 
@@ -61,7 +63,7 @@ def check_fit_loss(member, config, data):
 
 @pytest.fixture(autouse=True, scope="session")
 def modules_are_no_garbage():
-    """train.py collects before every trajectory: a third of a second where all that the tests import is looked through."""
+    """train.py collects before every trajectory: a third of a second for all that the tests import."""
     gc.freeze()
 
 

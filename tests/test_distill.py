@@ -116,6 +116,7 @@ def test_a_trajectory_trained_elsewhere_joins(ready, tmp_path, capsys, refused):
     assert "scoring" not in capsys.readouterr().err
     one, two = (read_json(tmp_path / name / "prior.json") for name in ("both", "first"))
     assert one["members"] == two["members"] and one["answers"] == two["answers"]
+    assert len({m["weights_sha256"] for m in one["members"]}) == 4      # no two seeds draw the same
     assert "seed is 43 there and 44 here" in refused(prior.main, [*first, "--trajectories=3"])
 
 

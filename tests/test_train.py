@@ -120,12 +120,15 @@ def test_the_loop_follows_the_recipe(ready, watch):
     assert compiled == [True, True, True]           # the model in train.py and in distill.py, and the teacher
 
 
-def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch, watch):
+def test_snapshots_along_one_decay(ready, tmp_path, monkeypatch, watch, capsys):
     """restart=none: rates fall once over all cycles, which nothing disturbs: pieces equal the whole."""
     rates = watch(train, "train_step", lambda *args: args[-1])
     monkeypatch.setattr(train, "perturb", None)
     argv = ready(trajectories=1, cycles=3, distill_from=3, first_cycle_epochs=1.25, restart="none")
     train.main(argv)
+    assert "prior.py" in capsys.readouterr().out.splitlines()[-1]
+    distill.main(argv)
+    assert "no chain" in capsys.readouterr().out
     config, data, run = population_of(argv)
     lengths = [round(e * data.sequences_per_epoch / 4) for e in (1.25, 0.5, 0.5)]
     assert len(set(lengths)) == 2 and len(rates) == sum(lengths)
@@ -217,7 +220,7 @@ def test_a_run_in_pieces_equals_a_run_at_once(steps, saves, settings, ready, tmp
         return wrapper
     for name in ("save_member", "save_checkpoint"):
         monkeypatch.setattr(RunDirectory, name, dying(getattr(RunDirectory, name)))
-    argv, finished = ready(run_dir=tmp_path / "pieces", **settings), 0
+    argv, finished = ready(run_dir=tmp_path / "pieces", **settings), None
     for script in (train, distill):
         while finished is not script:
             with contextlib.suppress(EOFError):
@@ -228,20 +231,6 @@ def test_a_run_in_pieces_equals_a_run_at_once(steps, saves, settings, ready, tmp
     before = tree(tmp_path / "pieces")
     run_all(argv)                                   # nothing is done twice
     assert tree(tmp_path / "pieces") == before
-
-
-def test_trajectories_can_be_added(ready, tmp_path, capsys):
-    """Each draws from a seed of its own. Without a chain train.py names prior.py next."""
-    train.main(ready(trajectories=1, distill_from=4))
-    assert "prior.py" in capsys.readouterr().out.splitlines()[-1]
-    one = members(tmp_path / "run")
-    argv = ready(distill_from=4)
-    run_all(argv)
-    two, run = members(tmp_path / "run"), population_of(argv)[2]
-    assert "no chain" in capsys.readouterr().out
-    assert len(one) == 4 and len(two) == 8 and one.items() <= two.items()
-    heads = {run.load_member(t, c)[0]["lm_head.weight"].float().norm().item() for t, c in run.members()}
-    assert len(heads) == 8
 
 
 # ------------------------------------------------------------------------------------------------ ranks
