@@ -82,17 +82,6 @@ def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, ga
     assert config.epochs_until(4) == pytest.approx(epochs) and config.batch_tokens_ends == config.batch_tokens
 
 
-def test_the_first_rank_of_a_machine_prints_before_the_others(monkeypatch, capsys):
-    """torchrun ends all ranks with the first that ends: of the same line one is seen."""
-    waits = []
-    monkeypatch.setattr("time.sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
-    for local, waited in (("0", []), ("1", [(5, "")])):
-        monkeypatch.setenv("LOCAL_RANK", local)
-        with pytest.raises(SystemExit) as stop:
-            from_args([TINY, "--cylces=3"], "usage")
-        assert stop.value.code == 2 and waits == waited and "cylces" in capsys.readouterr().err
-
-
 def test_what_a_config_imports_or_defines_is_no_setting(tmp_path):
     """As in nanoGPT's: an import, a function, a class, its own path."""
     config = tmp_path / "mine.py"

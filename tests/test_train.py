@@ -183,7 +183,7 @@ def test_a_chain_that_cannot_go_on(owner, name, changed, words, ready, tmp_path,
     distill.main(argv)
 
 
-def test_members_say_what_they_are(ready, tmp_path):
+def test_members_say_what_they_are(ready):
     argv = ready()
     run_all(argv)
     config, data, run = population_of(argv)
@@ -196,8 +196,6 @@ def test_members_say_what_they_are(ready, tmp_path):
     state = moving(run.load_checkpoint(1)[0])           # goes on from float32
     assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
     assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
-    kinds = [json.loads(line)["kind"] for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert set(kinds) == {"step", "cycle"} and kinds.count("cycle") == 8
 
 
 @pytest.mark.parametrize("steps, saves, settings", [
