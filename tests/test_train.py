@@ -165,19 +165,19 @@ def another_model(model, config, init=GPT.__init__):
     model.added = torch.nn.Parameter(torch.zeros(4, 4))
 
 
-@pytest.mark.parametrize("owner, name, changed, words", [
-    (train, "train_step", out_of_memory, ["lower --micro_batch"]),
-    (GPT, "__init__", another_model, ["of another model", "trajectory_00'", "restore it, or delete"]),
-    (distill, "teacher_of", lambda run, t, cycle: 0, ["cycle_000.safetensors' is not readable"]),
+@pytest.mark.parametrize("change, words", [
+    ((train, "train_step", out_of_memory), ["lower --micro_batch"]),
+    ((GPT, "__init__", another_model), ["of another model", "trajectory_00'", "restore it, or delete"]),
+    ((distill, "teacher_of", lambda run, t, cycle: 0), ["cycle_000.safetensors' is not readable"]),
 ])
-def test_a_chain_that_cannot_go_on(owner, name, changed, words, ready, tmp_path, monkeypatch, refused):
+def test_a_chain_that_cannot_go_on(change, words, ready, tmp_path, monkeypatch, refused):
     """Too little memory, model.py edited since the checkpoint, a teacher deleted: nothing is lost."""
     argv = ready(trajectories=1)
     train.main(argv)
     (tmp_path / "run" / "trajectory_00" / "cycle_000.safetensors").unlink()
     before = tree(tmp_path)
     with monkeypatch.context() as fault:
-        fault.setattr(owner, name, changed)
+        fault.setattr(*change)
         line = refused(distill.main, argv)
     assert all(word in line for word in words) and tree(tmp_path) == before, line
     distill.main(argv)
