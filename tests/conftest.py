@@ -4,22 +4,28 @@ import json
 import os
 import re
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than a machine may have GPUs
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than GPUs
 
 import pytest           # noqa: E402
 import torch            # noqa: E402
 from safetensors import safe_open           # noqa: E402
 
+from data import loader, prepare            # noqa: E402
+from infra.config import from_args          # noqa: E402
 from infra.files import read_tensors        # noqa: E402
+from infra.run_directory import RunDirectory            # noqa: E402
+from model import GPT       # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
-MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
-             batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
+MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,
+             val_tokens=1800, batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2,
+             epochs_per_cycle=0.5, epoch_multiple=4)
 
 
 def error_line(err):
-    """The one error line of a standard error that may hold progress bars (and their moves of the cursor), and no traceback."""
-    [line] = {part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")}      # of each rank, perhaps
+    """The one error line of a standard error that may hold progress bars (and moves of the cursor)."""
+    lines = re.split(r"[\r\n]|\x1b\[A", err)
+    [line] = {line for line in lines if line.startswith("error: ")}             # of each rank, perhaps
     assert "Traceback" not in err
     return line
 
@@ -30,9 +36,34 @@ def read(path):
         return read_tensors(path, json.loads(file.metadata()["about"])["kind"])
 
 
+def config_of(name, *flags):
+    """The Config of configs/NAME.py."""
+    return from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")[0]
+
+
+def population_of(argv):
+    """(config, data, run directory) of a script's arguments."""
+    config = from_args(argv, "")[0]
+    data = loader.load(config)
+    return config, data, RunDirectory(config, data.fingerprint)
+
+
+def moving(checkpoint):
+    """name -> float32 weight, of a checkpoint's tensors."""
+    return {name.removeprefix("model."): w for name, w in checkpoint.items() if name.startswith("model.")}
+
+
+def check_fit_loss(member, config, data):
+    """What a member's file says is the loss of the weights in it."""
+    weights, about = member
+    model = GPT(config)
+    model.load_state_dict(weights)
+    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def modules_are_no_garbage():
-    """train.py collects before every trajectory: a third of a second where all that the tests import is looked through."""
+    """train.py collects before every trajectory: a third of a second for all that the tests import."""
     gc.freeze()
 
 
@@ -48,3 +79,36 @@ def micro(tmp_path):
         values = {**MICRO, "data_dir": tmp_path / "data", "run_dir": tmp_path / "run", **overrides}
         return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
     return argv
+
+
+@pytest.fixture
+def ready(micro):
+    """micro, its data prepared."""
+    prepare.main(micro())
+    return micro
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(call, argument, ...) -> the one error line with which the call ends, with exit code 2."""
+    def line(call, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(*args)
+        assert stop.value.code == 2
+        return error_line(capsys.readouterr().err)
+    return line
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(owner, name, what) -> a list that gets what(*args) before every call of owner.name(*args)."""
+    def watching(owner, name, what):
+        seen, function = [], getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.append(what(*args, **kwargs))
+            return function(*args, **kwargs)
+        monkeypatch.setattr(owner, name, watched)
+        return seen
+    return watching
