@@ -10,7 +10,14 @@ import pytest           # noqa: E402
 import torch            # noqa: E402
 from safetensors import safe_open           # noqa: E402
 
-from infra.files import read_tensors        # noqa: E402
+import distill          # noqa: E402
+import prior            # noqa: E402
+import train            # noqa: E402
+from data import loader, prepare            # noqa: E402
+from infra.config import from_args          # noqa: E402
+from infra.files import read_json, read_tensors, write_json        # noqa: E402
+from infra.run_directory import RunDirectory            # noqa: E402
+from model import GPT       # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
@@ -30,6 +37,31 @@ def read(path):
         return read_tensors(path, json.loads(file.metadata()["about"])["kind"])
 
 
+def config_of(name, *flags):
+    """The Config of configs/NAME.py."""
+    return from_args([str(ROOT / "configs" / f"{name}.py"), *flags], "")[0]
+
+
+def population_of(argv):
+    """(config, data, run directory) of a script's arguments."""
+    config = from_args(argv, "")[0]
+    data = loader.load(config)
+    return config, data, RunDirectory(config, data.fingerprint)
+
+
+def moving(checkpoint):
+    """name -> float32 weight, of a checkpoint's tensors."""
+    return {name.removeprefix("model."): w for name, w in checkpoint.items() if name.startswith("model.")}
+
+
+def check_fit_loss(member, config, data):
+    """What a member's file says is the loss of the weights in it."""
+    weights, about = member
+    model = GPT(config)
+    model.load_state_dict(weights)
+    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def modules_are_no_garbage():
     """train.py collects before every trajectory: a third of a second where all that the tests import is looked through."""
@@ -41,6 +73,24 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def population(tmp_path_factory):
+    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and their student."""
+    folder = tmp_path_factory.mktemp("population")
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3, "epochs_per_cycle": 0.1,
+              "student_epochs": 0.2, "student_teachers": 4, "loop_start": 1, "loop_end": 2, "loop_extra": 1}
+    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    for script in (prepare, train, distill, prior):
+        script.main(argv)
+    result = read_json(folder / "run" / "prior.json")
+    answer = next(a for a in result["answers"] if (a["K"], a["rule"]) == (4, "learned"))
+    answer |= dict(members=[0, 2, 4, 3], weights=[0.25, 0.6, 0.15, 0.0], val_loss=5.25, val_error=0.0125)
+    write_json(folder / "run" / "prior.json", result)
+    for script in (distill, prior):
+        script.main([*argv, "--student"])
+    return folder, argv
+
+
 @pytest.fixture
 def micro(tmp_path):
     """micro(name=value, ...) -> the arguments of a script: configs/tiny.py, made micro, in tmp_path."""
@@ -48,3 +98,36 @@ def micro(tmp_path):
         values = {**MICRO, "data_dir": tmp_path / "data", "run_dir": tmp_path / "run", **overrides}
         return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
     return argv
+
+
+@pytest.fixture
+def ready(micro):
+    """micro, its data prepared."""
+    prepare.main(micro())
+    return micro
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(call, argument, ...) -> the one error line with which the call ends, with exit code 2."""
+    def line(call, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            call(*args)
+        assert stop.value.code == 2
+        return error_line(capsys.readouterr().err)
+    return line
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(owner, name, what) -> a list that gets what(*args) before every call of owner.name(*args)."""
+    def watching(owner, name, what):
+        seen, function = [], getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            seen.append(what(*args, **kwargs))
+            return function(*args, **kwargs)
+        monkeypatch.setattr(owner, name, watched)
+        return seen
+    return watching
