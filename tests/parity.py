@@ -24,8 +24,7 @@ from optim import POLAR_EXPRESS, MuonAdamW
 from prior import fit_weights
 
 LR_SCALE = 0.25         # the recipe's, in which the facts' rates are given
-VARIANTS = {"plain": ("iha", "mtp"), "iha": ("iha", "mtp"), "iha_mtp": ("iha", "mtp"),
-            "iha_mtp_loop35": ("iha", "mtp", "loop")}
+VARIANTS = "plain", "iha", "iha_mtp", "iha_mtp_loop35"
 COMMON = ["resid_lambdas", "x0_lambdas", "skip_weights", "transformer.wte.weight", "lm_head.weight",
           "ve_projs.3.weight", "mtp_proj.weight", "transformer.h.0.attn.c_q.weight",
           "transformer.h.4.attn.k_mix", "transformer.h.5.mlp.c_proj.weight"]
@@ -78,13 +77,12 @@ def weight(name, shape, seed):
     return (3 * z if name == "lm_head.weight" else z) / sqrt(shape[1])
 
 
-def build(facts, seed, iha=True, mtp=0.3, loop=None):
+def build(facts, seed, iha=True, mtp=0.3, loop=(0, 0)):
     c = dict(facts["config"])
     if c.pop("n_kv_head") != c["n_head"]:
         raise KeyError("n_kv_head other than n_head")
-    if loop:
-        c.update(loop_start=loop[0], loop_end=loop[1], loop_extra=4)
-    model = GPT(GPTConfig(**c, iha=iha, mtp_weight=mtp)).train()
+    loops = dict(loop_start=loop[0], loop_end=loop[1], loop_extra=4)
+    model = GPT(GPTConfig(**c, **loops, iha=iha, mtp_weight=mtp)).train()
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(torch.tensor(weight(name, tuple(p.shape), seed), dtype=torch.float32))
@@ -99,12 +97,7 @@ def size(tensor):
     return tensor.detach().double().norm().item()
 
 
-def changes(model, start):
-    """Parameter -> what was added to it since start, float64."""
-    return {n: (p.detach() - start[n]).double() for n, p in model.named_parameters()}
-
-
-def copies(model):
+def weights_of(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
@@ -112,8 +105,9 @@ def copies(model):
 
 def forward(facts):
     ours, batch = {}, token_batches(facts)[0]
-    for name, inputs in VARIANTS.items():
-        model = build(facts, facts["seed"], **{key: facts["forward"][name][key] for key in inputs})
+    for name in VARIANTS:
+        of = facts["forward"][name]
+        model = build(facts, facts["seed"], of["iha"], of["mtp"], of["loop"] if "loop" in name else (0, 0))
         logits, ce = model(batch[:, :-1]), -model.log_p(batch[:, :-1], batch[:, 1:]).mean()
         loss = train.label_loss(model, batch)
         loss.backward()
@@ -127,17 +121,15 @@ def forward(facts):
 
 
 def parameter_order(facts):
-    return list(copies(build(facts, facts["seed"])))
+    return list(weights_of(build(facts, facts["seed"])))
 
 
 def rates(facts):
     ours = {}
     for g in MuonAdamW(build(facts, facts["seed"]).named_parameters(), LR_SCALE).groups:
-        kinds = {"adamw": ("betas", "eps"), "muon": ("momentum", "beta2")}
-        its = {key: g[key] for key in ("kind", "lr", "weight_decay", *kinds[g["kind"]])}
-        if g["kind"] == "muon":
-            its["ns_steps"] = len(POLAR_EXPRESS)
-        ours |= dict.fromkeys(g["names"], its)
+        keys = {"adamw": ("betas", "eps"), "muon": ("momentum", "beta2", "ns_steps")}[g["kind"]]
+        g["ns_steps"] = len(POLAR_EXPRESS)
+        ours |= dict.fromkeys(g["names"], {key: g[key] for key in ("kind", "lr", "weight_decay", *keys)})
     return ours
 
 
@@ -150,18 +142,17 @@ def optimizer(facts):
         weight_decay=matrix["weight_decay"], adam_betas=head["betas"], muon_momentum=matrix["momentum"],
         ns_steps=matrix["ns_steps"])
     model, batches, steps = build(facts, facts["seed"]), token_batches(facts), []
-    start, stepper = copies(model), MuonAdamW(model.named_parameters(), LR_SCALE)
+    start, stepper = weights_of(model), MuonAdamW(model.named_parameters(), LR_SCALE)
     for i in range(3):
         # the step of a cycle of length 1 at which our schedule has their learning rate
         at = (1 - facts["optimizer"]["steps"][i]["lr_mult"]) / (1 - train.LR_FLOOR)
         multipliers = train.rate_multipliers("cycle", at, 1)
         loss, norm = train.train_step(model, stepper, batches[i:i + 1], train.label_loss, multipliers)
-        now = copies(model)
+        now = weights_of(model)
         steps.append(dict(loss=loss.item(), grad_norm=norm.item(), lr_mult=multipliers[0],
                           wd_mult=multipliers[1], param_norm={n: size(now[n]) for n in STEPPED}))
-    change = changes(model, start)
     return dict(config=config, steps=steps, loss_after=train.label_loss(model, batches[3]).item(),
-                delta_norm={n: size(change[n]) for n in STEPPED})
+                delta_norm={n: size(now[n] - start[n]) for n in STEPPED})
 
 
 def muon(facts):
@@ -267,9 +258,9 @@ def data_order(facts):
 
 def noise(facts):
     f, model = facts["noise"], build(facts, facts["seed"])
-    start = copies(model)
+    start = weights_of(model)
     train.perturb(model, f["scale"], train.noise_seed(f["seed_t"], f["cycle"]))
-    added = changes(model, start)
+    added = {n: (w - start[n]).double() for n, w in weights_of(model).items()}
     return dict(parameters={n: dict(norm=size(d), sum=d.sum().item()) for n, d in added.items()})
 
 
