@@ -1,4 +1,4 @@
-"""The tool that runs experiments: populations, students, a replaced function, resumed, one .csv and its page."""
+"""The tool that runs experiments: populations, students, a replaced function; one .csv and its page."""
 import csv
 
 import pytest

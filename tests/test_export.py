@@ -108,7 +108,7 @@ def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_its_tokenizer_gives_our_ids(name, micro, monkeypatch):
+def test_its_tokenizer_gives_our_ids(name, micro):
     pytest.importorskip("transformers")
     try:
         encode = get_tokenizer(name)[0]
@@ -130,7 +130,6 @@ def test_its_tokenizer_gives_our_ids(name, micro, monkeypatch):
     (["--to=full"], ["'full'", "empty"]),
     (["--to=full/file"], ["'full/file'", "empty"]),
     ([], ["to=''"]),
-    (["--to=new", "--member=7,7"], ["member=7,7"]),
     (["--to=new"], ["pip install -r", "requirements-export.txt"]),
 ])
 def test_bad_requests_are_refused(args, names, population, tmp_path, monkeypatch, refused):

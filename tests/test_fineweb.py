@@ -1,4 +1,4 @@
-"""FineWeb's stream, on local .parquet files, against plain loops over the same documents; and what stops it."""
+"""FineWeb's stream, on local .parquet files, against plain loops over the same documents; what stops it."""
 import hashlib
 
 import numpy as np
@@ -43,7 +43,8 @@ def test_the_stream_in_file_order(documents, micro, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("not the published file") == 2
     for split, wanted in zip(("val", "train"), in_order(documents, 1800, 3000)):
         tokens, starts = loader.read_tokens(from_args(argv, "")[0], split)
-        assert tokens.tolist() == wanted and starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
+        assert tokens.tolist() == wanted
+        assert starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
     before = files(tmp_path / "data")
     sha256 = {split: hashlib.sha256(before[f"fineweb_{split}.pt"]).hexdigest() for split in ("val", "train")}
     monkeypatch.setattr(prepare, "PUBLISHED", {"_val.pt": sha256["val"], "_train.pt": "0" * 64})
@@ -102,12 +103,12 @@ def test_a_column_that_is_no_text(column, documents, tmp_path, micro, monkeypatc
 def test_parquet_files_are_local_text(documents, tmp_path, micro, refused):
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a[1]*.parquet").write_bytes(whole)             # a name, not a pattern
-    for name in ("a", "a[1]*"):
-        assert prepare.file_documents(tmp_path / f"{name}.parquet") == [t for t in documents[:70] if t.strip()]
+    for name in ("a.parquet", "a[1]*.parquet"):
+        assert prepare.file_documents(tmp_path / name) == [text for text in documents[:70] if text.strip()]
     (tmp_path / "page.parquet").write_bytes(whole[:1500] + bytes(200) + whole[1700:])
     (tmp_path / "torn.parquet").write_bytes(whole[:3000])
-    for name, table in dict(gaps={"text": ["one", None, " ", "two"]}, none={"words": pa.array([], pa.string())},
-                            words={"words": ["a"]}).items():
+    for name, table in dict(gaps={"text": ["one", None, " ", "two"]}, words={"words": ["a"]},
+                            none={"words": pa.array([], pa.string())}).items():
         pa.parquet.write_table(pa.table(table), tmp_path / f"{name}.parquet")
     assert prepare.file_documents(tmp_path / "gaps.parquet") == ["one", "two"]
     for name, words in dict(torn=[], page=[], none=["empty"], words=["'text'", "{'words': 'a'}"]).items():

@@ -1,4 +1,4 @@
-"""Sampling from mixtures: probabilities are the weighted sum, K members cost K passes, bad input is refused."""
+"""Sampling from mixtures: probabilities are the weighted sum, K members cost K passes, what is refused."""
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +55,7 @@ def test_a_line_for_each_and_its_price(population, capsys):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("K", "3000"), ("member", "0,²"), ("temperature", "nan"), ("sample_seed", "-1"), ("sample_seed", 2 ** 63)])
+    ("K", 3000), ("member", "0,²"), ("temperature", "nan"), ("sample_seed", -1), ("sample_seed", 2 ** 63)])
 def test_bad_requests_are_refused(name, value, population, refused):
     assert f"{name}={value}" in refused(generate.main, [*population[1], f"--{name}={value}"])
 
