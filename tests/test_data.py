@@ -78,19 +78,20 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, micro, monkeyp
     assert f"'{tmp_path}': Permission denied" in refused(prepare.main, micro(data=tmp_path))
 
 
-@pytest.mark.parametrize("name, content, overrides, words", [       # further ones: tests/test_bad_input.py
-    ("blank.txt", b" \n\t\n", {}, ["empty"]),
-    ("short.txt", b"too short\n", {}, ["val_tokens=1800", "are 10 in 1 documents"]),
-    ("small.txt", b"x\n" * 9000, dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100),
+@pytest.mark.parametrize("file, overrides, words", [       # further ones: tests/test_bad_input.py
+    (("blank.txt", b" \n\t\n"), {}, ["empty"]),
+    (("short.txt", b"too short\n"), {}, ["val_tokens=1800", "are 10 in 1 documents"]),
+    (("small.txt", b"x\n" * 9000), dict(train_tokens=1040, fitness_tokens=1000, val_tokens=100),
      ["train_tokens", "epoch_multiple"]),
     # all of it is the validation set's, or the fitness set's
-    ("one.txt", b"x" * 9000, {}, ["0 documents", "shorter"]),
-    ("two.txt", b"x" * 9000 + b"\n" + b"y" * 9000, {}, ["fitness set", "shorter"]),
-    ("rows.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', {}, ["row 2", "text"]),
-    ("torn.jsonl", b'{"text": "a"}\n\n{"text": \n', {}, ["line 3"]),
-    ("half.jsonl", b'{"text": "a\\ud800"}\n', {}, ["surrogate"]),
+    (("one.txt", b"x" * 9000), {}, ["0 documents", "shorter"]),
+    (("two.txt", b"x" * 9000 + b"\n" + b"y" * 9000), {}, ["fitness set", "shorter"]),
+    (("rows.jsonl", b'{"text": "a"}\n{"txt": "b"}\n'), {}, ["row 2", "text"]),
+    (("torn.jsonl", b'{"text": "a"}\n\n{"text": \n'), {}, ["line 3"]),
+    (("half.jsonl", b'{"text": "a\\ud800"}\n'), {}, ["surrogate"]),
 ])
-def test_bad_text_is_refused_and_leaves_nothing(name, content, overrides, words, tmp_path, micro, refused):
+def test_bad_text_is_refused_and_leaves_nothing(file, overrides, words, tmp_path, micro, refused):
+    name, content = file
     (tmp_path / name).write_bytes(content)
     line = refused(prepare.main, micro(data=tmp_path / name, **overrides))
     assert all(word in line for word in words), line
@@ -193,23 +194,22 @@ def with_tokens(change):
     return rewrite
 
 
-@pytest.mark.parametrize("name, change, overrides, words", [
-    ("manual_val.pt", lambda path: None, dict(train_tokens=2500), "train_tokens is 3000 there and 2500 here"),
-    ("manual.json", lambda path: path.unlink(), {}, "_train.pt"),           # it says that the others are ours
-    ("manual.json", lambda path: path.write_bytes(b"{"), {}, "manual.json"),
-    ("manual_bytes.safetensors", lambda path: path.write_bytes(b"junk"), {}, "manual_bytes.safetensors"),
-    ("manual_bytes.safetensors", lambda path: path.write_bytes(b""), {}, "manual_bytes.safetensors"),
-    ("manual_train.pt", lambda path: path.write_bytes(b"junk"), {}, "manual_train.pt"),
-    ("manual_train.pt", lambda path: path.write_bytes(path.read_bytes()[:500]), {}, "manual_train.pt"),
-    ("manual_train.pt", lambda path: torch.save([1], path), {}, "manual_train.pt"),
+@pytest.mark.parametrize("name, change, words", [
+    ("manual.json", lambda path: path.unlink(), "_train.pt"),           # it says that the others are ours
+    ("manual.json", lambda path: path.write_bytes(b"{"), "manual.json"),
+    ("manual_bytes.safetensors", lambda path: path.write_bytes(b"junk"), "manual_bytes.safetensors"),
+    ("manual_bytes.safetensors", lambda path: path.write_bytes(b""), "manual_bytes.safetensors"),
+    ("manual_train.pt", lambda path: path.write_bytes(b"junk"), "manual_train.pt"),
+    ("manual_train.pt", lambda path: path.write_bytes(path.read_bytes()[:500]), "manual_train.pt"),
+    ("manual_train.pt", lambda path: torch.save([1], path), "manual_train.pt"),
     # no line says to train on so many, nor on another tokenizer's
-    ("manual_train.pt", with_tokens(lambda tokens: tokens.repeat(2)), {}, "not what data.prepare wrote"),
-    ("manual_train.pt", with_tokens(lambda tokens: tokens.fill_(300)), {}, "not what data.prepare wrote"),
+    ("manual_train.pt", with_tokens(lambda tokens: tokens.repeat(2)), "not what data.prepare wrote"),
+    ("manual_train.pt", with_tokens(lambda tokens: tokens.fill_(300)), "not what data.prepare wrote"),
 ])
-def test_other_data_is_never_overwritten(name, change, overrides, words, tmp_path, ready, refused):
+def test_other_data_is_never_overwritten(name, change, words, tmp_path, ready, refused):
     change(tmp_path / "data" / name)
     before = files(tmp_path / "data")
-    assert words in refused(prepare.main, ready(**overrides))
+    assert words in refused(prepare.main, ready())
     assert files(tmp_path / "data") == before
 
 

@@ -53,8 +53,9 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(harness, population, questions):
-    """(config, what ask() gives, the run directory, {member: weight}), these members scored."""
-    config, options = from_args([*population[1], questions], "", **evaluate.OPTIONS)
+    """(config, what ask() gives, run directory, {member: weight}), scored in one batch of all lengths."""
+    argv = [*population[1], questions, "--micro_batch=64"]
+    config, options = from_args(argv, "", **evaluate.OPTIONS)
     asked, run = evaluate.ask(config, options), RunDirectory(config, None)
     weights = {(0, 0): 0.5, (0, 2): 0.2, (1, 1): 0.3}
     members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in weights}
@@ -167,6 +168,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
         assert f"{name}{row['metrics']['acc']['value']:8.4f}" in table
 
 
+@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize("args, rows, names", [
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
     (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
@@ -179,7 +181,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     (["--K=x"], None, ["K=x", "1, 2, 4, 6"]),
     (["--limit=-1"], None, ["limit=-1"]),
 ])
-def test_bad_requests_are_refused(args, rows, names, harness, population, tmp_path, monkeypatch, refused):
+def test_bad_requests_are_refused(args, rows, names, population, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(evaluate, "score", None)            # before any member is read
     if rows is not None:
         (tmp_path / f"{args[0].removeprefix('--tasks=')}.jsonl").write_text(rows)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data.tokenizer import get_tokenizer
 from infra.config import from_args
@@ -96,6 +97,7 @@ def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name
         assert path.stat().st_mode & 0o777 == (one / "model.py").stat().st_mode & 0o777
     assert (one / "model.py").read_bytes() == (ROOT / "model.py").read_bytes()
+    assert not [name for name in load_file(one / "model.safetensors") if "mtp_" in name]
     run, card = population[0] / "run", (one / "README.md").read_text()
     for member, weight in WEIGHTS.items():
         sha256 = read(member_path(run, *member))[1]["tensors_sha256"]
