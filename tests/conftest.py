@@ -10,9 +10,12 @@ import pytest           # noqa: E402
 import torch            # noqa: E402
 from safetensors import safe_open           # noqa: E402
 
+import distill          # noqa: E402
+import prior            # noqa: E402
+import train            # noqa: E402
 from data import loader, prepare            # noqa: E402
 from infra.config import from_args          # noqa: E402
-from infra.files import read_tensors        # noqa: E402
+from infra.files import read_json, read_tensors, write_json        # noqa: E402
 from infra.run_directory import RunDirectory            # noqa: E402
 from model import GPT       # noqa: E402
 
@@ -70,6 +73,26 @@ def modules_are_no_garbage():
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def population(tmp_path_factory):
+    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and their student."""
+    folder = tmp_path_factory.mktemp("population")
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3,
+              "epochs_per_cycle": 0.1, "student_epochs": 0.2, "student_teachers": 4,
+              "loop_start": 1, "loop_end": 2, "loop_extra": 1}
+    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    for script in (prepare, train, distill, prior):
+        script.main(argv)
+    result = read_json(folder / "run" / "prior.json")
+    answer = next(a for a in result["answers"] if (a["K"], a["rule"]) == (4, "learned"))
+    answer |= dict(members=[0, 2, 4, 3], weights=[0.25, 0.6, 0.15, 0.0], val_loss=5.25, val_error=0.0125)
+    result["text"]["data"] = str(folder / "data" / "manual")        # a path at home
+    write_json(folder / "run" / "prior.json", result)
+    for script in (distill, prior):
+        script.main([*argv, "--student"])
+    return folder, argv
 
 
 @pytest.fixture
