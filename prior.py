@@ -45,8 +45,9 @@ def mean_log_p(log_p):
 
 class Probabilities:
     """
-    Of log_p (members, tokens), which is only read. Each token's are divided by the largest that a member
-    gives it, which changes no comparison of mixtures; what is below e^-45 of it adds nothing.
+    Those of log_p (members, tokens), which is only read, over the largest that any member gives to the token:
+    a factor that changes no comparison of mixtures. What is below e^-40 of it counts as e^-40, so that
+    float32 holds the squares.
     """
 
     def __init__(self, log_p):
@@ -55,7 +56,7 @@ class Probabilities:
 
     def exact(self, members):
         """Of these members, in float64."""
-        return to_float64(self.log_p[members]).sub_(self.largest).clamp_(min=-45).exp_()    # on the copy
+        return to_float64(self.log_p[members]).sub_(self.largest).clamp_(min=-40).exp_()    # on the copy
 
     def ratios(self, mix):
         """mean_t(p_i,t / mix_t) of every member i: above 1 where a share of it would lower the loss."""
@@ -88,39 +89,46 @@ def newton(P, w, tolerance=1e-10):
     """
     def loss(w):
         return w.sum() - (w.to(P.dtype) @ P).log().mean().double()      # its minimum over w >= 0 sums to 1
-    now = loss(w)
+    now, rounding = loss(w), 4 * torch.finfo(P.dtype).eps
     for _ in range(100):
         R = P / (w.to(P.dtype) @ P)
-        s, R = R.mean(dim=1).double(), R.float()
-        H = (R @ R.T).double() / R.size(1)      # rounding here costs steps, not precision
+        s, R = R.mean(dim=1).double(), (R / R.size(1) ** 0.5).float()
+        H = (R @ R.T).double()                  # rounding here costs steps, not precision
         H += 1e-6 * H.diagonal().diag()         # equal members share
         y = nonnegative_qp(H, H @ w + s - 1, w)                         # the gradient is 1 - s
         slope, t = (1 - s) @ (y - w), 1.0
-        if s.max() - 1 < tolerance or slope > -tolerance ** 1.6:
+        if s.max() - 1 < tolerance or slope > -tolerance ** 2.2:
             break
-        while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope and t > 1e-8:
+        while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope + rounding and t > 1e-8:
             t /= 2
         w, now = w + t * (y - w), then
         w = w / w.sum()
     return loss(w).item() - 1, w, H
 
 
-def fit(p, w, among, tolerance=1e-7):
-    """fit_weights() of Probabilities, over the members where among (members,) is true, from weights w."""
-    for _ in range(1000):
+def fit(p, w=None, among=None, tolerance=1e-7):
+    """fit_weights() of Probabilities, from weights w, over the members where among (members,) is true."""
+    among = torch.ones(len(p.fast), dtype=torch.bool) if among is None else among
+    if w is None:                                       # all weight on the best member
+        losses = torch.where(among, mean_log_p(p.log_p), -torch.inf)
+        w = (torch.arange(len(losses)) == losses.argmax()).double()
+    for attempt in range(200):
         support = w.nonzero()[:, 0]
         _, w[support], _ = newton(p.fast[support], w[support] / w[support].sum(), 1e-5)
         s = torch.where(among, p.ratios(w[support].float() @ p.fast[support]), 0)
         better = s.topk(min(32, len(s))).indices        # those whose share would lower the loss join,
         better = better[(s[better] > 1 + 1e-5) & (w[better] == 0)]
-        w[better] = 0.01                                # with a share: Newton starts inside
-        if len(better) == 0:                            # float32 sees none: those close to it, exactly
-            near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]
-            P = p.exact(near)
-            _, w[near], _ = newton(P, w[near])
-            gap = (P @ (1 / (w[near] @ P))).max().item() / P.size(1) - 1
-            if gap <= tolerance:
-                return w, gap
+        if len(better) and attempt < 100:
+            w[better] = 0.01                            # with a share: Newton starts inside
+            continue
+        near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]         # float32 sees none: exactly, then
+        P = p.exact(near)
+        _, w[near], _ = newton(P, w[near])
+        mix = w[near] @ P
+        s = torch.where(among, p.ratios(mix), 0).index_copy(0, near, P @ (1 / mix) / len(mix))
+        gap = s.max().item() - 1
+        if gap <= tolerance:
+            return w, gap
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
@@ -131,19 +139,12 @@ def fit_weights(log_p, tolerance=1e-7):
     (paper, eq. 8; the problem is convex); RuntimeError where it stays above. log_p: (members, tokens) float32
     log-probabilities of the targets, read only.
     """
-    everyone = torch.ones(len(log_p), dtype=torch.bool)
-    return fit(Probabilities(log_p), best_of(log_p, everyone), everyone, tolerance)
-
-
-def best_of(log_p, among):
-    """All weight on the member of lowest loss."""
-    losses = torch.where(among, mean_log_p(log_p), -torch.inf)
-    return (torch.arange(len(losses)) == losses.argmax()).double()
+    return fit(Probabilities(log_p), tolerance=tolerance)
 
 
 # ------------------------------------------------------------------------------------ which K members
 
-EXACT = 64      # up to so many members every pair is fitted, and every exchange; of more, as many of the best
+EXACT = 64      # up to so many members all pairs and exchanges are tried, of more so many exchanges
 
 
 def reported(members):
@@ -172,32 +173,33 @@ def eliminate(p, members, w):
 
 def exchanges(p, members, w):
     """
-    [(place in members, new member)]: every exchange of one that can lower the loss, in the order of the loss
-    that it would have at once, the new one with the old one's share, on at most 2^14 tokens.
+    [(index in members, new member)]: the exchanges of one that can lower the loss of these fitted weights, in
+    the order of the loss with the new one in the old one's share, on at most 2^14 tokens.
     """
     mix = w @ p.exact(members)
     ratios = p.ratios(mix).index_fill(0, members, 0)
-    others = (ratios > 1 - 1e-6).nonzero()[:, 0]        # nor does any other lower it with all of these beside
-    some = slice(None, None, max(1, len(mix) >> 14))
+    others = (ratios > 1 - 1e-6).nonzero()[:, 0]        # no other lowers the loss, even beside all of these
+    some = slice(None, None, math.ceil(len(mix) / 2 ** 14))
     new, mix, losses = p.fast[others][:, some], mix[some].float(), []
     for member, old_share in zip(members, w):
         share = max(old_share.item(), 0.5 / len(w))
-        rest = (mix - old_share * p.fast[member, some]).clamp(min=1e-30) * ((1 - share) / (1 - old_share))
+        rest = (mix - old_share * p.fast[member, some]).clamp(min=1e-30)
+        rest *= (1 - share) / (1 - old_share).clamp(min=1e-9)
         losses.append(-(rest + share * new).log().mean(dim=1))
     order = torch.stack(losses).flatten().argsort()[:None if len(p.fast) <= EXACT else EXACT]
     return [(n // len(others), others[n % len(others)]) for n in order.tolist()]
 
 
 def exchange(p, loss, members, w):
-    """(loss, members, weights) once no exchange of one member lowers the loss any more."""
-    for place, new in exchanges(p, members, w):
-        rest = torch.arange(len(w)) != place
+    """(loss, members, weights) once none of exchanges() lowers the loss of these fitted weights any more."""
+    for i, new in exchanges(p, members, w):
+        rest = torch.arange(len(w)) != i
         chosen = torch.cat([members[rest], new[None]])
-        start = torch.cat([w[rest], w[place].clamp(min=0.5 / len(w))[None]])
+        start = torch.cat([w[rest], w[i].clamp(min=0.5 / len(w))[None]])
         nearly, v, _ = newton(p.fast[chosen], start / start.sum(), 1e-5)
         if nearly < loss + 1e-6:
             exactly, v, _ = newton(p.exact(chosen), v)
-            if exactly < loss - 1e-9:
+            if exactly < loss - 1e-8:
                 return exchange(p, exactly, chosen, v)
     return loss, members, w
 
@@ -220,10 +222,17 @@ def best_pair(p):
     return loss, pair, w
 
 
+def fitted(p, members, w):
+    """(loss, members, their optimal weights), from weights w."""
+    w = w.clamp(min=0.01 / len(w))                              # Newton starts inside
+    loss, w, _ = newton(p.exact(members), w / w.sum())
+    return loss, members, w
+
+
 def learned(p, weights, by_loss, rules):
     """
     [(members, weights)] for K = 1 .. all, of the lowest loss of those tried: K - 1's answer and an idle
-    member, what the elimination leaves, what the rules [[(loss, members, weights), ..], ..] have for K, and
+    member, what the elimination leaves, what the rules [[(loss, members, weights), ..], ..] have for K; and
     what exchanges make of them where K is at most 8 or reported.
     """
     left = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0])
@@ -232,14 +241,16 @@ def learned(p, weights, by_loss, rules):
         loss, members, w = found[-1]
         idle = by_loss[~torch.isin(by_loss, members)][:1]       # an exchange puts the best in its place
         starts = [(loss, torch.cat([members, idle]), torch.cat([w, w.new_zeros(1)]))]
-        if K in left:
+        if K <= max(left):
             starts.append(lowest([left[K], *(rule[K - 1] for rule in rules)]))
-        if K < max(left) and (K <= 8 or K in reported(len(by_loss))):
-            if K > 8:
-                starts = [lowest(starts)]
-            elif K == 2 and len(by_loss) <= EXACT:
+        if K < max(left):
+            if K == 2 and len(by_loss) <= EXACT:
                 starts = [best_pair(p)]
-            starts = [exchange(p, *start) for start in starts]
+            elif K > 8:
+                starts = [lowest(starts)]
+            starts = [start if start is left[K] else fitted(p, *start[1:]) for start in starts]
+            if K <= 8 or K in reported(len(by_loss)):
+                starts = [exchange(p, *start) for start in starts]
         found.append(lowest(starts))
     return [(members, w) for _, members, w in found]
 
@@ -250,9 +261,8 @@ def answers_for(log_p):
     loss; uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the
     paper's); learned: the lowest loss that learned() finds, at K = 1 the best member.
     """
-    p, everyone = Probabilities(log_p), torch.ones(len(log_p), dtype=torch.bool)
-    by_loss = mean_log_p(log_p).argsort(descending=True, stable=True)
-    weights, gap = fit(p, best_of(log_p, everyone), everyone)
+    p, by_loss = Probabilities(log_p), mean_log_p(log_p).argsort(descending=True, stable=True)
+    weights, gap = fit(p)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
     uniform = first_of(p, by_loss, torch.ones_like(weights))
     topk = first_of(p, by_weight, weights)
@@ -263,10 +273,9 @@ def answers_for(log_p):
 
 def growing(members, log_p):
     """[(cycle, members, weights)]: the learned prior over the members up to each cycle."""
-    cycles, p, grown = torch.tensor([c for _, c in members]), Probabilities(log_p), []
-    w = best_of(log_p, cycles == cycles.min())
+    cycles, p, w, grown = torch.tensor([c for _, c in members]), Probabilities(log_p), None, []
     for cycle in cycles.unique():
-        w, _ = fit(p, w, cycles <= cycle)           # from the last one's
+        w, _ = fit(p, w, cycles <= cycle)           # on from the weights of the cycle before
         there = (cycles <= cycle).nonzero()[:, 0]
         grown.append((cycle.item(), there, w[there]))
     return grown

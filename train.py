@@ -57,7 +57,7 @@ def noise_scale(cycle, cycles):
 def tokens_per_step(config, cycle):
     """One value in the middle half of the cycles, another in the quarters at both ends."""
     last = config.cycles - 1
-    middle = last == 0 or last <= 4 * cycle <= 3 * last
+    middle = last <= 4 * cycle <= 3 * last
     return config.batch_tokens if middle else config.batch_tokens_ends
 
 

@@ -1,10 +1,12 @@
 """
-Runs variants x seeds x texts and tabulates them: python results/experiments.py PLAN FOLDER [NAME=TEXT ...] [--seeds=42,1042,2042]
-PLAN is one of PLANS below; FOLDER holds the runs, a second call does only what is missing. The texts are the manual and what
-NAME=TEXT adds (a .txt, .jsonl or .parquet). Each job is train.py, distill.py and prior.py on one thread. When all are done,
-writes results/PLAN.csv (a row for each answer of each run) and results/PLAN.md, its table: mean +- standard error over the
-seeds, and the paired differences that the plan asks for. `python results/experiments.py PLAN` writes the page anew from the
-.csv alone.
+Runs variants x seeds x texts and tabulates them:
+python results/experiments.py PLAN FOLDER [NAME=TEXT ...] [--seeds=42,1042,2042] [--jobs=CORES]
+PLAN is one of PLANS below; FOLDER holds the runs, a second call does only what is missing. The texts are the
+manual and what NAME=TEXT adds (a .txt, .jsonl or .parquet). Each job is train.py, distill.py and prior.py on
+one thread. When all are done, writes results/PLAN.csv (a row for each answer of each run) and
+results/PLAN.md, its table: mean +- standard error over the seeds, and the paired differences that the plan
+asks for.
+`python results/experiments.py PLAN` writes the page anew from the .csv alone.
 """
 import argparse
 import concurrent.futures
@@ -24,20 +26,21 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from infra.config import from_args, student_of                                    # noqa: E402
-from data import loader                                                     # noqa: E402
-from infra.files import read_json                                                 # noqa: E402
-from tools import plan, plot                                                # noqa: E402
+from data import loader                                 # noqa: E402
+from infra.config import from_args, student_of          # noqa: E402
+from infra.files import read_json                       # noqa: E402
+from tools import plan, plot                            # noqa: E402
 
 RESULTS = ROOT / "results"
 TINY, SINGLE, ONE = "configs/tiny.py", "configs/single.py", ("--trajectories=1",)
 STRONG = (*ONE, "--distill_alpha=0.7", "--distill_temperature=1")
 INDEPENDENT = ("--cycles=1", "--schedule=cosine", "--distill_from=1", "--ema_decay=0.95", "--ema_every=1")
 # what no config value says: one line that replaces one function of the method
-BEST = "distill.teacher_of = lambda run, t, cycle: min(range(cycle), key=lambda c: run.load_member(t, c, check=False)[1]['fit_loss'])"
-SMALL = ("--data=manual", "--tokenizer=bytes", "--train_tokens=32768", "--fitness_tokens=16384", "--val_tokens=24576",
-         "--epoch_multiple=8", "--n_layer=4", "--n_head=4", "--n_embd=128", "--sequence_len=128", "--batch_tokens=1024",
-         "--micro_batch=2")
+BEST = ("distill.teacher_of = lambda run, t, cycle: "
+        "min(range(cycle), key=lambda c: run.load_member(t, c, check=False)[1]['fit_loss'])")
+SMALL = ("--data=manual", "--tokenizer=bytes", "--train_tokens=32768", "--fitness_tokens=16384",
+         "--val_tokens=24576", "--epoch_multiple=8", "--n_layer=4", "--n_head=4", "--n_embd=128",
+         "--sequence_len=128", "--batch_tokens=1024", "--micro_batch=2")
 ENDS, LOOPS = ("--batch_tokens_ends=768",), ("--loop_start=2", "--loop_end=4")
 
 
@@ -52,17 +55,22 @@ class Variant:
 
 
 def student(of, label, population, K):
-    return Variant(f"{label}: a student of K = {K}, 16 epochs", flags=population.flags, change=population.change, of=of,
+    return Variant(f"{label}: a student of K = {K}, 16 epochs", flags=population.flags,
+                   change=population.change, of=of,
                    student=(f"--student_teachers={K}", "--student_epochs=16", "--student_alpha=0.85"))
 
 
-CHAIN, BY_BEST = Variant("the predecessor teaches, alpha 0.7, T 1", flags=STRONG), Variant(
-    "the best member so far teaches, alpha 0.7, T 1", flags=STRONG, change=BEST)
-PLANS = {               # name -> ({variant's name: Variant}, [(variant, rule, variant, rule) whose difference is reported])
+def single(epochs):
+    return Variant(f"one model, one cosine over {epochs} epochs", SINGLE, (f"--epochs_per_cycle={epochs}",))
+
+
+CHAIN = Variant("the predecessor teaches, alpha 0.7, T 1", flags=STRONG)
+BY_BEST = Variant("the best member so far teaches, alpha 0.7, T 1", flags=STRONG, change=BEST)
+PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, rule), to be subtracted])
     "demo": ({
-        "tiny": Variant("2 x 16 cycles"), "no_chain": Variant("2 x 16 cycles without the chain", flags=("--distill_from=16",)),
-        **{f"single_{e}": Variant(f"one model, one cosine over {e} epochs", SINGLE, (f"--epochs_per_cycle={e}",))
-           for e in (8, 16, 32)}},
+        "tiny": Variant("2 x 16 cycles"),
+        "no_chain": Variant("2 x 16 cycles without the chain", flags=("--distill_from=16",)),
+        **{f"single_{epochs}": single(epochs) for epochs in (8, 16, 32)}},
         [("tiny", "learned", "no_chain", "learned"), ("tiny", "best", "no_chain", "best")]),
     "student": ({
         "chain": CHAIN, "best": BY_BEST,
@@ -71,10 +79,11 @@ PLANS = {               # name -> ({variant's name: Variant}, [(variant, rule, v
         [("best", rule, "chain", rule) for rule in ("learned", "best")]
         + [(f"{of}_live{K}", "best", f"{of}_stored", "best") for of in ("chain", "best") for K in (4, 8)]),
     "baselines": ({
-        "independent": Variant("8 independent models of 32 epochs", flags=(*INDEPENDENT, "--trajectories=8",
-                                                                           "--epochs_per_cycle=32")),
+        "independent": Variant("8 independent models of 32 epochs",
+                               flags=(*INDEPENDENT, "--trajectories=8", "--epochs_per_cycle=32")),
         "q0_256": Variant("q0, --epochs=256", flags=("--epochs=256",)),
-        "e1": Variant("--epochs=1", flags=("--epochs=1",)), "e4": Variant("--epochs=4", flags=("--epochs=4",)),
+        "e1": Variant("--epochs=1", flags=("--epochs=1",)),
+        "e4": Variant("--epochs=4", flags=("--epochs=4",)),
         "e4_cycles": Variant("2 cycles of 2 epochs", flags=(*ONE, "--cycles=2")),
         "e8": Variant("--epochs=8", flags=("--epochs=8",))},
         [("q0_256", "learned", "independent", "uniform")]),
@@ -89,25 +98,27 @@ PLANS = {               # name -> ({variant's name: Variant}, [(variant, rule, v
 
 
 def commit():
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-# --------------------------------------------------------------------------------------------------- the runs
+# --------------------------------------------------------------------------------------------- the runs
 
 def scripts(names, variant, folder, source, seed, *more):
     """These scripts of a variant, one after another, in one process of one thread."""
-    argv = [str(ROOT / variant.config), *variant.flags, f"--seed={seed}", f"--run_dir={folder}", f"--data={source}",
-            f"--data_dir={folder.parent / 'data'}", *more]
+    argv = [str(ROOT / variant.config), *variant.flags, f"--seed={seed}", f"--run_dir={folder}",
+            f"--data={source}", f"--data_dir={folder.parent / 'data'}", *more]
     calls = "; ".join(f"{name}.main(sys.argv[1:])" for name in names.split())
     code = f"import sys, train, distill, prior\nfrom data import prepare\n{variant.change}\n{calls}"
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{names} {' '.join(argv)}: {done.stderr[-500:]}")
 
 
 def run(name, variant, folder, source, seed):
-    """Train and weigh one variant in folder/NAME_SEED, where that is not done; (seconds, contents of prior.json)."""
+    """Train and weigh a variant in folder/NAME_SEED, where that is not done: (seconds, its prior.json)."""
     own, began = folder / f"{name}_{seed}", time.monotonic()
     finished = own / "student" / "prior.json" if variant.student else own / "prior.json"
     if not finished.exists():
@@ -126,9 +137,10 @@ def run(name, variant, folder, source, seed):
 def cost(variant, folder, source):
     """(training epochs, training TFLOP) in all, by tools.plan, the teachers' passes included."""
     config, _ = from_args([str(ROOT / variant.config), *variant.flags, *variant.student, f"--data={source}",
-                        f"--data_dir={folder / 'data'}", f"--run_dir={folder / 'none'}"], "")
+                           f"--data_dir={folder / 'data'}", f"--run_dir={folder / 'none'}"], "")
     sequences, model = loader.load(config).sequences_per_epoch, plan.meta_model(config)
-    epochs, flops = config.trajectories * config.epochs_until(config.cycles), plan.flops_of(config, model, sequences)
+    epochs = config.trajectories * config.epochs_until(config.cycles)
+    flops = plan.flops_of(config, model, sequences)
     total = flops["train.py"] + flops["distill.py"]
     if variant.student:
         epochs += config.student_epochs
@@ -145,36 +157,41 @@ def run_all(name, root, texts, seeds, jobs):
             scripts("prepare", Variant("", config, flags), root / text / "none", source, seeds[0])
     todo = [(text, seed, key) for seed in seeds for text in texts for key in variants]
     todo.sort(key=lambda job: bool(variants[job[2]].student))
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, tqdm(total=len(todo), unit="run", desc=name) as bar:
+    bar = tqdm(total=len(todo), unit="run", desc=name)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool, bar:
         for students in (False, True):
             futures = {pool.submit(run, key, variants[key], root / text, texts[text], seed): (text, seed, key)
                        for text, seed, key in todo if bool(variants[key].student) == students}
             for future in concurrent.futures.as_completed(futures):
                 (text, seed, key), (seconds, prior) = futures[future], future.result()
                 epochs, tflop = cost(variants[key], root / text, texts[text])
-                about = dict(plan=name, text=text, sha256=prior["text"].get("text_sha256", "")[:16], variant=key, seed=seed,
-                             commit=commit(), epochs=epochs, tflop=round(tflop, 3), seconds=round(seconds))
-                rows += [dict(about, rule=a["rule"], K=a["K"], fit_loss=a["fit_loss"], val_loss=a["val_loss"])
+                about = dict(plan=name, text=text, sha256=prior["text"].get("text_sha256", "")[:16],
+                             variant=key, seed=seed, commit=commit(), epochs=epochs, tflop=round(tflop, 3),
+                             seconds=round(seconds))
+                rows += [dict(about, **{k: a[k] for k in ("rule", "K", "fit_loss", "val_loss")})
                          for a in prior["answers"]]
                 bar.update()
+    rows.sort(key=lambda r: (r["text"], r["variant"], int(r["seed"]), r["rule"], r["K"]))
     with open(RESULTS / f"{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys())
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda r: (r["text"], r["variant"], int(r["seed"]), r["rule"], r["K"])))
+        writer.writerows(rows)
     if name == "demo":
         picture(root / "manual", variants, seeds)
 
 
 def picture(folder, variants, seeds):
-    priors = {name: [read_json(folder / f"{name}_{seed}" / "prior.json") for seed in seeds] for name in variants}
-    plot.draw(priors["tiny"], RESULTS / "demo.png", {variants[n].label: priors[n] for n in priors if n != "tiny"})
+    priors = {name: [read_json(folder / f"{name}_{seed}" / "prior.json") for seed in seeds]
+              for name in variants}
+    beside = {variants[name].label: priors[name] for name in priors if name != "tiny"}
+    plot.draw(priors["tiny"], RESULTS / "demo.png", beside)
 
 
-# --------------------------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------------------- the page
 
 def mean_error(values):
-    return (f"{np.mean(values):.4f} +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else
-            f"{values[0]:.4f}")
+    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{error}"
 
 
 def page(name):
@@ -182,14 +199,17 @@ def page(name):
     with open(RESULTS / f"{name}.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     variants, pairs = PLANS[name]
+
     def label(key):             # of a variant that this code cannot run any more, its name
         return variants[key].label if key in variants else key
+
     of = {}             # (text, variant, rule, K) -> {seed: row}
     for r in rows:
         of.setdefault((r["text"], r["variant"], r["rule"], int(r["K"])), {})[r["seed"]] = r
     lines = []
     for text in dict.fromkeys(r["text"] for r in rows):
-        lines += [f"\n## {text}\n", "| | epochs | TFLOP | rule | K | validation loss | seeds |", "|---|---|---|---|---|---|---|"]
+        lines += [f"\n## {text}\n", "| | epochs | TFLOP | rule | K | validation loss | seeds |",
+                  "|---|---|---|---|---|---|---|"]
         for key in dict.fromkeys([*variants, *(r["variant"] for r in rows)]):
             for (_, _, rule, K), seeds in sorted(k for k in of.items() if k[0][:2] == (text, key)):
                 some = list(seeds.values())
@@ -197,21 +217,25 @@ def page(name):
                 lines.append(f"| {label(key)} | {some[0]['epochs']} | {some[0]['tflop']} | {rule} | {K} | "
                              f"{mean_error(losses)} | {', '.join(f'{x:.4f}' for x in losses)} |")
         if pairs:
-            lines += ["\n| | less | difference (negative: the first is better) | seeds |", "|---|---|---|---|"]
+            lines += ["\n| | less | difference (negative: the first is better) | seeds |",
+                      "|---|---|---|---|"]
         for a, rule, b, other in pairs:
             first, second = ({k[3]: v for k, v in of.items() if k[:3] == (text, variant, its)}
                              for variant, its in ((a, rule), (b, other)))
             if first and second:
-                x, y = first[max(first)], second[max(second)]       # of all members; of best there is K = 1 alone
+                x, y = first[max(first)], second[max(second)]       # of all members; best has K = 1 alone
                 found = [float(x[s]["val_loss"]) - float(y[s]["val_loss"]) for s in x if s in y]
                 lines.append(f"| {label(a)}: {rule} | {label(b)}: {other} | {mean_error(found)} | "
                              f"{', '.join(f'{d:+.4f}' for d in found)} |")
     commits = ", ".join(sorted({r["commit"] for r in rows}))
-    head = [f"# {name}", "", f"Printed by `python results/experiments.py {name}` from {name}.csv, at commit {commits}: torch "
+    seeds = ", ".join(dict.fromkeys(r["seed"] for r in rows))
+    texts = ", ".join(dict.fromkeys(f"{r['text']} {r['sha256']}" for r in rows))
+    head = [f"# {name}", "",
+            f"Printed by `python results/experiments.py {name}` from {name}.csv, at commit {commits}: torch "
             f"{torch.__version__}, {os.cpu_count()} CPU cores ({platform.machine()}), one thread a run.",
             "Validation loss in nats per token (a token is a byte), mean +- standard error over the seeds "
-            f"{', '.join(dict.fromkeys(r['seed'] for r in rows))}; members and weights are chosen on the fitness set alone.", "",
-            "SHA-256 of the texts: " + ", ".join(dict.fromkeys(f"{r['text']} {r['sha256']}" for r in rows)) + ". Flags:", ""]
+            f"{seeds}; members and weights are chosen on the fitness set alone.", "",
+            f"SHA-256 of the texts: {texts}. Flags:", ""]
     for v in variants.values():
         change = f", with `{v.change}`" if v.change else ""
         head.append(f"- {v.label}: `{' '.join([v.config, *v.flags, *v.student])}`{change}")
@@ -219,7 +243,8 @@ def page(name):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", choices=PLANS)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("texts", nargs="*", metavar="NAME=TEXT")

@@ -4,25 +4,31 @@ import json
 import os
 import re
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than a machine may have GPUs
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than GPUs
 
 import pytest           # noqa: E402
 import torch            # noqa: E402
 from safetensors import safe_open           # noqa: E402
 
+import distill          # noqa: E402
+import prior            # noqa: E402
+import train            # noqa: E402
 from data import loader, prepare            # noqa: E402
 from infra.config import from_args          # noqa: E402
-from infra.files import read_tensors        # noqa: E402
+from infra.files import read_json, read_tensors, write_json        # noqa: E402
 from infra.run_directory import RunDirectory            # noqa: E402
+from model import GPT       # noqa: E402
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
-MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000, val_tokens=1800,
-             batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2, epochs_per_cycle=0.5, epoch_multiple=4)
+MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,
+             val_tokens=1800, batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2,
+             epochs_per_cycle=0.5, epoch_multiple=4)
 
 
 def error_line(err):
-    """The one error line of a standard error that may hold progress bars (and their moves of the cursor), and no traceback."""
-    [line] = {part for part in re.split(r"[\r\n]|\x1b\[A", err) if part.startswith("error: ")}      # of each rank, perhaps
+    """The one error line of a standard error that may hold progress bars (and moves of the cursor)."""
+    lines = re.split(r"[\r\n]|\x1b\[A", err)
+    [line] = {line for line in lines if line.startswith("error: ")}             # of each rank, perhaps
     assert "Traceback" not in err
     return line
 
@@ -51,15 +57,48 @@ def population_of(argv):
     return config, data, RunDirectory(config, data.fingerprint)
 
 
+def moving(checkpoint):
+    """name -> float32 weight, of a checkpoint's tensors."""
+    return {name.removeprefix("model."): w for name, w in checkpoint.items() if name.startswith("model.")}
+
+
+def check_fit_loss(member, config, data):
+    """What a member's file says is the loss of the weights in it."""
+    weights, about = member
+    model = GPT(config)
+    model.load_state_dict(weights)
+    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def modules_are_no_garbage():
-    """train.py collects before every trajectory: a third of a second where all that the tests import is looked through."""
+    """train.py collects before every trajectory: a third of a second for all that the tests import."""
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def population(tmp_path_factory):
+    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and their student."""
+    folder = tmp_path_factory.mktemp("population")
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3,
+              "epochs_per_cycle": 0.1, "student_epochs": 0.2, "student_teachers": 4,
+              "loop_start": 1, "loop_end": 2, "loop_extra": 1}
+    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    for script in (prepare, train, distill, prior):
+        script.main(argv)
+    result = read_json(folder / "run" / "prior.json")
+    answer = next(a for a in result["answers"] if (a["K"], a["rule"]) == (4, "learned"))
+    answer |= dict(members=[0, 2, 4, 3], weights=[0.25, 0.6, 0.15, 0.0], val_loss=5.25, val_error=0.0125)
+    result["text"]["data"] = str(folder / "data" / "manual")        # a path at home
+    write_json(folder / "run" / "prior.json", result)
+    for script in (distill, prior):
+        script.main([*argv, "--student"])
+    return folder, argv
 
 
 @pytest.fixture

@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import distill
-import prior
-import train
-from data import prepare
 from infra.config import from_args
-from infra.files import read_json, write_json
-from infra.run_directory import RunDirectory
+from infra.distributed import join
+from infra.files import read_json
+from infra.run_directory import RunDirectory, load_prior
 from prior import load_member, model_to_score
-from tests.conftest import MICRO, ROOT, error_line
+from tests.conftest import ROOT
 from tools import efficiency, evaluate
 
 QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two equal ones, no support
@@ -46,44 +43,37 @@ def harness():
 
 
 @pytest.fixture(scope="module")
-def population(tmp_path_factory):
-    """The arguments of three finished members and a student, bytes, T = 32, and of some questions."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "trajectories": 1, "cycles": 3,
-              "student_teachers": 2, "student_epochs": 0.3}
-    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
-    for script in (prepare, train, distill, prior):
-        script.main(argv)
-    distill.main([*argv, "--student"])
+def questions(tmp_path_factory):
+    """The option that names a folder of these questions."""
+    folder = tmp_path_factory.mktemp("questions")
     for name, rows in QUESTIONS.items():
         (folder / f"{name}_validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return argv, f"--questions={folder}"
+    return f"--questions={folder}"
 
 
 @pytest.fixture(scope="module")
-def scored(harness, population):
-    """(config, what ask() gives, the run directory, {member: weight}), all members scored."""
-    argv, questions = population
-    config, options = from_args([*argv, questions], "", **evaluate.OPTIONS)
+def scored(harness, population, questions):
+    """(config, what ask() gives, run directory, {member: weight}), scored in one batch of all lengths."""
+    argv = [*population[1], questions, "--micro_batch=64"]
+    config, options = from_args(argv, "", **evaluate.OPTIONS)
     asked, run = evaluate.ask(config, options), RunDirectory(config, None)
-    members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in run.members()}
-    ranks = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), barrier=lambda **_: None)
-    evaluate.score_members(config, members, {about["scores"]: rows for about, rows, *_ in asked}, ranks)
-    return config, asked, run, dict(zip(members, (0.5, 0.2, 0.3)))
+    weights = {(0, 0): 0.5, (0, 2): 0.2, (1, 1): 0.3}
+    members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in weights}
+    rows_of = {about["scores"]: rows for about, rows, *_ in asked}
+    evaluate.score_members(config, members, rows_of, join(config))
+    return config, asked, run, weights
 
 
 @torch.no_grad()
 def brute_force(T, models, mix, context, continuation):
-    """log p of a continuation's ids, each by passes of its own in float64. models: [(weight, GPT)]."""
-    total, ids = 0.0, [*context, *continuation]
+    """log p of a continuation's ids, each by passes of its own in float64. models: [(GPT, weight)]."""
+    total, ids, w = 0.0, [*context, *continuation], np.array([w for _, w in models])
     for j, target in enumerate(continuation):
         end = len(context) + min(j // T * T + T, len(continuation))     # of its piece of at most T targets
-        seen = torch.tensor([ids[max(0, end - T - 1):len(context) + j]])
-        p = []
-        for _, model in models:
-            z = model.hidden(seen)[0, -1] @ model.lm_head.weight[:model.config.vocab_size].T
+        seen, p = torch.tensor([ids[max(0, end - T - 1):len(context) + j]]), []
+        for model, _ in models:
+            z = model.hidden(seen)[0, -1] @ model.lm_head.weight[:257].T
             p.append((15 * torch.tanh(z / 15)).log_softmax(0)[target].item())
-        w = np.array([w for w, _ in models])
         total += w @ p if mix == "paper" else math.log(w @ np.exp(p))
     return total
 
@@ -91,11 +81,11 @@ def brute_force(T, models, mix, context, continuation):
 @pytest.mark.parametrize("mix", ["one", "tokens", "paper"])
 def test_every_choice_is_that_of_a_brute_force_in_float64(mix, scored):
     config, asked, run, weights = scored
-    weights, models = {(0, 1): 1.0} if mix == "one" else weights, []
+    weights, models = {(0, 0): 1.0} if mix == "one" else weights, []
     for member, w in weights.items():
-        models.append((w, model_to_score(config).eval()))
-        load_member(models[-1][1], run, *member)
-        models[-1][1].double()
+        models.append((model_to_score(config).eval(), w))
+        load_member(models[-1][0], run, *member)
+        models[-1][0].double()
     for about, rows, task, lms in asked:
         for lm in lms:
             lm.log_p = evaluate.mixed(run, about["scores"], rows, weights, mix)
@@ -104,15 +94,6 @@ def test_every_choice_is_that_of_a_brute_force_in_float64(mix, scored):
                 context = [256] * lm.separator + context
                 wanted = brute_force(config.sequence_len, models, mix, context, continuation)
                 assert found == pytest.approx(wanted, abs=1e-5)
-
-
-def test_batches_score_as_one_by_one(scored):
-    config, asked, run, _ = scored
-    model = model_to_score(config).eval()
-    load_member(model, run, 0, 0)
-    for _, rows, *_ in asked:
-        alone, together = (evaluate.score(model, rows, size, lambda n: None) for size in (1, 10 ** 6))
-        assert np.abs(alone - together).max() < 1e-5 and len(alone) == sum(n for _, n in rows)
 
 
 def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(harness, scored):
@@ -131,11 +112,9 @@ def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(har
 
 def test_a_long_text_is_cut_as_the_harness_cuts_it(harness):
     from lm_eval.utils import get_rolling_token_windows
-    for length in range(1, 40):
-        text = list(range(length))
-        theirs = [((*inputs, predicted[-1]), len(predicted))
-                  for inputs, predicted in get_rolling_token_windows(text, 99, 8, 1)]
-        assert harness.windows([99], text, 8) == theirs
+    for text in map(list, map(range, range(1, 40))):
+        theirs = get_rolling_token_windows(text, 99, 8, 1)
+        assert harness.windows([99], text, 8) == [((*inputs, last[-1]), len(last)) for inputs, last in theirs]
     assert harness.windows([1, 2, 3, 4, 5], [6, 7], 4) == [((3, 4, 5, 6, 7), 2)]
 
 
@@ -169,17 +148,18 @@ def test_a_paired_error_is_that_of_the_differences(harness):
     assert row["acc"]["paired_error"] == pytest.approx(math.sqrt(2 / 3 / 4))       # of 0, 1, -1, 0
 
 
-def test_two_processes_share_and_a_second_call_reads_no_member(harness, population, monkeypatch, capsys):
-    argv = [*population[0], population[1], "--K=1,2,all", "--limit=1"]
+def test_two_processes_share_and_a_second_call_reads_no_member(
+        harness, population, questions, monkeypatch, capsys):
+    argv = [*population[1], questions, "--K=1,2,all", "--limit=1"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     done = subprocess.run([*launch, "tools.evaluate", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    path = RunDirectory(from_args(population[0], "")[0], None).path / "evaluation.json"
+    path = population[0] / "run" / "evaluation.json"
     first = read_json(path)
     monkeypatch.setattr(evaluate, "load_member", None)          # would be called
     evaluate.main(argv)
     assert read_json(path) == first
-    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 3), ("learned", 3), ("student", 1)]
+    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 6), ("learned", 6), ("student", 1)]
     assert [(a["rule"], a["K"]) for a in first["answers"]] == rules
     assert {(r["rule"], r["K"]) for r in first["results"] if r["task"] == "sciq"} == set(rules)
     table = capsys.readouterr().out
@@ -188,14 +168,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(harness, populati
         assert f"{name}{row['metrics']['acc']['value']:8.4f}" in table
 
 
-def refused(main, argv, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    return error_line(capsys.readouterr().err)
-
-
+@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize("args, rows, names", [
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
     (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
@@ -205,35 +178,30 @@ def refused(main, argv, capsys):
     (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
     (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generated"]),
     (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1"], "answer": "A"}', ["few-shot"]),
-    (["--K=4"], None, ["K=4", "1, 2, 3"]),
-    (["--K=x"], None, ["K=x", "1, 2, 3"]),
+    (["--K=x"], None, ["K=x", "1, 2, 4, 6"]),
     (["--limit=-1"], None, ["limit=-1"]),
 ])
-def test_bad_requests_are_refused(args, rows, names, harness, population, tmp_path, monkeypatch, capsys):
+def test_bad_requests_are_refused(args, rows, names, population, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(evaluate, "score", None)            # before any member is read
     if rows is not None:
         (tmp_path / f"{args[0].removeprefix('--tasks=')}.jsonl").write_text(rows)
-    line = refused(evaluate.main, [*population[0], f"--questions={tmp_path}", *args], capsys)
+    line = refused(evaluate.main, [*population[1], f"--questions={tmp_path}", *args])
     assert all(name in line for name in names), line
 
 
-def test_other_weights_than_the_priors_are_refused(harness, population, capsys):
-    path = RunDirectory(from_args(population[0], "")[0], None).path / "prior.json"
-    kept = path.read_text()
-    other = read_json(path)
+def test_other_weights_than_the_priors_are_refused(harness, population, questions, monkeypatch, refused):
+    other = load_prior(population[0] / "run")
     for m in other["members"]:
         m["weights_sha256"] = "0" * 64
-    write_json(path, other)
-    line = refused(evaluate.main, [*population[0], population[1], "--tasks=sciq"], capsys)
-    path.write_text(kept)
-    assert "run prior.py" in line
+    monkeypatch.setattr(evaluate, "load_prior", lambda run_dir: other)
+    assert "run prior.py" in refused(evaluate.main, [*population[1], questions, "--tasks=sciq"])
 
 
-def test_without_the_harness_the_line_says_how_to_install_it(micro, monkeypatch, capsys):
+def test_without_the_harness_the_line_says_how_to_install_it(micro, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "tools.harness", None)
     monkeypatch.delattr("tools.harness", raising=False)
-    asked = from_args(micro(), "", **evaluate.OPTIONS)
-    assert "pip install -r requirements-eval.txt" in refused(lambda argv: evaluate.ask(*asked), [], capsys)
+    line = refused(evaluate.ask, *from_args(micro(), "", **evaluate.OPTIONS))
+    assert "pip install -r requirements-eval.txt" in line
 
 
 # ------------------------------------------------------------------------------------------ data efficiency
@@ -261,10 +229,10 @@ def test_the_same_rule_on_any_curve(tmp_path, capsys):
 
 @pytest.mark.parametrize("args, names", [
     (["loss"], ["loss=:", "number"]), (["los=3"], ["'los=3'", "loss, piqa"]),
-    (["--curve=CURVE", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv"], ["missing.csv"]),
+    (["--curve=curve.csv", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv"], ["missing.csv"]),
 ])
-def test_bad_figures_are_refused(args, names, tmp_path, capsys):
+def test_bad_figures_are_refused(args, names, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "curve.csv").write_text("tokens,loss\n1000,x\n")
-    args = [word.replace("CURVE", str(tmp_path / "curve.csv")) for word in args]
-    line = refused(efficiency.main, args, capsys)
+    line = refused(efficiency.main, args)
     assert all(name in line for name in names), line

@@ -1,7 +1,4 @@
-"""
-The model against float64 written out from the formulas, and its invariants (tests/parity.py holds the whole of it to the
-record).
-"""
+"""The model against float64 written out, and its invariants; tests.parity holds all of it to the record."""
 import functools
 import math
 import weakref
@@ -10,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
-from model import GPT, Attention, GPTConfig, capped_loss
+import distill
+from model import GPT, Block, GPTConfig, HeadLoss, capped_loss
 
 
 def small(**changes):
@@ -34,19 +33,23 @@ def test_attention_against_float64_loops(short):
     attention, T, H, D = model.transformer.h[1].attn, 16, 2, 16         # layer 1 has value embeddings
     x, ve = torch.randn(1, T, 32), torch.randn(1, T, 32)
     with torch.no_grad():
-        got = attention(x, attention.weights(x.dtype), ve, (model.cos, model.sin), T // 2 if short else None)[0].double()
+        weights, rope = attention.weights(x.dtype), (model.cos, model.sin)
+        got = attention(x, weights, ve, rope, T // 2 if short else None)[0].double()
     W = {k: v.double() for k, v in attention.state_dict().items()}
     x, ve, cos, sin = x[0].double(), ve[0].double(), model.cos[:, 0, 0].double(), model.sin[:, 0, 0].double()
-    unit = lambda z: z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
     def heads(name):
         w = W[f"c_{name}.weight"].view(H, D, 32)
         mixed = torch.stack([sum(W[f"{name}_mix"][h, g] * w[g] for g in range(H)) for h in range(H)])
         return torch.einsum("tc,hdc->htd", x, mixed)
+
     def turn(z):
         a, b = z[..., :D // 2], z[..., D // 2:]
-        return unit(torch.cat([a * cos + b * sin, b * cos - a * sin], -1))
+        z = torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+        return z / (z.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
     q, k = turn(heads("q")), turn(heads("k"))
-    v = heads("v") + (2 * torch.sigmoid(x @ W["ve_gate.weight"].T)).T[..., None] * ve.view(T, H, D).transpose(0, 1)
+    gate = 2 * torch.sigmoid(x @ W["ve_gate.weight"].T)
+    v = heads("v") + gate.T[..., None] * ve.view(T, H, D).transpose(0, 1)
     y = torch.zeros(T, H, D, dtype=torch.float64)
     for h in range(H):
         for t in range(T):
@@ -63,35 +66,18 @@ def test_no_position_sees_a_later_one():
     later[:, 9] = (later[:, 9] + 1) % 50
     a, b = model(idx), model(later)
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9], b[:, 9])
-    assert torch.allclose(model(idx[:, :11]), a[:, :11], atol=1e-5)             # windows do not shrink with the text
+    assert torch.allclose(model(idx[:, :11]), a[:, :11], atol=1e-5)     # windows do not shrink with the text
 
 
-def test_a_short_window_ends_half_a_sequence_back():
-    torch.manual_seed(0)
-    model = small()
-    attention, x = Attention(model.config, has_ve=False), torch.randn(1, 16, 32)
-    for p in attention.parameters():
-        torch.nn.init.normal_(p)
-    far = x.clone()
-    far[:, 3] += 1
-    of = lambda x, window: attention(x, attention.weights(x.dtype), None, (model.cos, model.sin), window)
-    changed = [(of(x, window) - of(far, window)).abs().sum(-1)[0] > 1e-6 for window in (8, None)]
-    assert changed[0].nonzero().flatten().tolist() == list(range(3, 12))        # itself and 8 to its right
-    assert changed[1].nonzero().flatten().tolist() == list(range(3, 16))
-
-
-@pytest.mark.parametrize("loop, order", [({}, [0, 1, 2, 3]), (dict(loop_start=2, loop_end=3, loop_extra=2), [0, 1, 2, 2, 2, 3]),
-                                         (dict(loop_start=2, loop_end=4, loop_extra=1), [0, 1, 2, 3, 2, 3])])
-def test_the_order_of_layers(loop, order):
-    assert small(**loop).layers == order
-
-
-def test_the_record_has_70_layer_applications():
+@pytest.mark.parametrize("config, order", [
+    (dict(n_layer=4, loop_start=2, loop_end=3, loop_extra=2), [0, 1, 2, 2, 2, 3]),
+    (dict(n_layer=4, loop_start=2, loop_end=4, loop_extra=1), [0, 1, 2, 3, 2, 3]),
+    (dict(n_layer=30, loop_start=15, loop_end=25, loop_extra=4),                    # the record's
+     [*range(25), *range(15, 25), *range(15, 25), *range(15, 25), *range(15, 30)]),
+])
+def test_the_order_of_layers(config, order):
     with torch.device("meta"):
-        model = GPT(GPTConfig(sequence_len=2048, vocab_size=50257, n_layer=30, n_head=16, n_embd=2048,
-                              loop_start=15, loop_end=25, loop_extra=4))
-    assert len(model.layers) == 70 and model.layers[24:36] == [24, *range(15, 25), 15]
-    assert sum(p.numel() for p in model.parameters()) == 1_870_172_811
+        assert GPT(GPTConfig(sequence_len=16, vocab_size=50, n_head=2, n_embd=32, **config)).layers == order
 
 
 def test_losses_are_those_of_the_logits():
@@ -108,48 +94,46 @@ def test_losses_are_those_of_the_logits():
     assert small(mtp_weight=0.0).train()(idx, targets)[1] == 0
 
 
-@pytest.mark.parametrize("grain", [2 ** 26, 4 * 50 * 7, 1])
-def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(grain, monkeypatch):
-    """In chunks of all tokens, of 7 and of 1; V logits of a padded table; a loss that reads a row of every token's own."""
-    import model as module
-    monkeypatch.setattr(module, "chunks", lambda x, V: [
-        slice(i, i + max(1, grain // 200)) for i in range(0, len(x), max(1, grain // 200))])
+@pytest.mark.parametrize("n", [30, 7, 1])
+def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(n, monkeypatch):
+    """In chunks of n tokens; V logits of a padded table; a loss that reads a row of every token's own."""
+    monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + n) for i in range(0, len(x), n)])
     r = torch.Generator().manual_seed(0)
-    x, weight, targets, factor = (torch.randn(30, 32, generator=r), torch.randn(64, 32, generator=r),
-                                  torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r))
-    x.requires_grad_(), weight.requires_grad_()
+    targets, factor = torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r)
+    x, weight = (torch.randn(rows, 32, generator=r).requires_grad_() for rows in (30, 64))
+
     def loss_of(logits, targets, factor):
         return F.cross_entropy(logits, targets, reduction="sum") + (factor * logits.sigmoid()).sum()
-    mean = lambda: module.HeadLoss.apply(x, weight, functools.partial(module.capped_loss, loss_of, 50), targets, factor)
-    loss = mean()
+
+    def mean(x):
+        return HeadLoss.apply(x, weight, functools.partial(capped_loss, loss_of, 50), targets, factor)
+    loss = mean(x)
     (3 * loss).backward()
-    X, W = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    X, W = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
     logits = 15 * torch.tanh(X @ W[:50].T / 15)
-    plain = (-torch.log_softmax(logits, -1).gather(1, targets[:, None]).sum() + (factor.double() * logits.sigmoid()).sum()) / 30
+    log_p = torch.log_softmax(logits, -1).gather(1, targets[:, None])
+    plain = ((factor.double() * logits.sigmoid()).sum() - log_p.sum()) / 30
     (3 * plain).backward()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     for mine, wanted in ((x.grad, X.grad), (weight.grad, W.grad)):
         assert torch.allclose(mine.double(), wanted, rtol=1e-4, atol=1e-6)
     assert not weight.grad[50:].any()
     whole, weight.grad = weight.grad, None
-    # nothing but the head learns
-    module.HeadLoss.apply(x.detach(), weight, functools.partial(module.capped_loss, loss_of, 50), targets,
-                          factor).mul(3).backward()
+    (3 * mean(x.detach())).backward()                           # nothing but the head learns
     assert torch.equal(weight.grad, whole)
     with torch.no_grad():
-        assert mean().item() == pytest.approx(plain.item(), rel=1e-5)
+        assert mean(x).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_no_logits_of_all_tokens_are_kept():
     """The largest tensor that backward keeps is far below tokens x vocabulary."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32,
-                          mtp_weight=0.3)).init_weights().train()
-    seen = []
+    config = GPTConfig(sequence_len=64, vocab_size=50257, n_layer=2, n_head=2, n_embd=32)
+    model, seen, (idx, targets) = GPT(config).init_weights().train(), [], torch.randint(50257, (2, 4, 64))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(weakref.ref(t)) or t, lambda t: t):
-        loss = sum(model(torch.randint(50257, (4, 64)), torch.randint(50257, (4, 64))))
+        loss = sum(model(idx, targets))
     kept = [t().numel() for t in seen if t() is not None]               # those of a chunk are gone
-    assert loss.item() > 10 and len(kept) > 50 and max(kept) <= model.lm_head.weight.numel() < 256 * 50257
+    assert loss.item() > 10 and len(kept) > 50
+    assert max(kept) <= model.lm_head.weight.numel() < 256 * 50257
 
 
 def test_every_parameter_is_trained():
@@ -158,119 +142,93 @@ def test_every_parameter_is_trained():
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_dropout_is_on_in_training_alone():
-    idx, targets = tokens(2, 16), tokens(2, 16)
-    for where in ("attn", "mlp"):
-        model = small()
-        for block in model.transformer.h:
-            getattr(block, where).dropout = 0.5
-        assert torch.equal(model(idx), model(idx))
-        model.train()
-        a, b = model(idx), model(idx)
-        assert not torch.equal(a, b)
-    x = torch.ones(1, 16, 32)
-    mlp = small().transformer.h[0].mlp.train()
-    mlp.dropout = 0.5
-    kept = mlp(x, *mlp.weights(x.dtype)) / mlp.eval()(x, *mlp.weights(x.dtype))     # half are 0, the others twice as large
-    assert set(kept.round(decimals=3).abs().unique().tolist()) == {0.0, 2.0} and 0.3 < (kept == 0).float().mean() < 0.7
+@pytest.mark.parametrize("where", ["attn", "mlp"])
+def test_dropout_is_on_in_training_alone(where):
+    """Half of what a module gives is 0 and the rest doubled."""
+    model, x = small(), torch.randn(1, 16, 32)
+    module = getattr(model.transformer.h[0], where)
+    module.dropout, weights = 0.5, module.weights(x.dtype)
+    arguments = weights if where == "mlp" else (weights, None, (model.cos, model.sin), None)
+    plain, kept = module(x, *arguments), module.train()(x, *arguments) / module.eval()(x, *arguments)
+    assert torch.equal(plain, module(x, *arguments)) and 0.3 < (kept == 0).float().mean() < 0.7
+    assert set(kept.round(decimals=3).abs().unique().tolist()) == {0, 2}
 
 
 def test_initial_values():
     torch.manual_seed(0)
-    p = dict(GPT(GPTConfig(sequence_len=16, vocab_size=500, n_layer=4, n_head=4, n_embd=256)).init_weights().named_parameters())
-    for name, std in (("transformer.wte.weight", 1), ("lm_head.weight", 1e-3), ("transformer.h.0.attn.c_q.weight", 1 / 16),
-                      ("ve_projs.1.weight", 1 / 16), ("transformer.h.0.mlp.c_proj.weight", 1 / 16),
-                      ("mtp_block.attn.c_proj.weight", 1 / 16), ("mtp_proj.weight", 1 / 16)):
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=500, n_layer=4, n_head=4, n_embd=256)).init_weights()
+    p = model.state_dict()
+    for name, std in {"transformer.wte.weight": 1, "lm_head.weight": 1e-3, "ve_projs.1.weight": 1 / 16,
+                      "transformer.h.0.attn.c_q.weight": 1 / 16, "transformer.h.0.mlp.c_proj.weight": 1 / 16,
+                      "mtp_block.attn.c_proj.weight": 1 / 16, "mtp_proj.weight": 1 / 16}.items():
         assert p[name].std().item() == pytest.approx(std, rel=0.03), name
     assert p["transformer.h.0.attn.c_q.weight"].abs().max() <= math.sqrt(3 / 256)
-    assert not p["transformer.h.1.attn.ve_gate.weight"].any() and not p["mtp_block.attn.attn_gate.weight"].any()
+    for name, value in {"transformer.h.1.attn.ve_gate.weight": 0, "mtp_block.attn.attn_gate.weight": 0,
+                        "resid_lambdas": 1, "skip_weights": 1, "x0_lambdas": 0.1}.items():
+        assert torch.equal(p[name], torch.full_like(p[name], value)), name
     assert torch.equal(p["transformer.h.2.attn.k_mix"], torch.eye(4))
-    assert ([set(p[n].tolist()) for n in ("resid_lambdas", "skip_weights")] == [{1.0}, {1.0}]
-            and torch.allclose(p["x0_lambdas"], torch.tensor(0.1)))
-
-
-def test_layers_without_loops_are_one_graph():
-    """So tools.bench can compile them whole, beside train.py's block by block; compiled blocks become part of it."""
-    from torch._dynamo.testing import CompileCounter
-    model, idx, whole, blocks = small().train(), tokens(2, 16), CompileCounter(), CompileCounter()
-    wanted = model.hidden(idx)
-    for block in model.transformer.h:
-        block.compile(backend=blocks)
-    model.hidden = torch.compile(model.hidden, backend=whole, fullgraph=True)
-    assert torch.equal(model.hidden(idx), wanted) and (whole.frame_count, blocks.frame_count) == (1, 0)
 
 
 def test_one_compiled_block_serves_all_layers():
-    """Blocks compiled in place agree with eager ones, and looping does not compile them again (backend without a compiler)."""
-    from torch._dynamo.testing import CompileCounter
-    from model import Block
+    """Compiled in place they agree with eager ones, and looping does not compile them again."""
     idx, targets = tokens(2, 16), tokens(2, 16)
-    loop = dict(loop_start=2, loop_end=4, loop_extra=3)
-    wanted = small(**loop).train()(idx, targets)[0]
-    model, counter = small(**loop).train(), CompileCounter()
+    plain, model = (small(loop_start=2, loop_end=4, loop_extra=3).train() for _ in range(2))
+    counter = CompileCounter()
     torch._dynamo.reset()
     for block in model.modules():
         if isinstance(block, Block):
             block.compile(backend=counter)
     for _ in range(2):
-        assert torch.allclose(model(idx, targets)[0], wanted, rtol=1e-5)
-    # with and without value embeddings and skip, short and long window, the MTP block's length: not one per application
+        assert torch.allclose(model(idx, targets)[0], plain(idx, targets)[0], rtol=1e-5)
+    # with and without value embeddings and skip, short and long window, the MTP block's length
     assert counter.frame_count <= 6
-    torch._dynamo.config.recompile_limit, kept = 64, torch._dynamo.config.recompile_limit         # as to_device() does
-    try:                                                        # scoring, with a smaller last batch, and a bf16 teacher
-        plain = small(**loop)
-        for rows in (idx, idx[:1]):
-            with torch.no_grad():
-                assert torch.allclose(model.eval().log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
-        assert counter.frame_count <= 16
-    finally:
-        torch._dynamo.config.recompile_limit = kept
+    plain.eval(), model.eval()
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():           # as to_device() does
+        for rows in (idx, idx[:1]):                             # scoring, with a smaller last batch
+            assert torch.allclose(model.log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 16
 
 
-def test_a_compiled_loss_serves_every_micro_batch(monkeypatch):
-    """
-    Every loss is compiled once for every size of a chunk (a whole one, the last, the shorter MTP's last), though its closure
-    is new each time.
-    """
-    import distill
-    from torch._dynamo.testing import CompileCounter
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3]])
+def test_a_compiled_loss_serves_every_micro_batch(weights, monkeypatch):
+    """Once for a whole chunk, the last, the shorter MTP's last, though its closure is new each time."""
     monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + 12) for i in range(0, len(x), 12)])
-    model, teacher, other = small().train(), *(small().eval().requires_grad_(False) for _ in range(2))
-    losses = (lambda: distill.distilled_loss(model, [(teacher, 1.0)], batch, 0.45, 1.2),
-              lambda: distill.distilled_loss(model, [(teacher, 0.7), (other, 0.3)], batch, 0.7, 1.0))
-    for loss in losses:
-        torch._dynamo.reset()
-        batch, counter, model.capped_loss = tokens(2, 17), CompileCounter(), capped_loss
-        wanted, model.capped_loss = loss().item(), torch.compile(capped_loss, backend=counter)
-        for _ in range(3):
-            assert loss().item() == pytest.approx(wanted, rel=1e-5)
-        counts = counter.frame_count
-        loss().backward()
-        assert counter.frame_count == counts <= 4
+    torch._dynamo.reset()
+    model, batch, counter = small().train(), tokens(2, 17), CompileCounter()
+    teachers = [(small().eval().requires_grad_(False), w) for w in weights]
+    wanted = distill.distilled_loss(model, teachers, batch, 0.45, 1.2).item()
+    model.capped_loss = torch.compile(capped_loss, backend=counter)
+    for _ in range(3):
+        loss = distill.distilled_loss(model, teachers, batch, 0.45, 1.2)
+        assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    loss.backward()
+    assert 0 < counter.frame_count <= 4
 
 
 def test_place_compiles_every_block_on_cuda_only(monkeypatch):
     """Without a GPU: the blocks are asked for, and the embedding table becomes bf16."""
-    from model import Block
     compiled, model = [], small()
     monkeypatch.setattr(Block, "compile", lambda self, dynamic: compiled.append(self))
     monkeypatch.setattr(GPT, "to", lambda self, device: self)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("torch.compile", lambda function, dynamic: compiled.append(function) or function)
-    assert model.to_device(torch.device("cpu"), compile=True).transformer.wte.weight.dtype == torch.float32 and not compiled
+    wte, head = model.transformer.wte, model.lm_head
+    model.to_device(torch.device("cpu"), compile=True)
+    assert wte.weight.dtype == torch.float32 and not compiled
     with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):          # what it sets is put back
         model.to_device(torch.device("cuda"), compile=True)
-    assert (len(compiled) == 6 and compiled[-1] is model.capped_loss
-            and model.transformer.wte.weight.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.float32)
+    assert len(compiled) == 6 and compiled[-1] is model.capped_loss
+    assert (wte.weight.dtype, head.weight.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_rotary_frequencies_are_the_records():
     """
-    1 / 10000^(2i/D), not 10000^(-2i/D), in numpy with each step rounded to float32 once: at the record's 2048 x 128 the
-    other formula differs in 229 of 262,144 bf16 entries, at small shapes in none (slowrun.md).
+    1 / 10000^(2i/D), not 10000^(-2i/D), in numpy with each step rounded to float32 once: at the record's
+    2048 x 128 the other formula differs in 229 of 262,144 bf16 entries, at small shapes in none (slowrun.md).
     """
     model = GPT(GPTConfig(sequence_len=2048, vocab_size=64, n_layer=2, n_head=1, n_embd=128))
     exponent = (np.arange(0, 128, 2, dtype=np.float32) / np.float32(128)).astype(np.float64)
+
     def differ(frequency):
         angle = np.outer(np.arange(2048, dtype=np.float32), frequency).astype(np.float64)
         return sum((torch.from_numpy(f(angle)).float().bfloat16() != table.squeeze()).sum().item()

@@ -1,31 +1,39 @@
-"""The README against the repository: its length, its table of files, the commands and files that it names."""
+"""README.md and docs/ against the repository: lengths, tables of files, quoted code, the commands and files they name."""
 import re
 
 from infra.config import FIELDS
 from tests.conftest import ROOT
-from tools.generate import OPTIONS
+from tools import evaluate, export, generate, log
 
-README = (ROOT / "README.md").read_text()
+README, RUNNING = (ROOT / "README.md").read_text(), (ROOT / "docs" / "running.md").read_text()
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) < 200
+    lines = README.splitlines()
+    assert len(lines) <= 160 and max(map(len, lines)) <= 110
 
 
-def test_the_tour_prints_the_real_table():
-    rows = dict(re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.M))
-    files = {str(p.relative_to(ROOT)) for pattern in ("*.py", "data/*.py", "infra/*.py", "tools/*.py") for p in ROOT.glob(pattern)
-             if p.stat().st_size}
-    assert rows.keys() == files
-    for file, lines in rows.items():        # a small change need not touch the README
-        assert abs(int(lines) - len((ROOT / file).read_text().splitlines())) <= 20, file
+def test_the_tours_print_the_real_tables():
+    for text, patterns in ((README, ("*.py", "data/*.py", "infra/*.py")), (RUNNING, ("tools/*.py",))):
+        rows = dict(re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", text, re.M))
+        assert rows.keys() == {str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern) if p.stat().st_size}
+        for file, lines in rows.items():        # a small change need not touch the table
+            assert abs(int(lines) - len((ROOT / file).read_text().splitlines())) <= 20, file
 
 
-def test_what_it_names_exists():
-    for path in set(re.findall(r"\b(?:configs|tools|tests|results|data)/[\w/]+\.(?:py|md|png|json)\b", README)):
+def test_the_quoted_code_is_there():
+    quoted = README.split("## The three primitives")[1].split("\n## ")[0]
+    for file, block in re.findall(r"\]\((\w+\.py)\).*?```python\n(.*?)```", quoted, re.S):
+        for line in block.splitlines():
+            assert line in (ROOT / file).read_text().splitlines(), line
+
+
+def test_what_they_name_exists():
+    text = README + RUNNING
+    for path in set(re.findall(r"\b(?:configs|tools|tests|results|data|docs)/[\w/]+\.(?:py|md|png|json)\b", text)):
         assert (ROOT / path).exists() or path.startswith("data/fineweb"), path
-    for module in re.findall(r"python -m (infra\.\w+|data\.\w+|tools\.\w+|tests\.\w+)", README):
+    for module in re.findall(r"python -m (infra\.\w+|data\.\w+|tools\.\w+|tests\.\w+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-    for name in re.findall(r"--(\w+)=", README):
-        assert name in {*FIELDS, *OPTIONS, "beside", "epochs", "snapshots", "rounds", "slowrun", "steps",
-                        "nproc_per_node"}, name
+    options = {name for tool in (evaluate, export, generate, log) for name in tool.OPTIONS}
+    for name in re.findall(r"--(\w+)=", text):
+        assert name in {*FIELDS, *options, "beside", "epochs", "snapshots", "rounds", "slowrun", "steps", "nproc_per_node"}, name

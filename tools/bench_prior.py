@@ -1,8 +1,9 @@
 """
-What prior.py's computations cost, on made-up scores of members that are alike along five trajectories; a step of
-tools.bench: python -m tools.bench CONFIG --steps=prior [--members=480] [--tokens=131072] [--rounds=5]
-Prints for M = 30, 60, ... members the exact fit beside the public script's 300 AdamW steps, the answers of all rules for
-every K, the mixture after each cycle; then the pass over stored scores that reports the losses of all these mixtures.
+What prior.py's computations cost, on made-up scores of members that are alike along five trajectories; a step
+of tools.bench: python -m tools.bench CONFIG --steps=prior [--members=480] [--tokens=131072] [--rounds=5]
+Prints for M = 30, 60, ... members the exact fit beside the public script's 300 AdamW steps, the answers of
+all rules for every K, the mixture after each cycle; then the pass over stored scores that reports the losses
+of all these mixtures.
 """
 import math
 import resource
@@ -23,13 +24,16 @@ TRAJECTORIES = 5
 
 def log_probabilities(members, tokens):
     """
-    (members, tokens) float32, trajectory by trajectory: every token has a part common to all, one of the trajectory, one
-    that changes slowly from cycle to cycle, and one of the member alone; later members are better.
+    (members, tokens) float32, trajectory by trajectory: every token has a part common to all, one of the
+    trajectory, one that changes slowly from cycle to cycle, and one of the member alone; later members are
+    better.
     """
     generator = torch.Generator().manual_seed(0)
     cycles, rows = math.ceil(members / TRAJECTORIES), []
+
     def noise(scale):
         return scale * torch.randn(tokens, generator=generator)
+
     common = noise(1.5) - 3
     for _ in range(TRAJECTORIES):
         own, slow = noise(0.4), noise(0.4)
@@ -58,14 +62,14 @@ def bench_fit(members, tokens, rounds):
     p = prior.Probabilities(log_p)
     everyone = torch.arange(members)
     above = ((w @ p.exact(everyone)).log().mean() - (v.double() @ p.exact(everyone)).log().mean()).item()
-    print(f"{members:>4} members: fit {spread(ours)} s, gap {gap:.0e}, {(w > 0).sum()} with weight; 300 AdamW steps take "
-          f"{spread(ratios)} times as long and end {above:.1e} nats above", flush=True)
+    print(f"{members:>4} members: fit {spread(ours)} s, gap {gap:.0e}, {(w > 0).sum()} with weight; 300 "
+          f"AdamW steps take {spread(ratios)} times as long and end {above:.1e} nats above", flush=True)
     del p
     answers, _ = timed(lambda: prior.answers_for(log_p))
-    of = [(i // math.ceil(members / TRAJECTORIES), i % math.ceil(members / TRAJECTORIES)) for i in range(members)]
+    of = [divmod(i, math.ceil(members / TRAJECTORIES)) for i in range(members)]
     growing, grown = timed(lambda: prior.growing(of, log_p))
-    print(f"     answers of all rules for every K {answers:.1f} s, the mixture after each of {len(grown)} cycles {growing:.1f} s",
-          flush=True)
+    print(f"     answers of all rules for every K {answers:.1f} s, the mixture after each of {len(grown)} "
+          f"cycles {growing:.1f} s", flush=True)
 
 
 def bench_report(members, tokens):
@@ -77,9 +81,10 @@ def bench_report(members, tokens):
         log_p = [read_tensors(path, "val scores", check=False)[0]["log_p"].numpy() for path in paths]
         W = torch.rand(4 * members, members, dtype=torch.float64)
         mixtures = [(torch.arange(members), w / w.sum()) for w in W]
-        seconds, _ = timed(lambda: prior.mixture_losses(mixtures, log_p, np.ones(tokens, np.uint8), np.arange(tokens) // 1000))
-    print(f"losses of {len(mixtures)} mixtures of {members} members on {tokens} stored tokens: {seconds:.1f} s, "
-          f"{seconds / tokens * 1e7 / 60:.1f} minutes for 10M tokens")
+        token_bytes, documents = np.ones(tokens, np.uint8), np.arange(tokens) // 1000
+        seconds, _ = timed(lambda: prior.mixture_losses(mixtures, log_p, token_bytes, documents))
+    print(f"losses of {len(mixtures)} mixtures of {members} members on {tokens} stored tokens: {seconds:.1f} "
+          f"s, {seconds / tokens * 1e7 / 60:.1f} minutes for 10M tokens")
 
 
 def bench(options):
@@ -87,4 +92,5 @@ def bench(options):
     for members in sorted({m for m in (30, 60, 120, 240, 480) if m < options.members} | {options.members}):
         bench_fit(members, options.tokens, options.rounds)
     bench_report(options.members, options.tokens)
-    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f"peak memory of the process: {peak:.1f} GiB")

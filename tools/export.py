@@ -26,6 +26,8 @@ from model import GPTConfig
 from prior import model_to_score
 from tools.generate import choose
 
+OPTIONS = dict(to="", K=0, member="", student=False)
+
 SEPARATOR = "<|endoftext|>"
 SPECIAL = "bos", "eos", "pad"               # all of them the separator
 
@@ -164,7 +166,7 @@ def write_folder(folder, tokenizer, contents, tensors):
 
 @script
 def main(argv=None):
-    config, options = from_args(argv, __doc__, to="", K=0, member="", student=False)
+    config, options = from_args(argv, __doc__, **OPTIONS)
     folder = Path(options.to).expanduser().resolve()
     if not options.to or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"to='{options.to}': name a folder that is new or empty, such as --to=exported")

@@ -1,8 +1,9 @@
 """
-Members from the public Slowrun script's snapshots: python -m tools.import_slowrun CONFIG --snapshots=FOLDER [--name=value ...]
-FOLDER/model_{i}.pt, a dict of tensors in bf16 or fp32, becomes trajectory i // cycles, cycle i % cycles of run_dir, which must
-have no members yet; then prior.py and the tools take them as its own. Nothing in FOLDER is changed. The config must be that
-of the snapshots: shape, tokenizer, trajectories, cycles.
+Members from the public Slowrun script's snapshots:
+python -m tools.import_slowrun CONFIG --snapshots=FOLDER [--name=value ...]
+FOLDER/model_{i}.pt, a dict of tensors in bf16 or fp32, becomes trajectory i // cycles, cycle i % cycles of
+run_dir, which must have no members yet; then prior.py and the tools take them as its own. Nothing in FOLDER
+is changed. The config must be that of the snapshots: shape, tokenizer, trajectories, cycles.
 """
 import re
 from pathlib import Path
@@ -19,12 +20,12 @@ from prior import load_weights, model_to_score
 
 def snapshots(folder, expected):
     """Paths of model_0.pt, ..., of at most `expected`."""
-    there = {int(m[1]): p for p in Path(folder).glob("model_*.pt") if (m := re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name))}
+    there = {int(m[1]): p for p in Path(folder).glob("model_*.pt")
+             if (m := re.fullmatch(r"model_(0|[1-9]\d*)\.pt", p.name))}
     if not there or max(there) >= expected:
-        fail(f"snapshots={folder} holds "
-             f"{f'model_{max(there)}.pt' if there else 'no model_0.pt, model_1.pt, ...'}; this config's "
-             f"trajectories x cycles are model_0.pt .. model_{expected - 1}.pt: name their folder, and its "
-             "trajectories and cycles")
+        found = f"model_{max(there)}.pt" if there else "no model_0.pt, model_1.pt, ..."
+        fail(f"snapshots={folder} holds {found}; this config's trajectories x cycles are model_0.pt .. "
+             f"model_{expected - 1}.pt: name their folder, and its trajectories and cycles")
     return there
 
 
@@ -34,12 +35,14 @@ def read(path):
         weights = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as e:              # torch.load raises nearly anything on damaged bytes
         fail(f"'{path}' is not readable ({type(e).__name__}): fetch it again, or leave it out")
-    if not isinstance(weights, dict) or not all(isinstance(n, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
-                                                for n, w in weights.items()):
-        fail(f"{path} is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: leave it out")
+    if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(w, torch.Tensor) and w.is_floating_point()
+            for name, w in weights.items()):
+        fail(f"'{path}' is no snapshot of the Slowrun script, a dict of bf16 or fp32 tensors: leave it out")
     own = {re.sub(r"\b(module|_orig_mod)\.", "", name): w for name, w in weights.items()}
-    return own if len(own) == len(weights) else fail(f"{path} holds a weight twice, with and without a "
-                                                     "prefix: fetch it again")
+    if len(own) < len(weights):
+        fail(f"'{path}' holds a weight twice, with and without a prefix: fetch it again")
+    return own
 
 
 @script

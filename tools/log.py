@@ -16,9 +16,11 @@ import time
 
 from infra.config import from_args, student_of
 from infra.console import ROOT, fail, print0, progress_bar, script
-from infra.distributed import StopRequest
+from infra.distributed import stop_request
 from infra.files import lock, read_json, write_json
 from infra.run_directory import RunDirectory, load_prior
+
+OPTIONS = dict(to="", project="q0", follow=False, student=False)
 
 POLL = 2                    # seconds
 
@@ -98,7 +100,7 @@ def send_all(run, send, state, state_path, follow):
     Once or, to follow, until the prior is of all members. state, which is kept in a file: sent, see unsent(),
     and how many lines that were.
     """
-    with open(run.path / "metrics.jsonl", "rb") as file, StopRequest() as stop:
+    with open(run.path / "metrics.jsonl", "rb") as file, stop_request() as stop:
         finished = False
         while not finished:
             there = (run.path / "prior.json").exists()      # first: then all lines before it are there, too
@@ -107,21 +109,21 @@ def send_all(run, send, state, state_path, follow):
             new = list(unsent([*whole_lines(file), *prior_records(prior)], state["sent"]))
             try:
                 for series, step, values in progress_bar(new, unit="line", disable=len(new) < 1000):
-                    if stop.requested:
+                    if stop.is_set():
                         break
                     send(values, step)
                     state["sent"][series], state["lines"] = step, state["lines"] + 1
             finally:
                 if new:
                     write_json(state_path, state)
-            finished = not follow or whole or stop.requested
+            finished = not follow or whole or stop.is_set()
             if not finished:
                 time.sleep(POLL)
 
 
 @script
 def main(argv=None):
-    config, options = from_args(argv, __doc__, to="", project="q0", follow=False, student=False)
+    config, options = from_args(argv, __doc__, **OPTIONS)
     run = RunDirectory(student_of(config) if options.student else config, data_fingerprint=None)
     if options.to not in BACKENDS:
         fail(f"to='{options.to}': must be one of {', '.join(BACKENDS)}")
@@ -141,8 +143,6 @@ def main(argv=None):
         try:
             stack.enter_context(lock(run.path / f".log_{options.to}.lock", ""))
             send = stack.enter_context(begin(backend, run, options.project, state["name"], state["lines"]))
-        except BlockingIOError:
-            fail(f"run_dir='{run.path}': another process sends it to {options.to}: wait for it, or stop it")
         except Exception as e:              # whatever its package raises
             fail(f"to={options.to}: it does not start ({type(e).__name__}: {e}): log in there, or set it up")
         before = state["lines"]

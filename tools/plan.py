@@ -2,13 +2,13 @@
 What a run will be, cost and need, before it is begun: python -m tools.plan CONFIG [--name=value ...]
 Counted from the recipe, with the model on the meta device (nothing is allocated); memory is estimated.
 
-Of its own: --ranks=8 (0: the most up to 8 that can share the batches)  --mfu=0.28 (model FLOPs utilisation; the record's own)
-            --peak_tflops=989 (bf16 dense; an H100's)  --price=3 (dollars per GPU and hour)  --gpu_gb=80
+Of its own: --ranks=8 (0: the most up to 8 that can share the batches)  --price=3 (dollars per GPU and hour)
+            --mfu=0.28 (model FLOPs utilisation; the record's own)  --peak_tflops=989 (an H100's, in bf16)
+            --gpu_gb=80
 """
 import dataclasses
 import itertools
 import math
-import signal
 import textwrap
 
 import torch
@@ -23,9 +23,10 @@ from train import noise_scale, schedule
 
 OPTIONS = dict(ranks=0, mfu=0.28, peak_tflops=989.0, price=3.0, gpu_gb=80.0)
 GIB = 2 ** 30
-# bytes saved for backward per token, layer application and unit of n_embd: estimated, and measured (results/performance.md)
+# bytes saved for backward per token, layer application and unit of n_embd: estimated, and measured
+# (results/performance.md)
 EAGER, COMPILED = 58.4, 43.0
-HEAD, HEAD_KL = 3, 5                # float32 logits of a chunk that live at once: of the labels' loss, and of the teacher's
+HEAD, HEAD_KL = 3, 5            # float32 logits of a chunk that live at once: for the labels, for a teacher
 
 
 # ------------------------------------------------------------------------------------------- the model
@@ -40,10 +41,10 @@ def meta_model(config):
 
 def part_of(name):
     """The part of the model that a parameter belongs to."""
-    for part, words in (("multi-token prediction", ["mtp_"]), ("embedding", ["wte"]), ("head", ["lm_head"]),
-                        ("value embeddings", ["ve_projs"]), ("head mixes (IHA)", ["_mix"]),
-                        ("MLPs", [".mlp."]), ("attention", [".attn."])):
-        if any(word in name for word in words):
+    for word, part in {"mtp_": "multi-token prediction", "wte": "embedding", "lm_head": "head",
+                       "ve_projs": "value embeddings", "_mix": "head mixes (IHA)", ".mlp.": "MLPs",
+                       ".attn.": "attention"}.items():
+        if word in name:
             return part
     return "lambdas and skips"
 
@@ -62,28 +63,29 @@ def mean_keys(T, window):
 
 def forward_flops(model, looping, mtp):
     """
-    Model FLOPs of a forward pass per token, by term: 2 per weight of every matrix and application (tables, head mixes and
-    norms are free), 4 n_embd per key attended to. Counted by the recipe, whatever an implementation saves.
+    Model FLOPs of a forward pass per token, by term: 2 per weight of every matrix and application (tables,
+    head mixes and norms are free), 4 n_embd per key attended to. Counted by the recipe, whatever an
+    implementation saves.
     """
-    c, T = model.config, model.config.sequence_len
-
     def linear(module):
         return 2 * sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
-    keys = {"L": mean_keys(T, T), "S": mean_keys(T, T // 2)}
-    terms = {"layers": 0, "value embeddings": 0, "attention": 0, "head": linear(model.lm_head), "multi-token prediction": 0}
+
+    c, T, head = model.config, model.config.sequence_len, linear(model.lm_head)
+    attention = {"L": 4 * c.n_embd * mean_keys(T, T), "S": 4 * c.n_embd * mean_keys(T, T // 2)}
+    terms = {"layers": 0, "value embeddings": 0, "attention": 0, "head": head, "multi-token prediction": 0}
     for i in model.layers if looping else range(c.n_layer):
         window = "L" if i == c.n_layer - 1 else c.window_pattern[i % len(c.window_pattern)]
         terms["layers"] += linear(model.transformer.h[i])
         terms["value embeddings"] += linear(model.ve_projs[str(i)]) if str(i) in model.ve_projs else 0
-        terms["attention"] += 4 * c.n_embd * keys[window]
+        terms["attention"] += attention[window]
     if mtp and c.mtp_weight:
-        terms["multi-token prediction"] = (linear(model.mtp_proj) + linear(model.mtp_block) + linear(model.lm_head)
-                                           + 4 * c.n_embd * keys["L"])
+        terms["multi-token prediction"] = (
+            linear(model.mtp_proj) + linear(model.mtp_block) + head + attention["L"])
     return terms
 
 
 def step_flops(model, looping, teachers):
-    """Model FLOPs of training per token: forward and backward count three forwards, each teacher one without its MTP head."""
+    """Model FLOPs of training per token: three forwards, and one without the MTP head for each teacher."""
     total = 3 * sum(forward_flops(model, looping, mtp=True).values())
     return total + teachers * sum(forward_flops(model, looping=True, mtp=False).values())
 
@@ -118,14 +120,15 @@ def cycles_of(config, sequences):
 
 def flops_of(config, model, sequences, teachers=1):
     """{script: model FLOPs in all}; teachers: of a distilled cycle."""
-    flops, per_token = {"train.py": 0, "distill.py": 0}, {
-        (looping, chain): step_flops(model, looping, teachers * chain) for looping in (False, True) for chain in (False, True)}
+    per_token = {(looping, chain): step_flops(model, looping, teachers * chain)
+                 for looping in (False, True) for chain in (False, True)}
+    flops = {"train.py": 0, "distill.py": 0}
     for step in schedule(config, sequences):
         chain = step.cycle >= config.distill_from
-        flops["distill.py" if chain else "train.py"] += (config.trajectories * step.sequences * config.sequence_len
-                                                         * per_token[step.looping, chain])
-    flops["prior.py"] = (config.trajectories * config.cycles * held_out_tokens(config)
-                         * sum(forward_flops(model, looping=True, mtp=False).values()))
+        tokens = config.trajectories * step.sequences * config.sequence_len
+        flops["distill.py" if chain else "train.py"] += tokens * per_token[step.looping, chain]
+    tokens = config.trajectories * config.cycles * held_out_tokens(config)
+    flops["prior.py"] = tokens * sum(forward_flops(model, looping=True, mtp=False).values())
     return flops
 
 
@@ -135,13 +138,16 @@ def memory_of(config, model, ranks):
     of the costliest script.
     """
     def size(tensors):
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors)
 
+    C, T, mtp, chain = (config.n_embd, config.sequence_len, bool(config.mtp_weight),
+                        config.distill_from < config.cycles)
     parameters = list(model.parameters())
-    C, T, mtp, chain = config.n_embd, config.sequence_len, bool(config.mtp_weight), config.distill_from < config.cycles
     weights = sum(p.numel() for p in parameters)
-    groups = {kind: [g for g in MuonAdamW(model.named_parameters(), config.lr_scale).groups if g["kind"] == kind]
-              for kind in ("adamw", "muon")}
+    optimizer = MuonAdamW(model.named_parameters(), config.lr_scale)
+    groups = {kind: [g for g in optimizer.groups if g["kind"] == kind] for kind in ("adamw", "muon")}
+    chunk = min(CHUNK_BYTES["cuda"], 4 * config.micro_batch * T * config.vocab_size)
+    activations = T * C * (COMPILED if config.compile else EAGER) * (len(model.layers) + mtp)
     fixed = {
         "parameters (fp32; embedding bf16)": size(parameters),
         "gradients": size(parameters),
@@ -152,10 +158,9 @@ def memory_of(config, model, ranks):
         "teacher (bf16)": 2 * weights * chain,
         "average of the weights (fp32)": 4 * weights * bool(config.ema_decay),
         "head: its gradients, a chunk": (
-            (1 + mtp) * size([model.lm_head.weight])
-            + min(CHUNK_BYTES["cuda"], 4 * config.micro_batch * T * config.vocab_size) * (HEAD + HEAD_KL * chain)),
+            (1 + mtp) * size([model.lm_head.weight]) + (HEAD + HEAD_KL * chain) * chunk),
     }
-    return fixed, {"activations": T * C * (COMPILED if config.compile else EAGER) * (len(model.layers) + mtp)}
+    return fixed, {"activations": activations}
 
 
 # ------------------------------------------------------------------------------------------ the print
@@ -165,70 +170,70 @@ def print_model(model):
     print(f"parameters: {sum(parts.values()):,}")
     for part, count in parts.items():
         print(f"  {part:24} {count:>15,}")
-    terms, teacher = forward_flops(model, True, mtp=True), sum(forward_flops(model, True, mtp=False).values())
-    print(f"model GFLOP per trained token: {3 * sum(terms.values()) / 1e9:.4f}, "
-          f"with the teacher's forward pass {(3 * sum(terms.values()) + teacher) / 1e9:.4f}")
-    for term, flops in terms.items():
+    print(f"model GFLOP per trained token: {step_flops(model, True, 0) / 1e9:.4f}, "
+          f"with the teacher's forward pass {step_flops(model, True, 1) / 1e9:.4f}")
+    for term, flops in forward_flops(model, True, mtp=True).items():
         print(f"  {term:24} {3 * flops / 1e9:>15.4f}")
 
 
 def print_cycles(config, sequences):
-    epochs = config.epochs_until(config.cycles) * config.trajectories
-    print(f"population: {config.trajectories} x {config.cycles} = {config.trajectories * config.cycles} members, "
-          f"{epochs:g} epochs of {sequences:,} sequences in all")
-    rows = cycles_of(config, sequences)
-    for first, last, steps, tokens in rows:
+    trajectories, cycles = config.trajectories, config.cycles
+    print(f"population: {trajectories} x {cycles} = {trajectories * cycles} members, "
+          f"{config.epochs_until(cycles) * trajectories:g} epochs of {sequences:,} sequences in all")
+    for first, last, steps, tokens in cycles_of(config, sequences):
         print(f"  cycles {first:>3} .. {last:>3}: {steps:>6} steps of {tokens:,} tokens")
-    ends = [step.rates for step in (schedule(config, sequences)[i] for i in (0, -1))]
-    what = "the one decay" if config.restart == "none" else "a cycle"
-    print(f"  rates, first and last step of {what}: learning rate x {ends[0][0]:.4f} .. {ends[1][0]:.4f}, "
-          f"weight decay x {ends[0][1]:.4f} .. {ends[1][1]:.4f}")
-    if config.cycles > 1 and config.restart == "noise":
-        scales = " ".join(f"{noise_scale(c, config.cycles):.4f}" for c in range(1, config.cycles))
-        print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 120, initial_indent="  ", subsequent_indent=" " * 33))
-    chain = config.distill_from < config.cycles
+    steps, what = schedule(config, sequences), "the one decay" if config.restart == "none" else "a cycle"
+    (lr, decay), (last_lr, last_decay) = steps[0].rates, steps[-1].rates
+    print(f"  rates, first and last step of {what}: learning rate x {lr:.4f} .. {last_lr:.4f}, "
+          f"weight decay x {decay:.4f} .. {last_decay:.4f}")
+    if cycles > 1 and config.restart == "noise":
+        scales = " ".join(f"{noise_scale(c, cycles):.4f}" for c in range(1, cycles))
+        print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 110, initial_indent="  ",
+                            subsequent_indent=" " * 33))
+    chain = config.distill_from < cycles
     print(f"  teacher: {f'the predecessor, from cycle {config.distill_from}' if chain else 'none'}")
 
 
 def print_cost(config, model, sequences, options):
     flops = flops_of(config, model, sequences)
+    student = flops_of(student_of(config), model, sequences, config.student_teachers)["distill.py"]
     print(f"cost on {options.ranks} GPUs of {options.peak_tflops:g} TFLOPS at {options.mfu:.0%} of that, "
           f"${options.price:g} per GPU and hour:")
-    student = flops_of(student_of(config), model, sequences, config.student_teachers)["distill.py"]
-    for script, count in [*flops.items(), ("in all", sum(flops.values())),
-                          (f"--student of {config.student_teachers}, {config.student_epochs:g} epochs", student)]:
+    for what, count in {**flops, "in all": sum(flops.values()), f"--student of {config.student_teachers}, "
+                        f"{config.student_epochs:g} epochs": student}.items():
         hours = count / (options.ranks * options.peak_tflops * 1e12 * options.mfu) / 3600
-        print(f"  {script:30} {count:>10.3e} FLOP {hours:>10.3g} h {hours * options.ranks * options.price:>10,.2f} dollars")
+        dollars = hours * options.ranks * options.price
+        print(f"  {what:30} {count:>10.3e} FLOP {hours:>10.3g} h {dollars:>10,.2f} dollars")
 
 
 def print_machine(config, model, options):
     groups = math.gcd(options.ranks, config.trajectories)
-    print(f"ranks: {options.ranks} in {groups} groups of {options.ranks // groups}; "
+    share = options.ranks // groups
+    print(f"ranks: {options.ranks} in {groups} groups of {share}; "
           f"each group trains {config.trajectories // groups} of the trajectories, one after another")
-    fixed, per_sequence = memory_of(config, model, options.ranks // groups)
+    fixed, per_sequence = memory_of(config, model, share)
     print("memory per GPU in GiB, estimated:")
-    for part, count in fixed.items():
+    for part, count in [*fixed.items(), *((f"{part}, per sequence", n) for part, n in per_sequence.items())]:
         print(f"  {part:36} {count / GIB:>8.3g}")
-    for part, count in per_sequence.items():
-        print(f"  {part + ', per sequence':36} {count / GIB:>8.3g}")
     usable = options.gpu_gb * 1e9 - GIB / 2             # half a GiB goes to the CUDA context
 
     def needs(fixed, micro_batch):
         return sum(fixed.values()) + micro_batch * sum(per_sequence.values())
 
-    share = options.ranks // groups
     sizes = sorted({micro_batch_size(config, n, share) for n in batch_sizes(config)})
     most = max(batch_sizes(config)) // share
     fits = max((m for m in range(1, most + 1) if most % m == 0 and needs(fixed, m) <= usable), default=0)
-    print(f"  in micro-batches of {' and '.join(map(str, sizes))}: {needs(fixed, max(sizes)) / GIB:.1f}; the largest that fits "
-          f"{options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: {f'micro_batch={fits}' if fits else 'none fits'}")
+    print(f"  in micro-batches of {' and '.join(map(str, sizes))}: {needs(fixed, max(sizes)) / GIB:.1f}; "
+          f"the largest that fits {options.gpu_gb:g} GB, {usable / GIB:.1f} GiB usable: "
+          f"{f'micro_batch={fits}' if fits else 'none fits'}")
     member = 2 * sum(p.numel() for p in model.parameters())
     own = dataclasses.replace(student_of(config), micro_batch=1)
     beside = needs(memory_of(own, model, options.ranks)[0], 1) - member
-    print(f"  --student in micro-batches of 1: {beside / GIB:.1f} and {member / GIB:.2g} for each of its K teachers; "
-          f"the most that fit: K={max(0, math.floor((usable - beside) / member))}")
+    print(f"  --student in micro-batches of 1: {beside / GIB:.1f} and {member / GIB:.2g} for each of its K "
+          f"teachers; the most that fit: K={max(0, math.floor((usable - beside) / member))}")
     whole = memory_of(config, model, 1)[0]
-    state = whole["parameters (fp32; embedding bf16)"] + whole["AdamW"] + whole["Muon, this rank's share"]
+    state = (whole["parameters (fp32; embedding bf16)"] + whole["AdamW"]
+             + whole["Muon, this rank's share"])
     members, states = config.trajectories * config.cycles, 2 * config.trajectories + 1
     print(f"disk in GB: {members} members of {member / 1e9:.3g} = {members * member / 1e9:,.4g}; "
           f"{states} states of {state / 1e9:.3g} = {states * state / 1e9:,.4g}; "
@@ -245,7 +250,7 @@ def main(argv=None):
             fail(f"{name}={value}: must be more than 0, and at most {1 if name == 'mfu' else 1e9:g}")
     if not can_share(config, options.ranks):
         fail(f"ranks={options.ranks}: cannot share the steps of this config equally; try "
-                        f"--ranks={processes(config, options.ranks)}")
+             f"--ranks={processes(config, options.ranks)}")
     model, sequences = meta_model(config), sequences_per_epoch(config)
     print_model(model)
     print_cycles(config, sequences)
@@ -254,5 +259,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # piped into head
     main()

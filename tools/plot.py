@@ -1,31 +1,33 @@
 """
 The picture of a population: python -m tools.plot CONFIG [--name=value ...] [--beside=RUN_DIR,RUN_DIR,...]
-Reads run_dir/prior.json, writes run_dir/prior.png: loss against K for each rule, each member's loss and the mixture's
-after each cycle, the weights, and loss against training epochs, beside the finished runs of other configs; and its
-student, where prior.py --student has weighed one.
+Reads run_dir/prior.json, writes run_dir/prior.png: loss against K for each rule, each member's loss and the
+mixture's after each cycle, the weights, and loss against training epochs, beside the finished runs of other
+configs; and its student, where prior.py --student has weighed one.
 """
 import itertools
 import os
 from pathlib import Path
 
 os.environ.pop("MPLBACKEND", None)          # a notebook's perhaps, which matplotlib would look for
-import matplotlib           # noqa: E402
-import numpy as np          # noqa: E402
-from matplotlib.figure import Figure        # noqa: E402
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 
 from infra.config import from_args, student_of
 from infra.console import fail, script
 from infra.files import write_whole
 from infra.run_directory import load_prior
 
-RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"), "topk": ("K largest weights (the paper's)", "tab:orange"),
+RULES = {"uniform": ("K lowest losses, equal weights", "tab:gray"),
+         "topk": ("K largest weights (the paper's)", "tab:orange"),
          "learned": ("learned prior, K members", "tab:blue")}
 
 
 def curve(axes, x, rows, errors=None, **style):
-    """One line: the mean over repeats (rows) with their standard deviation as bars, or a single row with its errors."""
+    """One line: the mean over repeats (rows), bars their standard deviation, or one row with its errors."""
     rows = np.array(rows)
-    axes.errorbar(x, rows.mean(axis=0), rows.std(axis=0, ddof=1) if len(rows) > 1 else errors, capsize=3, markersize=4, **style)
+    bars = rows.std(axis=0, ddof=1) if len(rows) > 1 else errors
+    axes.errorbar(x, rows.mean(axis=0), bars, capsize=3, markersize=4, **style)
 
 
 def pick(priors, rule, key):
@@ -38,14 +40,15 @@ def loss_against_K(axes, priors):
     for rule in [rule for rule in dict.fromkeys(a["rule"] for a in priors[0]["answers"]) if rule in common]:
         label, color = RULES.get(rule, (rule, "tab:purple"))        # a new rule is drawn under its own name
         K = pick(priors, rule, "K")[0]
-        errors = np.array(pick(priors, rule, "val_error")[0], dtype=float)          # nan where there is one document
+        errors = np.array(pick(priors, rule, "val_error")[0], dtype=float)      # nan for a single document
         curve(axes, K, pick(priors, rule, "val_loss"), errors, color=color, marker="o", label=label)
     axes.axhline(np.mean(pick(priors, "best", "val_loss")), color="tab:red", ls="--",
                  label="best single member, chosen on the fitness set")
     axes.set_xscale("log", base=2)
     K = pick(priors, "learned", "K")[0]
     axes.set_xticks(K, [str(k) for k in K])
-    axes.set(xlabel="K, members that answer (each costs a forward pass)", title="A population against its best member")
+    axes.set(xlabel="K, members that answer (each costs a forward pass)",
+             title="A population against its best member")
 
 
 def loss_against_cycle(axes, priors):
@@ -58,13 +61,14 @@ def loss_against_cycle(axes, priors):
     curve(axes, [g["cycle"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown],
           color="tab:blue", marker="o", label="learned prior over all members so far")
     if 0 < priors[0]["distill_from"] < len(grown[0]):
-        axes.axvline(priors[0]["distill_from"] - 0.5, color="black", lw=0.8, ls=":", label="chain distillation from here")
+        axes.axvline(priors[0]["distill_from"] - 0.5, color="black", lw=0.8, ls=":",
+                     label="chain distillation from here")
     axes.set(xlabel="cycle", title="Each member alone, and their mixture")
     zoom(axes, priors)
 
 
 def zoom(axes, priors, others=()):
-    """The first members are far above all others: leave them out of the frame, but keep the losses of `others` in it."""
+    """The first members are far above: leave them out of the frame, but keep the losses of `others` in."""
     losses = [m["val_loss"] for prior in priors for m in prior["members"]]
     low = min([*(g["val_loss"] for prior in priors for g in prior["growing"]), *others])
     high = max([np.percentile(losses, 80), *others])
@@ -82,8 +86,9 @@ def weights_by_member(figure, axes, priors):
     image = axes.imshow(grid, aspect="auto", cmap="Blues", vmin=0)
     figure.colorbar(image, ax=axes, label="weight")
     axes.set_yticks(range(len(grid)))
+    mean = ", mean over seeds" if len(priors) > 1 else ""
     axes.set(xlabel="cycle", ylabel="trajectory",
-             title="Weights of the learned prior over all members" + (", mean over seeds" if len(priors) > 1 else ""))
+             title=f"Weights of the learned prior over all members{mean}")
 
 
 def loss_against_epochs(axes, priors, beside):
@@ -91,7 +96,8 @@ def loss_against_epochs(axes, priors, beside):
     curve(axes, [g["epochs"] for g in grown[0]], [[g["val_loss"] for g in row] for row in grown],
           color="tab:blue", marker="o", label="this population, learned prior")
     for (label, others), marker in zip(beside.items(), itertools.cycle("s^Dv<>P*")):
-        curve(axes, [others[0]["growing"][-1]["epochs"]], [[other["growing"][-1]["val_loss"]] for other in others],
+        ends = [other["growing"][-1] for other in others]
+        curve(axes, [ends[0]["epochs"]], [[end["val_loss"]] for end in ends],
               color="black", marker=marker, ls="", label=label)
     axes.set(xlabel="epochs of training, all trajectories together", title="What training buys")
     zoom(axes, priors, [other["growing"][-1]["val_loss"] for others in beside.values() for other in others])
@@ -99,17 +105,18 @@ def loss_against_epochs(axes, priors, beside):
 
 def draw(priors, path, beside):
     """
-    The figure of one population (bars: standard error of the difference to the best member, over validation documents),
-    or of its repeats with other seeds (bars: their standard deviation). priors: contents of prior.json; beside: label ->
-    those of other runs to compare with.
+    The figure of one population (bars: standard error of the difference to the best member, over validation
+    documents), or of its repeats with other seeds (bars: their standard deviation). priors: contents of
+    prior.json; beside: label -> those of other runs to compare with.
     """
     matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                                 "text.parse_math": False})              # a file's name may have dollars
     figure = Figure(figsize=(11, 8), layout="constrained")              # no pyplot: no window, no backend
     (a, b), (c, d) = figure.subplots(2, 2)
-    best, mixed = (np.mean([losses[-1] for losses in pick(priors, rule, "val_loss")]) for rule in ("best", "learned"))
-    figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per token; "
-                    f"the best one alone: {best:.3f}")
+    best, mixed = (np.mean([losses[-1] for losses in pick(priors, rule, "val_loss")])
+                   for rule in ("best", "learned"))
+    figure.suptitle(f"{len(priors[0]['members'])} members, their probabilities mixed: {mixed:.3f} nats per "
+                    f"token; the best one alone: {best:.3f}")
     loss_against_K(a, priors)
     loss_against_cycle(b, priors)
     weights_by_member(figure, c, priors)
@@ -117,12 +124,12 @@ def draw(priors, path, beside):
     for axes in (a, b, d):
         axes.set_ylabel("validation loss, nats per token")
         axes.legend(frameon=False, fontsize=8)
-    bars = (f"mean and standard deviation over {len(priors)} seeds" if len(priors) > 1 else
-            "bars, first panel: standard error of the difference to the best member, over validation documents")
+    bars = "bars, first panel: standard error of the difference to the best member, over validation documents"
+    if len(priors) > 1:
+        bars = f"mean and standard deviation over {len(priors)} seeds"
     text = priors[0]["text"]
-    name = Path(text.get("data", "FineWeb")).name.encode(errors="replace").decode()     # in UTF-8, perhaps not
-    figure.supxlabel(f"{bars}. Text: {name}, "
-                     f"SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
+    name = Path(text.get("data", "FineWeb")).name.encode(errors="replace").decode()     # perhaps not in UTF-8
+    figure.supxlabel(f"{bars}. Text: {name}, SHA-256 {text.get('text_sha256', 'unknown')[:16]}", fontsize=8)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
 
 
@@ -137,11 +144,13 @@ def main(argv=None):
         beside[Path(folder).name if short else folder] = [other]
         if any(other["text"].get(k) != mine["text"].get(k)
                for k in ("text_sha256", "tokenizer", "val_tokens")):
-            fail(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of one data_dir")
+            fail(f"beside={folder}: its losses are of another text, tokenizer or val_tokens; compare runs of "
+                 "one data_dir")
     student = Path(student_of(config).run_dir)
     if (student / "prior.json").exists():
         [last] = load_prior(student)["growing"]         # its own epochs come on top of its teachers'
-        beside["its student"] = [{"growing": [{**last, "epochs": last["epochs"] + mine["growing"][-1]["epochs"]}]}]
+        epochs = last["epochs"] + mine["growing"][-1]["epochs"]
+        beside["its student"] = [{"growing": [{**last, "epochs": epochs}]}]
     draw([mine], Path(config.run_dir) / "prior.png", beside)
     print(f"results are in {config.run_dir}: prior.json, prior.png, metrics.jsonl")
 
