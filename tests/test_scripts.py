@@ -199,7 +199,8 @@ def test_snapshots_of_the_public_script_become_members(snapshots, finished, tmp_
     assert "mixture of 2" in capsys.readouterr().out
     for path in (tmp_path / "foreign" / "trajectory_00").glob("cycle_00[1-3]*"):
         path.unlink()
-    assert "no checkpoint" in refused(train.main, argv[:-1])            # not even the first is trained over
+    # not even the first is trained over
+    assert "trajectory_00' has members but no checkpoint" in refused(train.main, argv[:-1])
 
 
 @pytest.mark.parametrize("name, change, words", [

@@ -92,6 +92,7 @@ def test_asked_to_stop_it_saves_and_goes_on(number, run):
     """By a launcher, Ctrl-C, a closed terminal, SLURM's warning."""
     [child] = run.begin("distillation step")
     os.kill(child, number)
+    time.sleep(0.01)
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
     assert kill.finish([child]) == [STOPPED] and kill.saved_last_step(run.folder)
     assert re.search(r"resume with: \S*python\S* \S*distill.py", run.said()) and "Traceback" not in run.said()
