@@ -5,7 +5,7 @@ labels and from its frozen predecessor, its teacher.
 One process:  python distill.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 distill.py configs/1p8b.py
 One student:  the same and --student, after prior.py: one model learns from the learned prior's K members
- Goes on from where train.py stopped, with the same loop and files; the student is a population of one, in
+Goes on from where train.py stopped, with the same loop and files; the student is a population of one, in
 run_dir/student, which prior.py --student reports. Run again, it does what is missing.
 """
 import math

@@ -6,7 +6,7 @@ mixture, the weighted mean of probabilities, on held-out text (the fitness set),
 One process:  python prior.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 prior.py configs/1p8b.py
 A student:    the same and --student: of run_dir/student, a population of one
- Scores every member on the held-out sets that it has no scores for yet, fits, and writes run_dir/prior.json:
+Scores every member on the held-out sets that it has no scores for yet, fits, and writes run_dir/prior.json:
 members and their losses; for each rule the losses for every K, and for K = 1, 2, 4, ... and all the members
 and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """

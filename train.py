@@ -5,7 +5,7 @@ noise.
 
 One process:  python train.py configs/tiny.py [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 train.py configs/1p8b.py
- Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir:
+Trains the cycles before distill_from (all, where there is no chain) on labels alone, into run_dir:
 config.json, metrics.jsonl, per trajectory its members and a checkpoint. Run again, it does only what is
 missing; asked to stop (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) it finishes its step and saves a checkpoint first.
 """
@@ -302,7 +302,9 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             tensors, at = run.load_checkpoint(t)
             if at["step"] < begin:
                 fail(f"trajectory {t} has not had its first {cycles.start} cycles: run train.py")
-            bar.update(min(at["step"], end))
+            done = min(at["step"], end)             # before: part of no rate
+            bar.n = bar.last_print_n = bar.n + done
+            bar.initial = getattr(bar, "initial", 0) + done
             if at["step"] >= end:
                 continue
             gc.collect()                        # the last one's memory: a compiled block refers to itself

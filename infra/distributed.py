@@ -1,6 +1,6 @@
 """
 Who trains what, on which rank; how ranks exchange numbers; how a run is asked to stop.
- `python -m infra.distributed CONFIG [--name=value ...]` checks a config and its run directory, and prints how
+`python -m infra.distributed CONFIG [--name=value ...]` checks a config and its run directory, and prints how
 many processes run.sh starts for it.
 """
 import contextlib

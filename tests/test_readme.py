@@ -25,7 +25,7 @@ def test_the_quoted_code_is_there():
     quoted = README.split("## The three primitives")[1].split("\n## ")[0]
     for file, block in re.findall(r"\]\((\w+\.py)\).*?```python\n(.*?)```", quoted, re.S):
         for line in block.splitlines():
-            assert line in (ROOT / file).read_text().splitlines(), line
+            assert line.startswith("# ") or line in (ROOT / file).read_text().splitlines(), line
 
 
 def test_what_they_name_exists():
