@@ -91,8 +91,9 @@ def newton(P, w, tolerance=1e-10):
         return w.sum() - (w.to(P.dtype) @ P).log().mean().double()      # its minimum over w >= 0 sums to 1
     now, rounding = loss(w), 4 * torch.finfo(P.dtype).eps
     for _ in range(100):
-        R = P / (w.to(P.dtype) @ P)
-        s, R = R.mean(dim=1).double(), (R / R.size(1) ** 0.5).float()
+        inverse = 1 / (w.to(P.dtype) @ P)
+        s = (P @ inverse).double() / len(inverse)
+        R = P.float() * (inverse / len(inverse) ** 0.5).float()
         H = (R @ R.T).double()                  # rounding here costs steps, not precision
         H += 1e-6 * H.diagonal().diag()         # equal members share
         y = nonnegative_qp(H, H @ w + s - 1, w)                         # the gradient is 1 - s
@@ -174,12 +175,12 @@ def eliminate(p, members, w):
 def exchanges(p, members, w):
     """
     [(index in members, new member)]: the exchanges of one that can lower the loss of these fitted weights, in
-    the order of the loss with the new one in the old one's share, on at most 2^14 tokens.
+    the order of the loss with the new one in the old one's share, on at most 2^13 tokens.
     """
     mix = w @ p.exact(members)
     ratios = p.ratios(mix).index_fill(0, members, 0)
     others = (ratios > 1 - 1e-6).nonzero()[:, 0]        # no other lowers the loss, even beside all of these
-    some = slice(None, None, math.ceil(len(mix) / 2 ** 14))
+    some = slice(None, None, math.ceil(len(mix) / 2 ** 13))
     new, mix, losses = p.fast[others][:, some], mix[some].float(), []
     for member, old_share in zip(members, w):
         share = max(old_share.item(), 0.5 / len(w))
