@@ -42,7 +42,11 @@ def sent(monkeypatch, run_dir):
                 raise ConnectionError
             found.extend((key, step, value) for key, value in values.items())
         yield send
-    monkeypatch.setitem(log.BACKENDS, "memory", ("json", begin))
+    def broken(*_):
+        raise ValueError("no key")
+    backends = dict(memory=("json", begin), broken=("json", broken), absent=("no_such", None))
+    for name, backend in backends.items():
+        monkeypatch.setitem(log.BACKENDS, name, backend)
     return found
 
 
@@ -141,14 +145,10 @@ def test_a_dashboard_holds_every_step_once(backend, rows, run_dir, micro):
     ([], "to=''"),
     (["--to=memory", "--run_dir=nowhere"], "no 'nowhere/metrics.jsonl': run train.py"),
     (["--to=memory"], "another process"),
-    (["--to=absent"], "the package 'no_such_package' is missing: pip install -r"),
+    (["--to=absent"], "the package 'no_such' is missing: pip install -r"),
     (["--to=broken"], "to=broken: it does not start (ValueError: no key)"),
 ])
-def test_bad_requests_are_refused(args, words, sent, run_dir, micro, monkeypatch, refused):
-    def broken(*_):
-        raise ValueError("no key")
-    monkeypatch.setitem(log.BACKENDS, "absent", ("no_such_package", None))
-    monkeypatch.setitem(log.BACKENDS, "broken", ("json", broken))
+def test_bad_requests_are_refused(args, words, sent, run_dir, micro, refused):
     append(run_dir, STEPS[0])
     with lock(run_dir / ".log_memory.lock", ""):
         assert words in refused(log.main, [*micro(), *args]) and not sent

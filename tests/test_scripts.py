@@ -38,7 +38,7 @@ def by_run_sh(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
-    (folder / "data" / "loader.py").write_text("raise SystemExit('the caller's module was imported')")
+    (folder / "data" / "__init__.py").write_text("raise SystemExit(1)")
     flags = [f"--{k}={v}" for k, v in {**MICRO, "data_dir": "text", "run_dir": "out"}.items()]
     offline = ["unshare", "-rnu", "bash", "-c", 'ip link set lo up && hostname nowhere && exec "$@"', "-"]
     with_namespaces = shutil.which("unshare") and run(*offline, "true").returncode == 0

@@ -190,11 +190,12 @@ def no_room_for(file, room=350):
     return patch
 
 
-@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl", "cycle_000.safetensors",
-                                  "resume.safetensors", "00_000.safetensors", "prior.json"])
-def test_a_full_disk(file, run):
+@pytest.mark.parametrize("file, room", [
+    *((file, 350) for file in ("config.json", "metrics.jsonl", "cycle_000.safetensors", "resume.safetensors",
+                               "00_000.safetensors", "prior.json")), ("metrics.jsonl", 0)])
+def test_a_full_disk(file, room, run):
     """What was there stays, and the run goes on once there is room."""
-    assert run.codes(patch=no_room_for(file)) == [2], run.said()
+    assert run.codes(patch=no_room_for(file, room)) == [2], run.said()
     err = error_line(run.said())
     assert f"{file}'" in err and "make room" in err and not list(run.folder.rglob(".writing-*")), err
     run.finishes()
