@@ -1,10 +1,12 @@
 """
-How good are the answers for few members? For stored populations of up to 64 members: the fitness and validation loss of
-backward elimination alone (the rule before exchanges), of prior.py's learned answer and, for K <= 4, of the best of all
-subsets, with how often the answers are that subset: python results/subsets.py NAME=RUN_DIR,RUN_DIR,... [NAME=...]
+How good are the answers for few members? For stored populations of up to 64 members: the fitness and
+validation loss of backward elimination alone (the rule before exchanges), of prior.py's learned answer and,
+for K <= 4, of the best of all subsets, with how often the answers are that subset:
+python results/subsets.py NAME=RUN_DIR,RUN_DIR,... [NAME=...]
 Prints a page. All choices are made on the fitness set.
 """
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from infra.files import read_tensors                                                # noqa: E402
-from prior import Probabilities, answers_for, newton                        # noqa: E402
+from infra.files import read_tensors
+from prior import Probabilities, answers_for, newton
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+SIZES, BEST = (1, 2, 3, 4, 6, 8, 12, 16), "best of all subsets"
 
 
 def scores(run_dir, split):
@@ -30,15 +32,16 @@ def loss(log_p, members, w):
 
 def backward(log_p, weights):
     """
-    {K: (members, weights)}: from the optimum, the member without whom the others' mixture, not fitted again, loses least
-    goes, and the others are fitted again.
+    {K: (members, weights)}: from the optimum, the member without whom the others' mixture, not fitted again,
+    loses least goes, and the others are fitted again.
     """
     p, members = Probabilities(log_p), weights.nonzero()[:, 0]
     P, w = p.exact(members), weights[members]
     found = {len(w): (members, w)}
     while len(w) > 1:
         mix = w @ P
-        without = [((mix - w_i * row) / (1 - w_i)).clamp(min=1e-300).log().mean().item() for w_i, row in zip(w, P)]
+        without = [((mix - w_i * row) / (1 - w_i)).clamp(min=1e-300).log().mean().item()
+                   for w_i, row in zip(w, P)]
         keep = torch.arange(len(w)) != int(np.argmax(without))
         members, P = members[keep], P[keep]
         _, w, _ = newton(P, w[keep] / w[keep].sum())
@@ -49,8 +52,9 @@ def backward(log_p, weights):
 
 def best_subset(log_p, K, limit):
     """
-    (loss, members) of the best K members: expectation maximisation of all subsets at once, from equal weights; a subset
-    goes once its lower bound, the loss less log(max_k mean(p_k / mix)), is above the best loss so far.
+    (loss, members) of the best K members: expectation maximisation of all subsets at once, from equal
+    weights; a subset goes once its lower bound, the loss less log(max_k mean(p_k / mix)), is above the best
+    loss so far.
     """
     P = Probabilities(log_p).fast                                           # members, tokens
     subsets = torch.tensor(list(itertools.combinations(range(len(P)), K)))
@@ -78,7 +82,8 @@ def population(run_dir):
     fit, val = scores(run_dir, "fit"), scores(run_dir, "val")
     rules, _ = answers_for(fit)
     old = backward(fit, rules_weights(rules, len(fit)))
-    offset = loss(fit, *rules["best"][0]) - newton(Probabilities(fit).exact(rules["best"][0][0]), torch.ones(1).double())[0]
+    best = rules["best"][0]
+    offset = loss(fit, *best) - newton(Probabilities(fit).exact(best[0]), best[1])[0]
     rows, optimal = [], {}
     for K in SIZES:
         answers = {"elimination": old[min(K, max(old))], "learned": rules["learned"][K - 1]}
@@ -87,7 +92,7 @@ def population(run_dir):
         if K <= 4:
             best, members = best_subset(fit, K, loss(fit, *answers["learned"]) - offset)
             optimal[K] = [sorted(m.tolist()) == sorted(members) for m, _ in answers.values()]
-            rows.append((K, "best of all subsets", best + offset, float("nan")))
+            rows.append((K, BEST, best + offset, math.nan))
     return rows, optimal
 
 
@@ -97,20 +102,25 @@ def rules_weights(rules, members):
     return torch.zeros(members, dtype=torch.float64).index_copy(0, order, w)
 
 
+def numbers(values):
+    return "" if np.isnan(values).any() else ", ".join(f"{x:.4f}" for x in values)
+
+
 def main():
-    print("| text | K | rule | fitness loss | validation loss | is the best subset | missed by |\n|---|---|---|---|---|---|---|")
+    print("| text | K | rule | fitness loss | validation loss | is the best subset | missed by |")
+    print("|---|---|---|---|---|---|---|")
     for name, run_dirs in (argument.split("=", 1) for argument in sys.argv[1:]):
         found = [population(run_dir) for run_dir in run_dirs.split(",")]
         for K, rule in dict.fromkeys((K, rule) for K, rule, *_ in found[0][0]):
-            fit, val = (np.array([[row[i] for row in rows if row[:2] == (K, rule)][0] for rows, _ in found]) for i in (2, 3))
-            hits, missed = "", ""
-            if K <= 4:
-                which = ["elimination", "learned"].index(rule) if rule in ("elimination", "learned") else None
-                best = np.array([[row[2] for row in rows if row[:2] == (K, "best of all subsets")][0] for rows, _ in found])
-                hits = "" if which is None else f"{sum(optimal[K][which] for _, optimal in found)} of {len(found)}"
-                missed = "" if which is None else ", ".join(f"{max(0, x):.4f}" for x in fit - best)
-            values = ", ".join(f"{x:.4f}" for x in val) if not np.isnan(val).any() else ""
-            print(f"| {name} | {K} | {rule} | {', '.join(f'{x:.4f}' for x in fit)} | {values} | {hits} | {missed} |", flush=True)
+            def column(i, rule):
+                return np.array([next(row[i] for row in rows if row[:2] == (K, rule)) for rows, _ in found])
+            fit, val, hits, missed = column(2, rule), column(3, rule), "", ""
+            if K <= 4 and rule != BEST:
+                hits = sum(optimal[K][rule == "learned"] for _, optimal in found)
+                hits = f"{hits} of {len(found)}"
+                missed = numbers(np.maximum(0, fit - column(2, BEST)))
+            cells = name, K, rule, numbers(fit), numbers(val), hits, missed
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@ import re
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are the CPU's: bits, and more ranks than GPUs
 
-import pytest           # noqa: E402
-import torch            # noqa: E402
-from safetensors import safe_open           # noqa: E402
+import pytest
+import torch
+from safetensors import safe_open
 
-import distill          # noqa: E402
-import prior            # noqa: E402
-import train            # noqa: E402
-from data import loader, prepare            # noqa: E402
-from infra.config import from_args          # noqa: E402
-from infra.files import read_json, read_tensors, write_json        # noqa: E402
-from infra.run_directory import RunDirectory            # noqa: E402
-from model import GPT       # noqa: E402
+import distill
+import prior
+import train
+from data import loader, prepare
+from infra.config import from_args
+from infra.files import read_json, read_tensors, write_json
+from infra.run_directory import RunDirectory
+from model import GPT
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,

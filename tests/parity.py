@@ -234,7 +234,7 @@ def sha256(sequences):
 
 
 def data_order(facts):
-    f, r, seed = facts["data_order"], np.random.default_rng([facts["seed"], 17]), facts["seed"]
+    r, seed = np.random.default_rng([facts["seed"], 17]), facts["seed"]
     lengths = r.integers(20, 400, size=300)
     documents = [np.append(256, r.integers(0, 256, size=n - 1)) for n in lengths]
     tokens = np.concatenate(documents).astype(np.uint16)

@@ -14,7 +14,7 @@ pa = pytest.importorskip("pyarrow")
 @pytest.fixture
 def documents(tmp_path, monkeypatch):
     """120 documents in two .parquet files with several row groups, in the place of the hub."""
-    import pyarrow.parquet
+    import pyarrow.parquet          # noqa: F401 - and with it pyarrow
     r = np.random.default_rng(0)
     texts = ["".join(map(chr, r.integers(97, 200, n))) for n in r.integers(0, 60, 120)]
     for name, part in (("a", texts[:70]), ("b", texts[70:])):
