@@ -174,6 +174,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
     (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
     (["--tasks=piqa"], '{"goal": "a"}', ["piqa.jsonl", "columns goal"]),
+    (["--tasks=piqa"], '{"goal": "a", "sol1": "b", "sol2": "c", "label": "0"}', ["piqa.jsonl", "none of the 2 choices"]),
     (["--tasks=boolq"], None, ["boolq", "boolq.jsonl"]),
     (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
     (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generated"]),

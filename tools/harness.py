@@ -81,6 +81,8 @@ def load_task(name, folder="", limit=0, lms=()):
             fail(f"tasks={name}: is few-shot (num_fewshot={task.config.num_fewshot}); only zero-shot tasks "
                  "can be asked")
         task.build_all_requests(limit=limit or None)
+        for doc in {i.doc_id: i.doc for i in task.instances}.values():
+            check_gold(task, doc)
         found = [{metric: str(value) for metric, (value, _) in figures(task, lm).items()} for lm in lms]
     except Exception as e:          # other columns, no network: the harness raises nearly anything
         fail(f"tasks={name}: cannot use its questions from {source} ({type(e).__name__}: {e}): they need "
@@ -91,6 +93,16 @@ def load_task(name, folder="", limit=0, lms=()):
                  "mixture's probabilities of the whole vocabulary would have to be kept: leave it out")
     return task, dict(about, questions=len({i.doc_id for i in task.instances}), version=task.VERSION,
                       lm_eval=lm_eval.__version__)
+
+
+def check_gold(task, doc):
+    """ValueError where the answer is none of the choices: the harness would count the question as wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return
+    gold, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
+    right = gold if isinstance(gold, list) else [gold]
+    if not all(i in choices if isinstance(i, str) else 0 <= i < len(choices) for i in right):
+        raise ValueError(f"the answer {gold!r} is none of the {len(choices)} choices")
 
 
 def figures(task, lm):
