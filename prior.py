@@ -237,20 +237,21 @@ def learned(p, weights, by_loss, rules):
     what exchanges make of them where K is at most 8 or reported.
     """
     left = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0])
+    most, searched = max(left), reported(len(by_loss)) | set(range(2, 9))
     lowest, found = functools.partial(min, key=operator.itemgetter(0)), [rules[0][0]]
     for K in range(2, len(by_loss) + 1):
         loss, members, w = found[-1]
         idle = by_loss[~torch.isin(by_loss, members)][:1]       # an exchange puts the best in its place
         starts = [(loss, torch.cat([members, idle]), torch.cat([w, w.new_zeros(1)]))]
-        if K <= max(left):
+        if K <= most:
             starts.append(lowest([left[K], *(rule[K - 1] for rule in rules)]))
-        if K < max(left):
+        if K < most:
             if K == 2 and len(by_loss) <= EXACT:
                 starts = [best_pair(p)]
             elif K > 8:
                 starts = [lowest(starts)]
             starts = [start if start is left[K] else fitted(p, *start[1:]) for start in starts]
-            if K <= 8 or K in reported(len(by_loss)):
+            if K in searched:
                 starts = [exchange(p, *start) for start in starts]
         found.append(lowest(starts))
     return [(members, w) for _, members, w in found]

@@ -3,7 +3,7 @@ Downstream accuracy, zero-shot, by lm-evaluation-harness (pip install -r require
 
 One process:  python -m tools.evaluate CONFIG [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 -m tools.evaluate CONFIG, which share the members
- Asks, after prior.py, the best member, for each K the uniform mixture and the learned prior, and the student
+Asks, after prior.py, the best member, for each K the uniform mixture and the learned prior, and the student
 where there is one. A mixture's log-probability of a choice is that of its probabilities, token by token
 (mix: tokens), or the weighted sum of its members' (paper). Every member is read once, its scores are kept.
 Prints each task's first metric; run_dir/evaluation.json has all of them.
