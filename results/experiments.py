@@ -1,7 +1,7 @@
 """
 Runs variants x seeds x texts and tabulates them:
 python results/experiments.py PLAN FOLDER [NAME=TEXT ...] [--seeds=42,1042,2042] [--jobs=CORES]
-PLAN is one of PLANS below; FOLDER holds the runs, a second call does only what is missing. The texts are the
+PLAN is one of plans.PLANS; FOLDER holds the runs, a second call does only what is missing. The texts are the
 manual and what NAME=TEXT adds (a .txt, .jsonl or .parquet). Each job is train.py, distill.py and prior.py on
 one thread. When all are done, writes results/PLAN.csv (a row for each answer of each run) and
 results/PLAN.md, its table: mean +- standard error over the seeds, and the paired differences that the plan
@@ -11,7 +11,6 @@ asks for.
 import argparse
 import concurrent.futures
 import csv
-import dataclasses
 import os
 import platform
 import shutil
@@ -28,73 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import loader                                 # noqa: E402
 from infra.config import from_args, student_of          # noqa: E402
-from infra.files import read_json                       # noqa: E402
+from infra.files import read_json, write_json           # noqa: E402
+from results.plans import PLANS                         # noqa: E402
 from tools import plan, plot                            # noqa: E402
 
 RESULTS = ROOT / "results"
-TINY, SINGLE, ONE = "configs/tiny.py", "configs/single.py", ("--trajectories=1",)
-STRONG = (*ONE, "--distill_alpha=0.7", "--distill_temperature=1")
-INDEPENDENT = ("--cycles=1", "--schedule=cosine", "--distill_from=1", "--ema_decay=0.95", "--ema_every=1")
-# what no config value says: one line that replaces one function of the method
-BEST = ("distill.teacher_of = lambda run, t, cycle: "
-        "min(range(cycle), key=lambda c: run.load_member(t, c, check=False)[1]['fit_loss'])")
-SMALL = ("--data=manual", "--tokenizer=bytes", "--train_tokens=32768", "--fitness_tokens=16384",
-         "--val_tokens=24576", "--epoch_multiple=8", "--n_layer=4", "--n_head=4", "--n_embd=128",
-         "--sequence_len=128", "--batch_tokens=1024", "--micro_batch=2")
-ENDS, LOOPS = ("--batch_tokens_ends=768",), ("--loop_start=2", "--loop_end=4")
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    label: str
-    config: str = TINY
-    flags: tuple = ()
-    change: str = ""            # a line of Python, run before every script
-    student: tuple = ()         # its flags: a student of this population, in a copy of its directory
-    of: str = ""                # that population's name in the plan
-
-
-def student(of, label, population, K):
-    return Variant(f"{label}: a student of K = {K}, 16 epochs", flags=population.flags,
-                   change=population.change, of=of,
-                   student=(f"--student_teachers={K}", "--student_epochs=16", "--student_alpha=0.85"))
-
-
-def single(epochs):
-    return Variant(f"one model, one cosine over {epochs} epochs", SINGLE, (f"--epochs_per_cycle={epochs}",))
-
-
-CHAIN = Variant("the predecessor teaches, alpha 0.7, T 1", flags=STRONG)
-BY_BEST = Variant("the best member so far teaches, alpha 0.7, T 1", flags=STRONG, change=BEST)
-PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, rule), to be subtracted])
-    "demo": ({
-        "tiny": Variant("2 x 16 cycles"),
-        "no_chain": Variant("2 x 16 cycles without the chain", flags=("--distill_from=16",)),
-        **{f"single_{epochs}": single(epochs) for epochs in (8, 16, 32)}},
-        [("tiny", "learned", "no_chain", "learned"), ("tiny", "best", "no_chain", "best")]),
-    "student": ({
-        "chain": CHAIN, "best": BY_BEST,
-        **{f"{of}_live{K}": student(of, population.label, population, K)
-           for of, population in (("chain", CHAIN), ("best", BY_BEST)) for K in (4, 8)}},
-        [("best", rule, "chain", rule) for rule in ("learned", "best")]
-        + [(f"{of}_live{K}", "best", f"{of}_stored", "best") for of in ("chain", "best") for K in (4, 8)]),
-    "baselines": ({
-        "independent": Variant("8 independent models of 32 epochs",
-                               flags=(*INDEPENDENT, "--trajectories=8", "--epochs_per_cycle=32")),
-        "q0_256": Variant("q0, --epochs=256", flags=("--epochs=256",)),
-        "e1": Variant("--epochs=1", flags=("--epochs=1",)),
-        "e4": Variant("--epochs=4", flags=("--epochs=4",)),
-        "e4_cycles": Variant("2 cycles of 2 epochs", flags=(*ONE, "--cycles=2")),
-        "e8": Variant("--epochs=8", flags=("--epochs=8",))},
-        [("q0_256", "learned", "independent", "uniform")]),
-    "rehearsals": ({name: Variant(f"{name}: the large config, made small", f"configs/{name.split()[0]}.py",
-                                  (*name.split()[1:], *SMALL, *flags)) for name, flags in {
-        "1p8b": (*ENDS, *LOOPS, "--cycles=10", "--epochs_per_cycle=0.25"),
-        "1p8b_960": (*ENDS, *LOOPS, "--cycles=10", "--epochs_per_cycle=0.25"), "1p8b_smoke": (*ENDS, *LOOPS),
-        "baseline": (*LOOPS, "--epochs_per_cycle=2", "--ema_every=1"), "124m": ("--epochs_per_cycle=1",),
-        "record11": (*LOOPS, "--cycles=3", "--first_cycle_epochs=2", "--epochs_per_cycle=4", "--ema_every=1"),
-        "1p8b --epochs=4": LOOPS, "1p8b --epochs=1": LOOPS}.items()}, []),
-}
 
 
 def commit():
@@ -104,10 +41,15 @@ def commit():
 
 # --------------------------------------------------------------------------------------------- the runs
 
+def data_dir(variant, folder):
+    """One for each amount of text: folder/data and what train_tokens is."""
+    return folder / "".join(["data", *(f.partition("=")[2] for f in variant.flags if "train_tokens" in f)])
+
+
 def scripts(names, variant, folder, source, seed, *more):
     """These scripts of a variant, one after another, in one process of one thread."""
     argv = [str(ROOT / variant.config), *variant.flags, f"--seed={seed}", f"--run_dir={folder}",
-            f"--data={source}", f"--data_dir={folder.parent / 'data'}", *more]
+            f"--data={source}", f"--data_dir={data_dir(variant, folder.parent)}", *more]
     calls = "; ".join(f"{name}.main(sys.argv[1:])" for name in names.split())
     code = f"import sys, train, distill, prior\nfrom data import prepare\n{variant.change}\n{calls}"
     done = subprocess.run(
@@ -118,26 +60,29 @@ def scripts(names, variant, folder, source, seed, *more):
 
 
 def run(name, variant, folder, source, seed):
-    """Train and weigh a variant in folder/NAME_SEED, where that is not done: (seconds, its prior.json)."""
+    """({commit, seconds}, prior.json) of a variant, trained and weighed in folder/NAME_SEED once."""
     own, began = folder / f"{name}_{seed}", time.monotonic()
     finished = own / "student" / "prior.json" if variant.student else own / "prior.json"
-    if not finished.exists():
+    about = own / "about.json"
+    if not (finished.exists() and about.exists()):
         if variant.student and not own.exists():
             half = own.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(folder / f"{variant.of}_{seed}", half, copy_function=os.link,
-                            ignore=shutil.ignore_patterns("metrics.jsonl", "student", ".*")).rename(own)
+            others = shutil.ignore_patterns("metrics.jsonl", "student", "about.json", ".*")
+            shutil.copytree(folder / f"{variant.of}_{seed}", half, copy_function=os.link, ignore=others)
+            half.rename(own)
         if variant.student:
             scripts("distill prior", variant, own, source, seed, "--student", *variant.student)
         else:
             scripts("train distill prior", variant, own, source, seed)
-    return time.monotonic() - began, read_json(finished)
+        write_json(about, dict(commit=commit(), seconds=round(time.monotonic() - began)))
+    return read_json(about), read_json(finished)
 
 
 def cost(variant, folder, source):
     """(training epochs, training TFLOP) in all, by tools.plan, the teachers' passes included."""
     config, _ = from_args([str(ROOT / variant.config), *variant.flags, *variant.student, f"--data={source}",
-                           f"--data_dir={folder / 'data'}", f"--run_dir={folder / 'none'}"], "")
+                           f"--data_dir={data_dir(variant, folder)}", f"--run_dir={folder / 'none'}"], "")
     sequences, model = loader.load(config).sequences_per_epoch, plan.meta_model(config)
     epochs = config.trajectories * config.epochs_until(config.cycles)
     flops = plan.flops_of(config, model, sequences)
@@ -152,9 +97,9 @@ def run_all(name, root, texts, seeds, jobs):
     """All rows of the .csv, best first what others wait for: populations, then students."""
     variants, rows = PLANS[name][0], []
     for text, source in texts.items():
-        for config, flags in dict.fromkeys((v.config, v.flags) for v in variants.values()):
-            (root / text).mkdir(parents=True, exist_ok=True)
-            scripts("prepare", Variant("", config, flags), root / text / "none", source, seeds[0])
+        (root / text).mkdir(parents=True, exist_ok=True)
+        for variant in {data_dir(v, root): v for v in variants.values()}.values():
+            scripts("prepare", variant, root / text / "none", source, seeds[0])
     todo = [(text, seed, key) for seed in seeds for text in texts for key in variants]
     todo.sort(key=lambda job: bool(variants[job[2]].student))
     bar = tqdm(total=len(todo), unit="run", desc=name)
@@ -163,21 +108,25 @@ def run_all(name, root, texts, seeds, jobs):
             futures = {pool.submit(run, key, variants[key], root / text, texts[text], seed): (text, seed, key)
                        for text, seed, key in todo if bool(variants[key].student) == students}
             for future in concurrent.futures.as_completed(futures):
-                (text, seed, key), (seconds, prior) = futures[future], future.result()
+                (text, seed, key), (about, prior) = futures[future], future.result()
                 epochs, tflop = cost(variants[key], root / text, texts[text])
-                about = dict(plan=name, text=text, sha256=prior["text"].get("text_sha256", "")[:16],
-                             variant=key, seed=seed, commit=commit(), epochs=epochs, tflop=round(tflop, 3),
-                             seconds=round(seconds))
-                rows += [dict(about, **{k: a[k] for k in ("rule", "K", "fit_loss", "val_loss")})
+                of = dict(plan=name, text=text, sha256=prior["text"].get("text_sha256", "")[:16],
+                          variant=key, seed=seed, commit=about["commit"], epochs=epochs,
+                          tflop=round(tflop, 3), seconds=about["seconds"])
+                rows += [dict(of, **{k: a[k] for k in ("rule", "K", "fit_loss", "val_loss")})
                          for a in prior["answers"]]
+                write_rows(name, rows)              # all there are: this may be stopped and called again
                 bar.update()
-    rows.sort(key=lambda r: (r["text"], r["variant"], int(r["seed"]), r["rule"], r["K"]))
+    if name == "demo":
+        picture(root / "manual", variants, seeds)
+
+
+def write_rows(name, rows):
+    rows = sorted(rows, key=lambda r: (r["text"], r["variant"], int(r["seed"]), r["rule"], r["K"]))
     with open(RESULTS / f"{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    if name == "demo":
-        picture(root / "manual", variants, seeds)
 
 
 def picture(folder, variants, seeds):

@@ -4,7 +4,7 @@ import csv
 import pytest
 
 from infra.files import read_json
-from results import experiments
+from results import experiments, plans
 from tests.conftest import MICRO
 
 
@@ -12,8 +12,8 @@ def test_a_plan_is_run_once_and_tabulated(tmp_path, monkeypatch):
     flags = tuple(f"--{k}={v}" for k, v in {**MICRO, "trajectories": 1, "cycles": 3}.items())
     # the student stays the best member, from which it starts
     still = "train.rate_multipliers = lambda *_: (0.0, 0.0)"
-    one = experiments.Variant("one teaches", flags=flags)
-    taught = experiments.Variant("a student", flags=flags, change=still, of="one",
+    one = plans.Variant("one teaches", flags=flags)
+    taught = plans.Variant("a student", flags=flags, change=still, of="one",
                                  student=("--student_teachers=2", "--student_epochs=0.5"))
     plan = dict(one=one, taught=taught), [("taught", "best", "one", "learned")]
     monkeypatch.setitem(experiments.PLANS, "small", plan)
