@@ -1,0 +1,260 @@
+"""
+Tables for the paper's claims, from epochs.csv, ablations.csv, data.csv (results/experiments.py) and
+claims.csv (results/claims.py): python results/claims_page.py writes results/claims.md.
+"""
+import csv
+import itertools
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+from results.experiments import mean_error              # noqa: E402
+from results.plans import ABLATIONS, PLANS              # noqa: E402
+from tools.efficiency import multiple                   # noqa: E402
+
+BUDGETS = 8, 16, 32, 64, 128
+
+
+class Table:
+    """(text, variant) -> seed -> (what or rule, n or K) -> (fitness loss, validation loss)."""
+
+    def __init__(self):
+        self.rows, self.tflop = defaultdict(lambda: defaultdict(dict)), {}
+        for plan in ("epochs", "ablations", "data", "claims"):
+            path = RESULTS / f"{plan}.csv"
+            for r in csv.DictReader(path.open(newline="")) if path.exists() else ():
+                what = r.get("what") or r["rule"], int(r.get("n") or r["K"])
+                self.rows[r["text"], r["variant"]][r["seed"]][what] = float(r["fit_loss"] or "nan"), float(
+                    r["val_loss"])
+                if r.get("tflop"):
+                    self.tflop[r["variant"]] = float(r["tflop"])
+        self.texts = list(dict.fromkeys(text for text, _ in self.rows))
+
+    def of(self, text, variant, what, n=None):
+        """{seed: (fitness, validation loss)}; n None: the largest; a K above the members: all."""
+        found = {}
+        for seed, losses in self.rows.get((text, variant), {}).items():
+            sizes = sorted(size for name, size in losses if name == what)
+            if sizes and (n is None or what == "learned" or n in sizes):
+                found[seed] = losses[what, min(n or sizes[-1], sizes[-1])]
+        return found
+
+
+def cell(found):
+    return mean_error([val for _, val in found.values()]) if found else ""
+
+
+def table(lines, header, rows):
+    lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+def difference(a, b):
+    """[of each seed in both: validation loss of a less that of b]"""
+    return [a[seed][1] - b[seed][1] for seed in a if seed in b]
+
+
+def signed(values):
+    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.4f}{error} (n = {len(values)})" if values else ""
+
+
+# ----------------------------------------------------------------------------------------------- epochs
+
+def best_split(t, text, E):
+    """{seed: (fitness, validation loss, epochs of a model)} of the independent models best on fitness."""
+    splits = [(n, t.of(text, f"independent_{n}", "first", E // n)) for n in (8, 16, 32) if E // n]
+    return {seed: min((*losses[seed], n) for n, losses in splits if seed in losses)
+            for seed in splits[0][1]} if E <= 64 else {}
+
+
+def crossing(t, text, x_of, K, target):
+    """[of each seed: where q0's curve over x_of(E), linear between points, reaches the target's loss]"""
+    found = []
+    for seed, (_, loss, *_) in target.items():
+        curve = [(x_of(E), t.of(text, f"q0_{E}", "learned", K)[seed][1]) for E in BUDGETS
+                 if seed in t.of(text, f"q0_{E}", "learned", K)]
+        x, y = zip(*curve)
+        reached = multiple(x, y, loss)
+        found.append(reached * x[0] if reached else np.nan)
+    return found
+
+
+def asymptote(t, text):
+    """The a of a + b E^-c through q0's mean losses, in 68 % of bootstraps over seeds; None: they rise."""
+    curves = [t.of(text, f"q0_{E}", "learned") for E in BUDGETS]
+    E, curves = zip(*((E, curve) for E, curve in zip(BUDGETS, curves) if curve))
+    losses = np.array([[curve[seed][1] for curve in curves] for seed in curves[0]])         # seeds, budgets
+    if len(E) < 5 or (np.diff(losses.mean(axis=0)) >= 0).any():
+        return None
+    def fit(y):
+        fits = []
+        for c in np.arange(0.05, 4, 0.01):
+            A = np.stack([np.ones(len(E)), np.array(E, float) ** -c], axis=1)
+            (a, b), *_ = np.linalg.lstsq(A, y, rcond=None)
+            fits.append((((A @ [a, b] - y) ** 2).sum(), a))
+        return min(fits)[1]
+    seeds = itertools.product(range(len(losses)), repeat=len(losses))
+    found = [fit(losses[list(some)].mean(axis=0)) for some in seeds]
+    return fit(losses.mean(axis=0)), *np.percentile(found, (16, 84))
+
+
+def epochs(t, text, lines):
+    rows = []
+    for E in BUDGETS:
+        one = t.of(text, f"independent_{E}", "first", 1) if E < 64 else t.of(text, f"one_{E}", "first", 1)
+        split, two = best_split(t, text, E), {32: "two_8", 64: "two_16"}.get(E)
+        each = ", ".join(f"{E // n} x {n}" for n in sorted({n for *_, n in split.values()}))
+        independent = {seed: losses[:2] for seed, losses in split.items()}
+        rows.append([E, cell(one), f"{cell(independent)} ({each})" if each else "",
+                     cell(t.of(text, "fresh_16", "first", E // 16)),
+                     *(cell(t.of(text, f"q0_{E}", "learned", K)) for K in (1, 8, None)),
+                     cell(t.of(text, two, "learned", 8)), cell(t.of(text, two, "learned"))])
+    table(lines, ["epochs", "one model", "independent models, best split (which)", "chain of 16-epoch models",
+                  "q0, K = 1", "q0, K = 8", "q0, all", "2 trajectories, K = 8", "2 trajectories, all"], rows)
+    student = cell(t.of(text, "student_48", "best"))
+    lines += ["", f"A student of q0's K = 4 at 32 epochs, 48 epochs in all: {student}."]
+    target, cost = best_split(t, text, 64), t.tflop.get("independent_8", np.nan)
+    for K in (8, None) if target else ():
+        at = crossing(t, text, lambda E: E, K, target)
+        work = crossing(t, text, lambda E: t.tflop[f"q0_{E}"], K, target)
+        lines.append(f"q0 with {'K = 8' if K else 'all members'} reaches the independent models of 64 epochs "
+                     f"at {mean_error(at)} epochs, {mean_error([64 / x for x in at])} times fewer; at "
+                     f"{mean_error([cost / x for x in work])} times fewer training FLOPs.")
+    a = asymptote(t, text)
+    lines.append("Asymptote of q0 with all members: " + (
+        f"{a[0]:.3f} ({a[1]:.3f} to {a[2]:.3f})." if a else "not determined."))
+
+
+# -------------------------------------------------------------------------------------------- ablations
+
+RULES = {"learned, all": ("learned", None), "learned, K = 8": ("learned", 8), "best member": ("best", 1)}
+
+
+def pooled(differences):
+    """(variance of paired differences pooled over variants, its degrees of freedom)."""
+    many = [np.array(d) for d in differences if len(d) > 1]
+    freedom = sum(len(d) - 1 for d in many)
+    return sum(((d - d.mean()) ** 2).sum() for d in many) / max(1, freedom), freedom
+
+
+def verdict(mean, error):
+    return "tie" if abs(mean) < 2 * error else "better" if mean < 0 else "worse"
+
+
+def ablations(t, text, lines):
+    names = [name for name in ABLATIONS if t.rows.get((text, name))]
+    found = {rule: {name: difference(t.of(text, name, *of), t.of(text, "q0_32", *of)) for name in names[1:]}
+             for rule, of in RULES.items()}
+    errors = {rule: pooled(of.values()) for rule, of in found.items()}
+    rows = []
+    for name in names:
+        cells = [f"`{name}`: {ABLATIONS[name].label}"]
+        for rule, of in RULES.items():
+            if name == "q0_32":
+                cells.append(cell(t.of(text, name, *of)))
+                continue
+            d, (variance, _) = found[rule][name], errors[rule]
+            error = (variance / max(1, len(d))) ** 0.5
+            cells.append(f"{np.mean(d):+.4f}, {verdict(np.mean(d), error)}" if d else "")
+        members, mixture = t.of(text, name, "members"), t.of(text, name, "learned")
+        gain = difference(members, mixture)
+        documents = [val for _, val in t.of(text, name, "documents").values()]
+        error = f"{np.mean(documents):.4f}" if documents else ""
+        rows.append([*cells, len(t.of(text, name, "learned")), error,
+                     cell(members), mean_error(gain) if gain else "", cell(t.of(text, name, "kl"))])
+    header = ["variant", *RULES, "n", "error over documents", "members' mean", "mixing adds", "KL"]
+    table(lines, header, rows)
+    for rule, (variance, freedom) in errors.items():
+        lines.append(f"\nStandard error of a difference of three seeds, {rule}: {(variance / 3) ** 0.5:.4f} "
+                     f"({freedom} degrees of freedom).")
+
+
+def averages(t, text, lines):
+    columns = {"best member": ("best", 1), "weights of the last 2": ("average", 2), "of 4": ("average", 4),
+               "of 8": ("average", 8), "greedy": ("greedy", None), "mixture of the last 8": ("last", 8),
+               "learned, K = 8": ("learned", 8)}
+    names = [name for name in ABLATIONS if t.of(text, name, "average", 2)]
+    rows = [[ABLATIONS[name].label, *(cell(t.of(text, name, *of)) for of in columns.values())]
+            for name in names]
+    table(lines, ["variant", *columns], rows)
+
+
+# ------------------------------------------------------------------------------------------------ prior
+
+def prior(t, text, lines):
+    sizes = 1, 2, 4, 8, 16, 32
+    rows = []
+    for name, rule in itertools.product(("q0_32", "q0_64", "two_16"), ("uniform", "topk", "learned")):
+        of = [t.of(text, name, rule, K) if K <= 16 or name != "q0_32" else {} for K in sizes]
+        gains = [difference(x, t.of(text, name, "uniform", K)) for x, K in zip(of, sizes)]
+        rows.append([f"`{name}`", rule, *(f"{cell(x)}" for x in of)])
+        if rule == "learned":
+            rows.append(["", "learned less uniform", *map(signed, gains)])
+    table(lines, ["population", "rule", *(f"K = {K}" for K in sizes)], rows)
+    for K in ("K=8", "all"):
+        cells = [cell(t.of(text, "q0_32", f"tokens {K}", n)) for n in (2048, 4096, 8192, 16384)]
+        full = t.of(text, "q0_32", f"tokens {K}")
+        costs = [signed(difference(t.of(text, "q0_32", f"tokens {K}", n), full)) for n in (2048, 4096, 8192)]
+        table(lines, [f"fitness set, {K}", "2,048 tokens", "4,096", "8,192", "all"],
+              [["validation loss", *cells], ["less that of all tokens", *costs, ""]])
+    rows = []
+    for K in ("K=8", "all"):
+        own = t.of(text, "q0_32", f"tokens {K}")
+        rows.append([K, cell(own), cell(t.of(text, "q0_32", f"other {K}")),
+                     cell(t.of(text, "q0_32", f"at home {K}")), cell(t.of(text, "q0_32", f"abroad {K}")),
+                     cell(t.of(text, "q0_32", "abroad uniform"))])
+    table(lines, ["members and weights", "fitted here, loss here", "fitted on the other text, loss here",
+                  "fitted there, loss there", "fitted here, loss there", "equal weights of all, there"], rows)
+
+
+def data(t, text, lines):
+    curve = {}              # times the text -> {seed: (fitness, validation loss, epochs)}, the best epochs
+    for times, runs in {1: {E: f"independent_{E}" for E in (8, 16, 32)} | {64: "one_64"},
+                        **{n: {int(name.split("_")[2]): name for name in PLANS["data"][0]
+                               if name.startswith(f"data_{n}_")} for n in (2, 4, 8, 16)}}.items():
+        of = {E: t.of(text, name, "first" if times == 1 else "best", 1) for E, name in runs.items()}
+        seeds = set.intersection(*(set(losses) for losses in of.values()))
+        if seeds:
+            curve[times] = {seed: min((*losses[seed], E) for E, losses in of.items()) for seed in seeds}
+    if len(curve) < 2:
+        lines += ["", "Not run yet."]
+        return
+    table(lines, ["times the text", "one model, best epochs (which)"],
+          [[times, f"{cell({s: x[:2] for s, x in of.items()})} ({sorted({x[2] for x in of.values()})})"]
+           for times, of in curve.items()])
+    means = [np.mean([x[1] for x in of.values()]) for of in curve.values()]
+    for label, found in {"q0, 64 epochs, all": t.of(text, "q0_64", "learned"),
+                         "2 x 16 cycles, all": t.of(text, "two_16", "learned"),
+                         "2 x 16 cycles, K = 8": t.of(text, "two_16", "learned", 8),
+                         "the student of 48 epochs": t.of(text, "student_48", "best"),
+                         "independent models, 64 epochs": {
+                             s: x[:2] for s, x in best_split(t, text, 64).items()}}.items():
+        worth = [multiple(list(curve), means, val) for _, val in found.values()]
+        above = f"more than {list(curve)[-1]}" if found else "not run"
+        lines.append(f"{label}: " + (f"{mean_error(worth)} times the text."
+                                     if worth and None not in worth else f"{above} times the text."))
+
+
+def main():
+    t, lines = Table(), [
+        "# The paper's claims in the laboratory: tables", "",
+        "Printed by `python results/claims_page.py` from epochs.csv, ablations.csv, data.csv and claims.csv. "
+        "The demo's model (0.9M parameters), 16 KB to train on; validation loss in nats per byte, mean +- "
+        "standard error over seeds; what each variant is stands in epochs.md and ablations.md. All choices "
+        "are made on the fitness set."]
+    for text in t.texts:
+        for title, of in {"loss against epochs": epochs, "ablations at 1 x 16 cycles, less q0_32": ablations,
+                          "averaging weights instead of probabilities": averages, "the prior": prior,
+                          "data efficiency": data}.items():
+            lines += [f"\n## {text}: {title}"]
+            of(t, text, lines)
+    (RESULTS / "claims.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
