@@ -177,7 +177,6 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
 @pytest.mark.parametrize("args, rows, names", [
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
     (["--tasks=mmlu"], None, ["group", "'mmlu_abstract_algebra', 'mmlu_anatomy'"]),
-    (["--tasks=mmlu_anatomy"], None, ["mmlu_anatomy.jsonl"]),
     (["--tasks= , "], None, ["empty"]),
     (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
     (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
