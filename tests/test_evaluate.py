@@ -32,9 +32,7 @@ QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two
              distractor3="a cat", correct_answer="the sky"),
         dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash",
              correct_answer="rain")]}
-
-
-PIQA = '{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}'
+PIQA = json.dumps(QUESTIONS["piqa"][0])
 
 
 @pytest.fixture(scope="module")
