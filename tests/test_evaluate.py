@@ -176,8 +176,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
     (["--tasks=mmlu"], None, ["group", "'mmlu_abstract_algebra', 'mmlu_anatomy'"]),
     (["--tasks= , "], None, ["empty"]),
-    (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
-    (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
+    (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]), (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
     (["--tasks=piqa"], '{"goal": "a"}', ["piqa.jsonl", "columns goal"]),
     (["--tasks=piqa"], PIQA + '\n{"sol1": "b", "sol2": "c", "label": 0}', ["piqa.jsonl", "other columns"]),
     (["--tasks=piqa"], PIQA.replace("0", '"0"'), ["piqa.jsonl", "none of the 2 choices"]),
@@ -230,18 +229,21 @@ def test_the_multiples_that_the_paper_prints(name, figures, printed, capsys):
 
 def test_the_same_rule_on_any_curve(tmp_path, capsys):
     path = tmp_path / "curve.csv"
-    path.write_text("tokens,loss\n4000,1.5\n1000,3.0\n2000,2.0\n8000,1.75\n")
+    path.write_text("tokens, loss\n4000,1.5\n1000,3.0\n2000,2.0\n8000,1.75\n")
     efficiency.main([f"--curve={path}", "loss=2.5", "loss=1.625", "loss=1.0"])
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
         "1.500 times the tokens", "3.500 times the tokens", "outside the curve, 1.5 to 3"]
 
 
-@pytest.mark.parametrize("args, names", [
-    (["loss"], ["loss=:", "number"]), (["los=3"], ["'los=3'", "loss, piqa"]),
-    (["--curve=curve.csv", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv"], ["missing.csv"]),
+@pytest.mark.parametrize("args, curve, names", [
+    (["loss"], "", ["loss=:", "number"]), (["loss=nan"], "", ["loss=nan"]), (["los=3"], "", ["'los=3'", "loss, piqa"]),
+    (["--curve=missing.csv"], "", ["missing.csv"]), (["--curve=curve.csv"], "tokens,loss\n1,2\n2,1", ["NAME=VALUE, of loss"]),
+    *((["--curve=curve.csv", "loss=1"], curve, ["curve=", "tokens,NAME"]) for curve in (
+        "", "tokens,loss", "tokens,loss\n1000,x", "tokens,loss\n1000,2\n2000,nan", "tokens,loss\n1000,2\n1000,1",
+        "tokens,loss,loss\n1000,2,2\n2000,1,1")),
 ])
-def test_bad_figures_are_refused(args, names, tmp_path, monkeypatch, refused):
+def test_bad_figures_are_refused(args, curve, names, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "curve.csv").write_text("tokens,loss\n1000,x\n")
+    (tmp_path / "curve.csv").write_text(curve)
     line = refused(efficiency.main, args)
     assert all(name in line for name in names), line

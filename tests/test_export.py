@@ -128,8 +128,7 @@ def test_its_tokenizer_gives_our_ids(micro, tmp_path):
 @pytest.mark.parametrize("args, names", [
     (["--to=full"], ["'full'", "empty"]),
     (["--to=full/file"], ["'full/file'", "empty"]),
-    ([], ["to=''"]),
-    (["--to=new"], ["tokenizer=bytes", "--ids"]),
+    ([], ["to=''"]), (["--to=new"], ["tokenizer=bytes", "--ids"]),
     (["--to=new", "--ids", "--K=4", "--member=0,0"], ["--K, --member"]),
     (["--to=new", "--ids", "--member=0,0", "--student"], ["--student"]),
     (["--to=new", "--ids", "--K=7"], ["K=7", "1, 2, 4, 6"]),
