@@ -14,7 +14,7 @@ import torch
 
 from infra.config import from_args
 from infra.distributed import join
-from infra.files import read_json
+from infra.files import lock, read_json
 from infra.run_directory import RunDirectory, load_prior
 from prior import load_member, model_to_score
 from tests.conftest import ROOT
@@ -32,6 +32,7 @@ QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two
              distractor3="a cat", correct_answer="the sky"),
         dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash",
              correct_answer="rain")]}
+PIQA = json.dumps(QUESTIONS["piqa"][0])
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +151,16 @@ def test_a_paired_error_is_that_of_the_differences(harness):
 
 def test_two_processes_share_and_a_second_call_reads_no_member(
         harness, population, questions, monkeypatch, capsys):
-    argv = [*population[1], questions, "--K=1,2,all", "--limit=1"]
+    argv = [*population[1], questions, "--tasks=arc_easy, piqa,arc_easy,sciq,", "--K=1, 2,all", "--limit=1"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     done = subprocess.run([*launch, "tools.evaluate", *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "it/s" not in done.stderr            # of the harness's bars, half of which would stand before an error
     path = population[0] / "run" / "evaluation.json"
     first = read_json(path)
     monkeypatch.setattr(evaluate, "load_member", None)          # would be called
-    evaluate.main(argv)
+    with lock(path.parent / "scores" / ".lock", ""), lock(path.parent / "student" / "scores" / ".lock", ""):
+        evaluate.main(argv)                     # beside a process that writes scores
     assert read_json(path) == first
     rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 6), ("learned", 6), ("student", 1)]
     assert [(a["rule"], a["K"]) for a in first["answers"]] == rules
@@ -171,14 +174,18 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
 @pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize("args, rows, names", [
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
-    (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]),
-    (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
+    (["--tasks=mmlu"], None, ["group", "'mmlu_abstract_algebra', 'mmlu_anatomy'"]),
+    (["--tasks= , "], None, ["empty"]),
+    (["--tasks=piqa"], "", ["piqa.jsonl", "empty"]), (["--tasks=piqa"], "{", ["piqa.jsonl", "JSON"]),
     (["--tasks=piqa"], '{"goal": "a"}', ["piqa.jsonl", "columns goal"]),
-    (["--tasks=piqa"], '{"goal": "a", "sol1": "b", "sol2": "c", "label": "0"}', ["piqa.jsonl", "none of the 2 choices"]),
+    (["--tasks=piqa"], PIQA + '\n{"sol1": "b", "sol2": "c", "label": 0}', ["piqa.jsonl", "other columns"]),
+    (["--tasks=piqa"], PIQA.replace("0", '"0"'), ["piqa.jsonl", "none of the 2 choices"]),
+    (["--tasks=piqa"], PIQA.replace("0", "0.5"), ["piqa.jsonl", "none of the 2 choices"]),
+    (["--tasks=wsc273"], '{"text": "The a.", "options": ["x", "y"], "label": 2, "pronoun": "a", "pronoun_loc": 4}', ["none of the 2"]),
     (["--tasks=boolq"], None, ["boolq", "boolq.jsonl"]),
     (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
-    (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generated"]),
-    (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1"], "answer": "A"}', ["few-shot"]),
+    (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generate_until"]),
+    (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1"], "answer": "A"}', ["num_fewshot=5"]),
     (["--K=x"], None, ["K=x", "1, 2, 4, 6"]),
     (["--limit=-1"], None, ["limit=-1"]),
 ])
@@ -222,18 +229,21 @@ def test_the_multiples_that_the_paper_prints(name, figures, printed, capsys):
 
 def test_the_same_rule_on_any_curve(tmp_path, capsys):
     path = tmp_path / "curve.csv"
-    path.write_text("tokens,loss\n4000,1.5\n1000,3.0\n2000,2.0\n8000,1.75\n")
+    path.write_text("tokens, loss\n4000,1.5\n1000,3.0\n2000,2.0\n8000,1.75\n")
     efficiency.main([f"--curve={path}", "loss=2.5", "loss=1.625", "loss=1.0"])
     assert [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()] == [
         "1.500 times the tokens", "3.500 times the tokens", "outside the curve, 1.5 to 3"]
 
 
-@pytest.mark.parametrize("args, names", [
-    (["loss"], ["loss=:", "number"]), (["los=3"], ["'los=3'", "loss, piqa"]),
-    (["--curve=curve.csv", "loss=1"], ["curve=", "tokens,NAME"]), (["--curve=missing.csv"], ["missing.csv"]),
+@pytest.mark.parametrize("args, curve, names", [
+    (["loss"], "", ["loss=:", "number"]), (["loss=nan"], "", ["loss=nan"]), (["los=3"], "", ["'los=3'", "loss, piqa"]),
+    (["--curve=missing.csv"], "", ["missing.csv"]), (["--curve=curve.csv"], "tokens,loss\n1,2\n2,1", ["NAME=VALUE, of loss"]),
+    *((["--curve=curve.csv", "loss=1"], curve, ["curve=", "tokens,NAME"]) for curve in (
+        "", "tokens,loss", "tokens,loss\n1000,x", "tokens,loss\n1000,2\n2000,nan", "tokens,loss\n1000,2\n1000,1",
+        "tokens,loss,loss\n1000,2,2\n2000,1,1")),
 ])
-def test_bad_figures_are_refused(args, names, tmp_path, monkeypatch, refused):
+def test_bad_figures_are_refused(args, curve, names, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "curve.csv").write_text("tokens,loss\n1000,x\n")
+    (tmp_path / "curve.csv").write_text(curve)
     line = refused(efficiency.main, args)
     assert all(name in line for name in names), line

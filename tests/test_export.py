@@ -19,13 +19,13 @@ from tools import export, generate
 WEIGHTS = {(0, 0): 0.25, (0, 2): 0.6, (1, 1): 0.15}
 FRESH = """
 import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 found, ids = {}, torch.load(sys.argv[1])
 for folder in sys.argv[3:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    prompt = tokenizer("If é ", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=False)[0][1:])
+    prompt = torch.tensor([[256, *"If é ".encode()]])
+    text = model.generate(prompt, max_new_tokens=50, do_sample=False)[0].tolist()
+    assert model.generate(max_new_tokens=5, do_sample=False)[0, 0] == 256       # as on the card
     with torch.no_grad():
         out = model(ids, labels=ids)
         mask = torch.tensor([[1] * ids.size(1) + [0] * 5] * len(ids))
@@ -36,15 +36,13 @@ for folder in sys.argv[3:]:
             model(**bad)
         except ValueError as e:
             refused.append(str(e))
-    found[folder] = dict(logits=out.logits, loss=out.loss, padded=padded.logits, prompt=prompt.input_ids,
-                         text=text, refused=refused)
+    found[folder] = dict(logits=out.logits, loss=out.loss, padded=padded.logits, text=text, refused=refused)
 torch.save(found, sys.argv[2])
 """
 
 
 def exported(argv, folder, *args):
-    pytest.importorskip("transformers", reason="it is missing: pip install -r requirements-export.txt")
-    export.main([*argv, f"--to={folder}", *args])
+    export.main([*argv, "--ids", f"--to={folder}", *args])
     return folder
 
 
@@ -61,6 +59,7 @@ def own_logits(path, ids, argv):
 
 
 def test_a_fresh_process_gives_our_logits_and_our_text(population, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="it is missing: pip install -r requirements-export.txt")
     run, argv = population[0] / "run", population[1]
     args = {"mixture": ["--K=4"], "member": ["--member=1,2"], "student": ["--student"]}
     folders = [exported(argv, tmp_path / name, *of) for name, of in args.items()]
@@ -69,7 +68,7 @@ def test_a_fresh_process_gives_our_logits_and_our_text(population, tmp_path, cap
     environment = {"HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FRESH, tmp_path / "ids.pt", tmp_path / "out.pt", *folders]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **environment})
-    found = dict(zip(args, torch.load(tmp_path / "out.pt").values()))
+    found, decode = dict(zip(args, torch.load(tmp_path / "out.pt").values())), get_tokenizer("bytes")[1]
     members = [own_logits(member_path(run, t, c), ids, argv) for t, c in WEIGHTS]
     for name, path in (("member", member_path(run, 1, 2)), ("student", member_path(run / "student", 0, 0))):
         assert torch.equal(found[name]["logits"], own_logits(path, ids, argv))
@@ -80,19 +79,18 @@ def test_a_fresh_process_gives_our_logits_and_our_text(population, tmp_path, cap
         torch.testing.assert_close(got["padded"][:, :20], got["logits"], atol=1e-5, rtol=0)
         p = got["logits"].double().log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])
         assert got["loss"].item() == pytest.approx(-p.mean().item(), abs=1e-5)
-        assert got["prompt"].tolist() == [[256, *"If é ".encode()]]
         assert "padding" in got["refused"][0] and "32" in got["refused"][1]
         capsys.readouterr()
         generate.main([*argv, "--prompt=If é ", "--tokens=50", "--temperature=0", *of])
         last = capsys.readouterr().out.splitlines()[-1]
-        assert last.endswith(repr(got["text"])), (name, last, got["text"])
+        assert last.endswith(repr(decode(got["text"]))), (name, last, got["text"])
 
 
 def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
     one, two = (exported(population[1], tmp_path / name, "--K=4") for name in ("one", "two"))
     assert sorted(p.name for p in one.iterdir()) == [
         "LICENSE", "README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
-        "modeling_q0.py", "tokenizer.json", "tokenizer_config.json"]
+        "modeling_q0.py"]
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name
         assert path.stat().st_mode & 0o777 == (one / "model.py").stat().st_mode & 0o777
@@ -109,37 +107,42 @@ def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
     assert str(run.parent) not in card + (one / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_its_tokenizer_gives_our_ids(name, micro):
-    pytest.importorskip("transformers")
+def test_its_tokenizer_gives_our_ids(micro, tmp_path):
+    transformers, config = pytest.importorskip("transformers"), from_args(micro(tokenizer="gpt2"), "")[0]
     try:
-        encode = get_tokenizer(name)[0]
+        encode = get_tokenizer("gpt2")[0]
     except SystemExit:
         pytest.skip("GPT-2's ranks are not here: connect once, or set TIKTOKEN_CACHE_DIR")
-    config, _ = from_args(micro(tokenizer=name), "")
-    tokenizer = export.tokenizer_of(config)
-    tokenizer.encode_special_tokens = True          # what split_special_tokens in tokenizer_config.json does
+    contents = export.model_files(config, [1.0]) | export.tokenizer_files(config)
+    export.write_folder(tmp_path / "exported", contents, {})
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     manual = "".join(json.loads(line)["text"] for line in (ROOT / "data" / "manual.jsonl").open())[:100_000]
     draw = random.Random(0)
     odd = "".join(chr(draw.choice([draw.randrange(32, 0xd800), draw.randrange(0xe000, 0x20000)]))
                   for _ in range(2000))
     for text in ("", "  two  spaces\r\n\n\tand <|endoftext|> in it\n", manual, odd):
-        assert tokenizer.encode(text).ids == [config.vocab_size - 1, *encode(text)]
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        assert tokenizer(text).input_ids == [config.vocab_size - 1, *encode(text)]
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
 @pytest.mark.parametrize("args, names", [
     (["--to=full"], ["'full'", "empty"]),
     (["--to=full/file"], ["'full/file'", "empty"]),
-    ([], ["to=''"]),
-    (["--to=new"], ["pip install -r", "requirements-export.txt"]),
+    ([], ["to=''"]), (["--to=new"], ["tokenizer=bytes", "--ids"]),
+    (["--to=new", "--ids", "--K=4", "--member=0,0"], ["--K, --member"]),
+    (["--to=new", "--ids", "--member=0,0", "--student"], ["--student"]),
+    (["--to=new", "--ids", "--K=7"], ["K=7", "1, 2, 4, 6"]),
 ])
 def test_bad_requests_are_refused(args, names, population, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for package in ("transformers", "transformers.convert_slow_tokenizer"):
-        monkeypatch.setitem(sys.modules, package, None)         # missing
     line = refused(export.main, [*population[1], *args])
     assert all(name in line for name in names), line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+
+
+def test_without_transformers_the_line_says_how_to_install_it(micro, monkeypatch, refused):
+    monkeypatch.setitem(sys.modules, "transformers.convert_slow_tokenizer", None)       # missing
+    line = refused(export.tokenizer_files, from_args(micro(tokenizer="gpt2"), "")[0])
+    assert "pip install -r" in line and "requirements-export.txt" in line

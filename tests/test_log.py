@@ -39,7 +39,7 @@ def sent(monkeypatch, run_dir):
     def begin(module, run, project, name, lines):
         def send(values, step):
             if len(found) > 8 and (run_dir / "gone").exists():
-                raise ConnectionError
+                raise RuntimeError("no more")
             found.extend((key, step, value) for key, value in values.items())
         yield send
     def broken(*_):
@@ -68,15 +68,17 @@ def once(sent):
     return found
 
 
-def test_the_last_line_of_a_step_holds_and_nothing_is_sent_twice(sent, run_dir, micro):
+def test_the_last_line_of_a_step_holds_and_nothing_is_sent_twice(sent, run_dir, micro, refused):
     argv = [*micro(), "--to=memory"]
-    append(run_dir, *({**step, "loss": 9.0} for step in STEPS[:2]), *STEPS[:3], '{"kind": "step", "traj\n')
+    append(run_dir, *({**step, "loss": 9.0} for step in STEPS[:2]), *STEPS[:3],
+           *(line + "\n" for line in ('{"kind": "step", "traj', "[1]", "2", "null", "{}", "[" * 9999)),
+           *({**STEPS[3], "kind": "bad", key: value} for key in ("trajectory", "cycle", "step")
+             for value in ("x", None, [1], 0.5, -1)), {**STEPS[0], "loss": 0.125, "note": "x", "norm": None})
     log.main(argv)
     assert [row[1:] for row in sent if row[0].endswith("loss")] == [(1, 0.125), (2, 0.25), (3, 1.125)]
     finish(run_dir, *STEPS[1:])                                 # killed and resumed: step 2 and 3 again
     (run_dir / "gone").touch()
-    with pytest.raises(SystemExit):
-        log.main(argv)
+    assert "(RuntimeError: no more)" in refused(log.main, argv)
     assert 3 < len(once(sent)) < len(ALL)                       # it broke off, and goes on there
     (run_dir / "gone").unlink()
     for _ in range(2):

@@ -8,6 +8,7 @@ python -m tools.efficiency --curve=FILE.csv loss=1.81   by a curve of your own, 
 """
 import csv
 import itertools
+import math
 import sys
 
 from infra.console import fail, print0, script
@@ -20,6 +21,13 @@ REFERENCE = {       # the paper's: nanochat's loss, the best of three depths, an
     "sciq": [.2977, .5740, .7070, .7520, .7577, .7740, .7747, .7897, .7967, .7993, .8087],
     "mean": [.3864, .5167, .5927, .6201, .6356, .6432, .6429, .6570, .6599, .6659, .6755],
 }
+
+
+def number(text):
+    """A finite float. Raises ValueError."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text!r} is not finite")
+    return value
 
 
 def multiple(tokens, figures, figure):
@@ -36,13 +44,13 @@ def multiple(tokens, figures, figure):
 def read_curve(path):
     """Column -> its numbers, by rising tokens. Exits with code 2 where the file has another form."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            names, *rows = csv.reader(f)
-        points = sorted([float(x) for x in row] for row in rows if row)
-        good = names[0] == "tokens" and len(points) > 1 and points[0][0] > 0
-        if not good or {len(point) for point in points} != {len(names)}:
-            raise ValueError("no tokens and figures in two rows or more")
-    except ValueError as e:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            names, *rows = csv.reader(f, skipinitialspace=True)
+        points = sorted([number(x) for x in row] for row in rows if row)
+        good = names[0] == "tokens" and len({tokens for tokens, *_ in points}) == len(points) > 1
+        if not good or points[0][0] <= 0 or {len(point) for point in points} != {len(set(names))}:
+            raise ValueError("no tokens and figures in two rows or more, or two of one number or name")
+    except (ValueError, csv.Error) as e:
         fail(f"curve={path}: is not a table of numbers ({e}): its first line must be tokens,NAME,...")
     return dict(zip(names, zip(*points)))
 
@@ -60,13 +68,15 @@ def main(argv=None):
             curve = read_curve(value)
         else:
             asked.append((name, value))
+    if not asked:
+        fail(f"give a figure, NAME=VALUE, of {', '.join(n for n in curve if n != 'tokens')}")
     for name, value in asked:
         if name not in curve or name == "tokens":
             fail(f"'{name}={value}': write NAME=VALUE, of {', '.join(n for n in curve if n != 'tokens')}")
         try:
-            times = multiple(curve["tokens"], curve[name], float(value))
+            times = multiple(curve["tokens"], curve[name], number(value))
         except ValueError:
-            fail(f"{name}={value}: must be a number")
+            fail(f"{name}={value}: must be a finite number")
         low, high = min(curve[name]), max(curve[name])
         print0(f"{name} {value}: " + (f"outside the curve, {low:g} to {high:g}" if times is None else
                                       f"{times:.3f} times the tokens"))

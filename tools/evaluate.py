@@ -21,6 +21,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
@@ -34,7 +35,10 @@ from prior import load_member, model_to_score
 OPTIONS = dict(tasks="arc_easy,piqa,sciq", K="all", questions="", limit=0)
 
 
-# ------------------------------------------------------------------------------------ what, and who answers
+def listed(name, text):
+    """The words of --name=a,b once each. Exits with code 2 where there are none."""
+    return dict.fromkeys(filter(None, map(str.strip, text.split(",")))) or fail(f"{name}={text}: is empty")
+
 
 def ask(config, options):
     """
@@ -48,7 +52,7 @@ def ask(config, options):
     except ImportError as e:
         fail(f"tools.evaluate needs lm-evaluation-harness ({e}): pip install -r requirements-eval.txt")
     asked, encode = [], get_tokenizer(config.tokenizer)[0]
-    for name in dict.fromkeys(options.tasks.split(",")):
+    for name in listed("tasks", options.tasks):
         rows = {}
         lms = [harness.Adapter(config, encode, separator, rows) for separator in (True, False)]
         task, about = harness.load_task(name, options.questions, options.limit, lms)
@@ -60,15 +64,13 @@ def ask(config, options):
 def choose(options, prior):
     """[(rule, K, {member: weight})], the best member first. Exits with code 2 where prior.json has none."""
     answers = [("best", 1)]
-    for word in options.K.split(","):
+    for word in listed("K", options.K):
         K = len(prior["members"]) if word == "all" else int(word) if word.isdecimal() else word
         prior_answer(prior, K)
         answers += [(rule, K) for rule in ("uniform", "learned") if K > 1]
     return [(rule, K, {(m["trajectory"], m["cycle"]): w for m, w in prior_answer(prior, K, rule)})
             for rule, K in dict.fromkeys(answers)]
 
-
-# --------------------------------------------------------------------------------------------- the scores
 
 @torch.no_grad()
 def score(model, rows, batch_tokens, done):
@@ -79,20 +81,17 @@ def score(model, rows, batch_tokens, done):
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))        # like lengths, the longest first
     log_p = [None] * len(rows)
     while order:
-        width = len(rows[order[0]][0]) - 1
-        size = max(1, batch_tokens // width)
+        size = max(1, batch_tokens // (len(rows[order[0]][0]) - 1))
         batch, order = order[:size], order[size:]
-        idx = torch.zeros(len(batch), width, dtype=torch.long)      # padded on the right, which nobody sees
-        wanted = torch.zeros(len(batch), width, dtype=torch.bool)
-        for i, inputs, mask in zip(batch, idx, wanted):
-            ids, n = rows[i]
-            inputs[:len(ids) - 1] = torch.tensor(ids[:-1])
-            mask[len(ids) - 1 - n:len(ids) - 1] = True
-        targets = torch.cat([torch.tensor(rows[i][0][-rows[i][1]:]) for i in batch]).to(model.device)
+        ids, counts = [torch.tensor(rows[i][0]) for i in batch], [rows[i][1] for i in batch]
+        idx = pad_sequence([row[:-1] for row in ids], batch_first=True)     # on the right, which nobody sees
+        wanted = pad_sequence([torch.arange(1, len(row)) >= len(row) - n for row, n in zip(ids, counts)],
+                              batch_first=True)
+        targets = torch.cat([row[-n:] for row, n in zip(ids, counts)]).to(model.device)
         x = model.hidden(idx.to(model.device))[wanted.to(model.device)]     # these alone go through the head
         found = torch.cat([-F.cross_entropy(model.logits(x[chunk]), targets[chunk], reduction="none")
                            for chunk in chunks(x, model.config.vocab_size)])
-        for i, tokens in zip(batch, found.cpu().split([rows[i][1] for i in batch])):
+        for i, tokens in zip(batch, found.cpu().split(counts)):
             log_p[i] = tokens
         done(len(batch))
     return torch.cat(log_p).numpy()
@@ -101,22 +100,23 @@ def score(model, rows, batch_tokens, done):
 def score_members(config, members, questions, ranks):
     """
     Score members, {(t, c): SHA-256 of the weights}, on questions, {name: rows}, where there are no scores
-    yet, spread over the ranks. Returns their run directory.
+    yet, spread over the ranks. Returns their run directory, which is locked while there is something to do.
     """
     run = RunDirectory(config, None)
-
-    def unscored(member):
-        return [name for name in questions
-                if run.load_scores(name, *member, check=False)[1] != members[member]]
+    todo = [(m, [name for name in questions if run.load_scores(name, *m, check=False)[1] != sha256])
+            for m, sha256 in members.items()]
+    todo = ranks.of_first([(m, names) for m, names in todo if names])       # the same for all ranks
+    if not todo:
+        return run
     with run.open(ranks, "scores"):
-        todo = [member for member in list(members)[ranks.rank::ranks.world_size] if unscored(member)]
-        model = model_to_score(config).to_device(ranks.device).eval() if todo else None
-        total = sum(len(questions[name]) for member in todo for name in unscored(member))
-        bar = progress_bar(total=total, unit="row", desc="scoring", disable=ranks.rank > 0 or not todo)
-        for member in todo:
+        own = todo[ranks.rank::ranks.world_size]
+        model = model_to_score(config).to_device(ranks.device).eval() if own else None
+        total = sum(len(questions[name]) for _, names in own for name in names)
+        bar = progress_bar(total=total, unit="row", desc="scoring", disable=ranks.rank > 0)
+        for member, names in own:
             if load_member(model, run, *member) != members[member]:
                 fail(f"'{run.member_path(*member)}' is not what prior.json weighed: run prior.py again")
-            for name in unscored(member):
+            for name in names:
                 log_p = score(model, questions[name], config.micro_batch * config.sequence_len, bar.update)
                 run.save_scores(name, *member, log_p, members[member])
         bar.close()
@@ -133,8 +133,6 @@ def mixed(run, name, rows, members, mix):
         tokens = functools.reduce(np.logaddexp, (math.log(w) + of_member for w, of_member in log_p))
     return np.add.reduceat(tokens, np.cumsum([0] + [n for _, n in rows[:-1]]))
 
-
-# ---------------------------------------------------------------------------------------------- the report
 
 def report(asked, answers):
     """[dict] of every task, answer (rule, K, run, {member: weight}), mix and separator."""
@@ -155,15 +153,16 @@ def report(asked, answers):
 
 def print_table(results):
     """Each task's first metric, with the separator before the prompt, and without."""
-    def number(metric, key, form):
-        return f"{'-' if metric.get(key) is None else format(metric[key], form):>8}"
+    def cells(metric):
+        forms = dict(value=".4f", error=".4f", difference="+.4f", paired_error=".4f")
+        return "".join(f" {'-' if metric.get(key) is None else format(metric[key], form):>7}"
+                       for key, form in forms.items())
     print0(f"{'':46}with the separator before the prompt, and without")
     print0(f"{'task, metric':20} rule       K mix   " + f"{'':8}{'+-':>8}{'- best':>8}{'+-':>8}   " * 2)
     for row, other in zip(results[::2], results[1::2]):
         name = next(iter(row["metrics"]))
-        print0(f"{row['task'] + ', ' + name:20} {row['rule']:8} {row['K']:>3} {row['mix']:6}" + "   ".join(
-            number(m, "value", ".4f") + number(m, "error", ".4f") + number(m, "difference", "+.4f")
-            + number(m, "paired_error", ".4f") for m in (row["metrics"][name], other["metrics"][name])))
+        print0(f"{row['task'] + ', ' + name:20} {row['rule']:8} {row['K']:>3} {row['mix']:6}"
+               f"{cells(row['metrics'][name])}   {cells(other['metrics'][name])}")
     print0("- best: difference to the best member; +-: standard errors, that one's on the same questions")
 
 
@@ -177,8 +176,8 @@ def main(argv=None):
     ranks = join(config)
     asked = ask(config, options) if ranks.rank == 0 else []         # one rank fetches the questions
     questions = ranks.of_first({about["scores"]: rows for about, rows, *_ in asked})
-    students = {m: taught.load_member(*m, check=False)[1]["tensors_sha256"] for m in taught.members()}
-    students = ranks.of_first(students)
+    students = ranks.of_first(
+        {m: taught.load_member(*m, check=False)[1]["tensors_sha256"] for m in taught.members()})
     wanted = {m for *_, weights in chosen for m in weights}
     members = {(m["trajectory"], m["cycle"]): m["weights_sha256"] for m in prior["members"]}
     run = score_members(config, {m: members[m] for m in sorted(wanted)}, questions, ranks)

@@ -2,11 +2,12 @@
 A model that leaves the house: python -m tools.export CONFIG --to=FOLDER [--name=value ...]
 Writes the mixture of K members, one member, or the student as a folder that Hugging Face transformers loads
 anywhere: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). In it: the weights in bf16
-(model.safetensors), their config, model.py as it is, a modelling file, the tokenizer and a model card.
+(model.safetensors), their config, model.py as it is, a modelling file, GPT-2's tokenizer and a model card.
 
 Of its own: --to=FOLDER (new, or empty)
             --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
             --member=T,C (trajectory and cycle): that model alone    --student: the student alone
+            --ids: without a tokenizer, for ids alone, as where the tokenizer is bytes
 """
 import dataclasses
 import json
@@ -26,36 +27,18 @@ from model import GPTConfig
 from prior import model_to_score
 from tools.generate import choose
 
-OPTIONS = dict(to="", K=0, member="", student=False)
+OPTIONS = dict(to="", K=0, member="", student=False, ids=False)
 
 SEPARATOR = "<|endoftext|>"
 SPECIAL = "bos", "eos", "pad"               # all of them the separator
+TEXT = """\
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = model.generate(**tokenizer("The ", return_tensors="pt"), max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
+IDS = "print(model.generate(max_new_tokens=40, do_sample=False))        # ids, from the separator on"
 
 
-def tokenizer_of(config):
-    """A fast tokenizer with data.tokenizer's ids, the separator in front; bytes are a BPE of no merges."""
-    try:
-        from tokenizers.processors import TemplateProcessing
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-    except ImportError as e:
-        fail(f"the package '{e.name}' is missing: pip install -r '{ROOT / 'requirements-export.txt'}'")
-    get_tokenizer(config.tokenizer)         # says what to do where its ranks cannot be had
-    ranks, pattern = {bytes([i]): i for i in range(256)}, r"[\s\S]+"
-    if config.tokenizer == "gpt2":
-        import tiktoken
-        encoding = tiktoken.get_encoding("r50k_base")
-        ranks, pattern = encoding._mergeable_ranks, encoding._pat_str
-
-    class Converter(TikTokenConverter):
-        def load_tiktoken_bpe(self, _):     # the original's reads a file
-            return ranks
-    tokenizer = Converter(pattern=pattern, extra_special_tokens=[SEPARATOR]).converted()
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, config.vocab_size - 1)])
-    return tokenizer
-
-
-def json_files(config, weights):
+def model_files(config, weights):
     """name -> contents."""
     ids = {f"{name}_token_id": config.vocab_size - 1 for name in SPECIAL} | {"use_cache": False}
     gpt = {f.name: getattr(config, f.name) for f in dataclasses.fields(GPTConfig)} | {"mtp_weight": 0.0}
@@ -65,11 +48,33 @@ def json_files(config, weights):
         dtype="float32", vocab_size=config.vocab_size, max_position_embeddings=config.sequence_len,
         hidden_size=config.n_embd, num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
         tie_word_embeddings=False, **ids)
-    tokenizer = dict(
+    return {"config.json": model, "generation_config.json": ids}
+
+
+def tokenizer_files(config):
+    """name -> contents: data.tokenizer's ids, the separator in front. Exits with code 2 where it is bytes."""
+    if config.tokenizer != "gpt2":
+        fail(f"tokenizer={config.tokenizer}: transformers has none such: add --ids, to export without one")
+    try:
+        from tokenizers.processors import TemplateProcessing
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError as e:
+        fail(f"the package '{e.name}' is missing: pip install -r '{ROOT / 'requirements-export.txt'}'")
+    get_tokenizer(config.tokenizer)         # says what to do where its ranks cannot be had
+    import tiktoken
+    encoding = tiktoken.get_encoding("r50k_base")
+
+    class Converter(TikTokenConverter):
+        def load_tiktoken_bpe(self, _):     # the original's reads a file
+            return encoding._mergeable_ranks
+    tokenizer = Converter(pattern=encoding._pat_str, extra_special_tokens=[SEPARATOR]).converted()
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, config.vocab_size - 1)])
+    about = dict(
         tokenizer_class="PreTrainedTokenizerFast", model_max_length=config.sequence_len, padding_side="right",
         model_input_names=["input_ids", "attention_mask"], clean_up_tokenization_spaces=False,
         split_special_tokens=True, **{f"{name}_token": SEPARATOR for name in SPECIAL})
-    return {"config.json": model, "generation_config.json": ids, "tokenizer_config.json": tokenizer}
+    return {"tokenizer.json": tokenizer.to_str(pretty=True), "tokenizer_config.json": about}
 
 
 def tensors_of(run, members):
@@ -124,7 +129,7 @@ def facts(run, prior):
         "code": f"{about['code']} (SHA-256 of the method's files); exported by commit {commit()}"}
 
 
-def card(run, prior, chosen, row, parameters):
+def card(run, prior, chosen, row, parameters, usage):
     """README.md. chosen: (trajectory, cycle) -> weight; row: their losses, as prior.json has them."""
     of, passes = {(m["trajectory"], m["cycle"]): m for m in prior["members"]}, len(chosen)
     title, what, each = "One model", f"One member of a population of {len(of)}.", ""
@@ -142,14 +147,15 @@ def card(run, prior, chosen, row, parameters):
     best = next(a for a in prior["answers"] if a["rule"] == "best")
     rows = {"parameters": f"{parameters:,}{each}", **facts(run, prior)}
     return (ROOT / "tools" / "model_card.md").read_text(encoding="utf-8").format(
-        title=title, what=what, sequence_len=run.config.sequence_len,
+        title=title, what=what, usage=usage, sequence_len=run.config.sequence_len,
+        separator=run.config.vocab_size - 1,
         facts="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
         losses="\n".join([losses("this model", row), losses("the best member", best)]),
         members="\n".join(f"| {t} | {c} | {w} | {of[t, c]['weights_sha256']} |"
                           for (t, c), w in chosen.items()))
 
 
-def write_folder(folder, tokenizer, contents, tensors):
+def write_folder(folder, contents, tensors):
     """All of its files; contents: name -> text, or a value to write as JSON."""
     folder.mkdir()
     for name, content in contents.items():
@@ -157,7 +163,6 @@ def write_folder(folder, tokenizer, contents, tensors):
         (folder / name).write_text(text, encoding="utf-8")
     for path in ("model.py", "tools/modeling_q0.py", "LICENSE"):
         shutil.copyfile(ROOT / path, folder / Path(path).name)
-    tokenizer.save(str(folder / "tokenizer.json"))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     shutil.copymode(folder / "model.py", folder / "model.safetensors")      # it would be its owner's alone
     for path in folder.iterdir():
@@ -170,20 +175,22 @@ def main(argv=None):
     folder = Path(options.to).expanduser().resolve()
     if not options.to or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"to='{options.to}': name a folder that is new or empty, such as --to=exported")
+    if sum(map(bool, (options.K, options.member, options.student))) > 1:
+        fail("--K, --member and --student each say what to export: give one of them")
     if options.student:
         config, options.member = student_of(config), "0,0"
     run, prior = RunDirectory(config, loader.load(config).fingerprint), load_prior(config.run_dir)
     label, members, weights = choose(options, prior, run)[-1]
-    tokenizer = tokenizer_of(config)
+    contents = model_files(config, weights) | ({} if options.ids else tokenizer_files(config))
     if options.member:
         row = next(m for m in prior["members"] if (m["trajectory"], m["cycle"]) == members[0])
     else:
         K = options.K or max(a["K"] for a in prior["answers"] if a["K"] <= 4)
         row = next(a for a in prior["answers"] if (a["K"], a["rule"]) == (K, "learned"))
     tensors, parameters = tensors_of(run, members)
-    readme = card(run, prior, dict(zip(members, weights)), row, parameters)
-    contents = {"README.md": readme, **json_files(config, weights)}
-    write_whole(folder, lambda temporary: write_folder(temporary, tokenizer, contents, tensors))
+    contents["README.md"] = card(
+        run, prior, dict(zip(members, weights)), row, parameters, IDS if options.ids else TEXT)
+    write_whole(folder, lambda temporary: write_folder(temporary, contents, tensors))
     print0(f"wrote {label} to '{options.to}': its README.md says how to load it")
 
 

@@ -3,9 +3,11 @@ lm-evaluation-harness as tools.evaluate needs it: its tasks, with the hub's ques
 of its kind, which first notes what it is asked and then answers from scores.
 """
 import collections
+import contextlib
 import difflib
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
@@ -23,34 +25,44 @@ from infra.console import fail
 SCORED = "multiple_choice", "loglikelihood", "loglikelihood_rolling"
 ENDINGS = ".jsonl", "_test.jsonl", "_validation.jsonl"      # of a file of questions, after the task's name
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+datasets.disable_progress_bars()
 
-
-# --------------------------------------------------------------------------------------------- the tasks
 
 @functools.cache
 def task_files():
     """Task -> the YAML file that defines it. The harness's own index takes ten times as long."""
-    name, root = re.compile(r"^task: *[\"']?([\w.-]+)", re.MULTILINE), Path(lm_eval.tasks.__file__).parent
-    return {found: path for path in sorted(root.glob("**/*.yaml"))
+    name = re.compile(r"""^["']?task["']?: *["']?([^\s"'#]+)""", re.MULTILINE)
+    return {found: path for path in sorted(Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"))
             for found in name.findall(path.read_text(encoding="utf-8"))}
+
+
+def tasks_of(part, index):
+    """The tasks behind a name in the harness's index, or behind a dict or list in a name's place."""
+    if isinstance(part, dict):
+        part = part.get("task", part.get("group"))
+    if isinstance(part, str):
+        if part in task_files():
+            return [part]
+        entry = index.get(part)             # a group has a file, and in it its parts; a tag its tasks
+        part = [] if entry is None else sorted(entry.tags) if entry.cfg is None else entry.cfg["task"]
+    return [task for inner in part or () for task in tasks_of(inner, index)]
 
 
 def read_questions(folder, name):
     """(rows as the hub has them, file, SHA-256) of a task. Exits with code 2 where there are none."""
-    paths = [Path(folder) / f"{name}{ending}" for ending in ENDINGS]
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        fail(f"questions={folder}: has no questions of '{name}': put them there as '{paths[0].name}', a line "
-             "of JSON for each question with the columns of the hub's data set")
+    paths = [Path(folder).expanduser() / f"{name}{ending}" for ending in ENDINGS]
+    path = next(filter(Path.exists, paths), None) or fail(
+        f"questions={folder}: has no questions of '{name}': put them there as '{paths[0].name}', a line of "
+        "JSON for each question with the columns of the hub's data set")
     content = path.read_bytes()
     try:
         rows = [json.loads(line) for line in content.decode().split("\n") if line.strip()]
+        if len({frozenset(row) for row in rows}) != 1:      # what lacks would be None, and asked so
+            raise ValueError("it is empty, or some lines have other columns")
         dataset = datasets.Dataset.from_list(rows)
     except Exception as e:          # not text, not JSON, no dicts, columns of several types
         fail(f"'{path}' is not a file of questions ({type(e).__name__}: {e}): it must have a line of JSON "
              "for each, with the columns of the hub's data set")
-    if not rows:
-        fail(f"'{path}' is empty: it must have a line of JSON for each question")
     return dataset, path, hashlib.sha256(content).hexdigest()
 
 
@@ -62,25 +74,25 @@ def load_task(name, folder="", limit=0, lms=()):
     not scored by log-likelihood alone, or its questions are not there or have other columns.
     """
     if name not in task_files():
-        near = difflib.get_close_matches(name, task_files(), n=1, cutoff=0)
-        fail(f"tasks={name}: lm-evaluation-harness has no such task: did you mean '{near[0]}'?")
+        inside = tasks_of(name, lm_eval.tasks.TaskManager().task_index)     # takes seconds
+        near = inside[:3] or difflib.get_close_matches(name, task_files(), n=1, cutoff=0)
+        fail(f"tasks={name}: lm-evaluation-harness has no such task (a group is asked by its tasks): did you "
+             f"mean {', '.join(map(repr, near))}?")
     spec, source, about = {"task": name}, "the hub", {"task": name, "source": "the hub"}
     if folder:
         rows, path, about["sha256"] = read_questions(folder, name)
         about["source"], source = path.name, f"'{path}', of columns {', '.join(rows.column_names)}"
         splits = collections.defaultdict(lambda: rows, train=rows, validation=rows, test=rows)
         spec["custom_dataset"] = lambda **_: splits
-    folders = [str(task_files()[name].parent)]
     try:
-        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=task_files()[name].parent)
         # inside a group, where settings of its own may stand beside a task's name
         task = manager.load({"group": "asked", "task": [spec]})["tasks"][name]
-        if task.OUTPUT_TYPE not in SCORED:
-            fail(f"tasks={name}: wants generated text; only tasks scored by log-likelihood can be asked")
-        if task.config.num_fewshot:
-            fail(f"tasks={name}: is few-shot (num_fewshot={task.config.num_fewshot}); only zero-shot tasks "
-                 "can be asked")
-        task.build_all_requests(limit=limit or None)
+        if task.OUTPUT_TYPE not in SCORED or task.config.num_fewshot:
+            fail(f"tasks={name}: is {task.OUTPUT_TYPE}, with num_fewshot={task.config.num_fewshot}: only "
+                 "zero-shot tasks that are scored by log-likelihood can be asked")
+        with contextlib.redirect_stderr(io.StringIO()):     # half a progress bar would stand before an error
+            task.build_all_requests(limit=limit or None)
         for doc in {i.doc_id: i.doc for i in task.instances}.values():
             check_gold(task, doc)
         found = [{metric: str(value) for metric, (value, _) in figures(task, lm).items()} for lm in lms]
@@ -97,18 +109,19 @@ def load_task(name, folder="", limit=0, lms=()):
 
 def check_gold(task, doc):
     """ValueError where the answer is none of the choices: the harness would count the question as wrong."""
-    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
-        return
-    gold, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
-    right = gold if isinstance(gold, list) else [gold]
-    if not all(i in choices if isinstance(i, str) else 0 <= i < len(choices) for i in right):
-        raise ValueError(f"the answer {gold!r} is none of the {len(choices)} choices")
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
+        return                      # with rules of its own
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc)
+    for answer in gold if isinstance(gold, list) else [gold]:
+        if answer not in (choices if isinstance(answer, str) else range(len(choices))):
+            raise ValueError(f"the answer {gold!r} is none of the {len(choices)} choices")
 
 
 def figures(task, lm):
     """
-    Metric -> (its value, (questions,) float64 where it is their mean, else None), by the task's own rules,
-    of an LM's answers. Like the harness's evaluate(), which builds the requests again for every LM.
+    Metric -> (its value, (questions,) float64 where it is their mean, else None), of an LM's answers, by the
+    task's own rules: as the harness's evaluate() does, which builds the requests anew for every LM.
     """
     answers = getattr(lm, task.instances[0].request_type)(task.instances)
     questions, values = collections.defaultdict(list), collections.defaultdict(list)
@@ -132,16 +145,14 @@ def compare(found, best):
     """
     def error(values):
         return values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
-    rows = {metric: dict(value=float(value)) for metric, (value, _) in found.items()}
-    for metric, (_, values) in found.items():
+    rows = {}
+    for metric, (value, values) in found.items():
+        rows[metric] = dict(value=float(value))
         if values is not None:
-            difference = values - best[metric][1]
-            rows[metric] |= dict(error=error(values), difference=difference.mean(),
-                                 paired_error=error(difference))
+            gain = values - best[metric][1]
+            rows[metric] |= dict(error=error(values), difference=gain.mean(), paired_error=error(gain))
     return rows
 
-
-# ------------------------------------------------------------------------------------------------ the LM
 
 def windows(context, continuation, T):
     """
@@ -160,6 +171,8 @@ class Adapter(TemplateLM):
     every prompt starts with the id that starts a document in training. Whether an answer is greedy is not
     known: yes with the separator, no without, so that a metric that asks shows before a member is read.
     """
+    loglikelihood = functools.partialmethod(TemplateLM.loglikelihood, disable_tqdm=True)
+    generate_until = None           # no task that wants text is loaded
 
     def __init__(self, config, encode, separator, rows):
         super().__init__()
@@ -180,15 +193,8 @@ class Adapter(TemplateLM):
         places = [self.rows.setdefault(row, len(self.rows)) for row in asked]
         return 0.0 if self.log_p is None else float(self.log_p[places].sum())
 
-    def loglikelihood(self, requests, disable_tqdm=True):
-        return super().loglikelihood(requests, disable_tqdm)
-
     def _loglikelihood_tokens(self, requests, **_):
         return [(self.total(context, continuation), self.separator) for _, context, continuation in requests]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        return [self.total([self.eot_token_id], text) for text in texts]
-
-    def generate_until(self, requests, disable_tqdm=True):
-        raise NotImplementedError("tools.generate is for text")
+        return [self.total([self.eot_token_id], self.encode(request.args[0])) for request in requests]

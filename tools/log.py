@@ -61,12 +61,20 @@ BACKENDS = {"wandb": ("wandb", to_wandb), "trackio": ("trackio", to_trackio),
 
 # --------------------------------------------------------------------------------------------- what is sent
 
+def is_record(line):
+    """Whether it is one of the scripts': with a kind, and whole numbers that say where it belongs."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        return False
+    places = line.get("trajectory", 0), line.get("cycle", 0), line.get("step", line.get("cycle"))
+    return all(type(n) is int and 0 <= n < 2 ** 31 for n in places)
+
+
 def whole_lines(file):
-    """The records of a binary file's whole lines from here on; one that a kill tore is left out."""
+    """The records of a binary file's whole lines from here on; what a kill tore, or is none, is left out."""
     records = []
     while (line := file.readline()).endswith(b"\n"):
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            records += filter(is_record, [json.loads(line)])
     file.seek(-len(line), 1)            # the rest of it may still come
     return records
 
@@ -92,7 +100,20 @@ def unsent(records, sent):
     for (series, step), (about, values) in last.items():
         if step > sent.get(series, -1):
             where = f"trajectory_{about['trajectory']:02d}/" if "trajectory" in about else ""
-            yield series, step, {f"{where}{about['kind']}/{name}": value for name, value in values.items()}
+            yield series, step, {f"{where}{about['kind']}/{name}": value for name, value in values.items()
+                                 if isinstance(value, int | float)}
+
+
+def send_new(new, send, state, stop):
+    """Send what unsent() gives, and note it in state, until all is sent or it is asked to stop."""
+    for series, step, values in progress_bar(new, unit="line", disable=len(new) < 1000):
+        if stop.is_set():
+            return
+        try:
+            send(values, step)
+        except Exception as e:              # whatever its package raises
+            fail(f"the dashboard takes no more ({type(e).__name__}: {e}): run this again to go on there")
+        state["sent"][series], state["lines"] = step, state["lines"] + 1
 
 
 def send_all(run, send, state, state_path, follow):
@@ -101,24 +122,19 @@ def send_all(run, send, state, state_path, follow):
     and how many lines that were.
     """
     with open(run.path / "metrics.jsonl", "rb") as file, stop_request() as stop:
-        finished = False
-        while not finished:
+        while True:
             there = (run.path / "prior.json").exists()      # first: then all lines before it are there, too
             prior = load_prior(run.path) if there else {"members": [], "losses": {}}
-            whole = len(prior["members"]) == run.config.trajectories * run.config.cycles
             new = list(unsent([*whole_lines(file), *prior_records(prior)], state["sent"]))
             try:
-                for series, step, values in progress_bar(new, unit="line", disable=len(new) < 1000):
-                    if stop.is_set():
-                        break
-                    send(values, step)
-                    state["sent"][series], state["lines"] = step, state["lines"] + 1
+                send_new(new, send, state, stop)
             finally:
                 if new:
                     write_json(state_path, state)
-            finished = not follow or whole or stop.is_set()
-            if not finished:
-                time.sleep(POLL)
+            whole = len(prior["members"]) == run.config.trajectories * run.config.cycles
+            if not follow or whole or stop.is_set():
+                return
+            time.sleep(POLL)
 
 
 @script
@@ -128,7 +144,7 @@ def main(argv=None):
     if options.to not in BACKENDS:
         fail(f"to='{options.to}': must be one of {', '.join(BACKENDS)}")
     if not (run.path / "metrics.jsonl").exists():
-        fail(f"no '{run.path / 'metrics.jsonl'}': run train.py on this config first")
+        fail(f"no '{run.path / 'metrics.jsonl'}': run train.py (of a student: distill.py) first")
     module, begin = BACKENDS[options.to]
     try:
         backend = importlib.import_module(module)
