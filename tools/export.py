@@ -5,7 +5,7 @@ anywhere: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). 
 (model.safetensors), their config, model.py as it is, a modelling file, GPT-2's tokenizer and a model card.
 
 Of its own: --to=FOLDER (new, or empty)
-            --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all where there are fewer)
+            --K=4 (an answer of prior.json: 1, 2, 4, ... or the number of members; 0: 4, or all of fewer)
             --member=T,C (trajectory and cycle): that model alone    --student: the student alone
             --ids: without a tokenizer, for ids alone, as where the tokenizer is bytes
 """
