@@ -48,9 +48,13 @@ def cell(found):
     return mean_error([val for _, val in found.values()]) if found else ""
 
 
-def table(lines, header, rows):
-    lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+def table(lines, header, rows, labels=1):
+    """Of the rows in which more than the labels, so many first cells, is there."""
+    rows = [row for row in rows if any(row[labels:])]
+    if rows:
+        lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
+        lines.append("")
 
 
 def difference(a, b):
@@ -67,9 +71,9 @@ def signed(values):
 
 def best_split(t, text, E):
     """{seed: (fitness, validation loss, epochs of a model)} of the independent models best on fitness."""
-    splits = [(n, t.of(text, f"independent_{n}", "first", E // n)) for n in (8, 16, 32) if E // n]
-    return {seed: min((*losses[seed], n) for n, losses in splits if seed in losses)
-            for seed in splits[0][1]} if E <= 64 else {}
+    splits = [(n, t.of(text, f"independent_{n}", "first", E // n)) for n in (8, 16, 32) if n <= E <= 64]
+    seeds = set.intersection(*(set(losses) for _, losses in splits)) if splits else ()
+    return {seed: min((*losses[seed], n) for n, losses in splits) for seed in sorted(seeds)}
 
 
 def crossing(t, text, x_of, K, target):
@@ -78,18 +82,18 @@ def crossing(t, text, x_of, K, target):
     for seed, (_, loss, *_) in target.items():
         curve = [(x_of(E), t.of(text, f"q0_{E}", "learned", K)[seed][1]) for E in BUDGETS
                  if seed in t.of(text, f"q0_{E}", "learned", K)]
-        x, y = zip(*curve)
-        reached = multiple(x, y, loss)
-        found.append(reached * x[0] if reached else np.nan)
+        if len(curve) > 1:
+            reached = multiple(*zip(*curve), loss)
+            found.append(reached * curve[0][0] if reached else np.nan)
     return found
 
 
 def asymptote(t, text):
     """The a of a + b E^-c through q0's mean losses, in 68 % of bootstraps over seeds; None: they rise."""
-    curves = [t.of(text, f"q0_{E}", "learned") for E in BUDGETS]
-    E, curves = zip(*((E, curve) for E, curve in zip(BUDGETS, curves) if curve))
-    losses = np.array([[curve[seed][1] for curve in curves] for seed in curves[0]])         # seeds, budgets
-    if len(E) < 5 or (np.diff(losses.mean(axis=0)) >= 0).any():
+    E, curves = BUDGETS, [t.of(text, f"q0_{E}", "learned") for E in BUDGETS]
+    seeds = set.intersection(*map(set, curves))
+    losses = np.array([[curve[seed][1] for curve in curves] for seed in sorted(seeds)])     # seeds, budgets
+    if len(seeds) < 2 or (np.diff(losses.mean(axis=0)) >= 0).any():
         return None
     def fit(y):
         fits = []
@@ -98,8 +102,8 @@ def asymptote(t, text):
             (a, b), *_ = np.linalg.lstsq(A, y, rcond=None)
             fits.append((((A @ [a, b] - y) ** 2).sum(), a))
         return min(fits)[1]
-    seeds = itertools.product(range(len(losses)), repeat=len(losses))
-    found = [fit(losses[list(some)].mean(axis=0)) for some in seeds]
+    draws = itertools.product(range(len(losses)), repeat=len(losses))
+    found = [fit(losses[list(some)].mean(axis=0)) for some in draws]
     return fit(losses.mean(axis=0)), *np.percentile(found, (16, 84))
 
 
@@ -116,18 +120,19 @@ def epochs(t, text, lines):
                      cell(t.of(text, two, "learned", 8)), cell(t.of(text, two, "learned"))])
     table(lines, ["epochs", "one model", "independent models, best split (which)", "chain of 16-epoch models",
                   "q0, K = 1", "q0, K = 8", "q0, all", "2 trajectories, K = 8", "2 trajectories, all"], rows)
-    student = cell(t.of(text, "student_48", "best"))
-    lines += ["", f"A student of q0's K = 4 at 32 epochs, 48 epochs in all: {student}."]
+    if student := cell(t.of(text, "student_48", "best")):
+        lines.append(f"A student of q0's K = 4 at 32 epochs, 48 epochs in all: {student}.")
     target, cost = best_split(t, text, 64), t.tflop.get("independent_8", np.nan)
-    for K in (8, None) if target else ():
+    for K in (8, None) if len(t.of(text, "q0_64", "learned")) and target else ():
         at = crossing(t, text, lambda E: E, K, target)
         work = crossing(t, text, lambda E: t.tflop[f"q0_{E}"], K, target)
         lines.append(f"q0 with {'K = 8' if K else 'all members'} reaches the independent models of 64 epochs "
                      f"at {mean_error(at)} epochs, {mean_error([64 / x for x in at])} times fewer; at "
                      f"{mean_error([cost / x for x in work])} times fewer training FLOPs.")
-    a = asymptote(t, text)
-    lines.append("Asymptote of q0 with all members: " + (
-        f"{a[0]:.3f} ({a[1]:.3f} to {a[2]:.3f})." if a else "not determined."))
+    if target:
+        a = asymptote(t, text)
+        lines.append(f"Asymptote of q0 with all members: {a[0]:.3f} ({a[1]:.3f} to {a[2]:.3f})." if a else
+                     "Asymptote of q0 with all members: not determined.")
 
 
 # -------------------------------------------------------------------------------------------- ablations
@@ -168,9 +173,10 @@ def ablations(t, text, lines):
         rows.append([*cells, len(t.of(text, name, "learned")), error,
                      cell(members), mean_error(gain) if gain else "", cell(t.of(text, name, "kl"))])
     header = ["variant", *RULES, "n", "error over documents", "members' mean", "mixing adds", "KL"]
-    table(lines, header, rows)
-    for rule, (variance, freedom) in errors.items():
-        lines.append(f"\nStandard error of a difference of three seeds, {rule}: {(variance / 3) ** 0.5:.4f} "
+    if len(names) > 1:
+        table(lines, header, rows)
+    for rule, (variance, freedom) in errors.items() if len(names) > 1 else ():
+        lines.append(f"Standard error of a difference of three seeds, {rule}: {(variance / 3) ** 0.5:.4f} "
                      f"({freedom} degrees of freedom).")
 
 
@@ -195,9 +201,9 @@ def prior(t, text, lines):
         rows.append([f"`{name}`", rule, *(f"{cell(x)}" for x in of)])
         if rule == "learned":
             rows.append(["", "learned less uniform", *map(signed, gains)])
-    table(lines, ["population", "rule", *(f"K = {K}" for K in sizes)], rows)
+    table(lines, ["population", "rule", *(f"K = {K}" for K in sizes)], rows, labels=2)
     for K in ("K=8", "all"):
-        cells = [cell(t.of(text, "q0_32", f"tokens {K}", n)) for n in (2048, 4096, 8192, 16384)]
+        cells = [cell(t.of(text, "q0_32", f"tokens {K}", n)) for n in (2048, 4096, 8192, None)]
         full = t.of(text, "q0_32", f"tokens {K}")
         costs = [signed(difference(t.of(text, "q0_32", f"tokens {K}", n), full)) for n in (2048, 4096, 8192)]
         table(lines, [f"fitness set, {K}", "2,048 tokens", "4,096", "8,192", "all"],
@@ -222,7 +228,6 @@ def data(t, text, lines):
         if seeds:
             curve[times] = {seed: min((*losses[seed], E) for E, losses in of.items()) for seed in seeds}
     if len(curve) < 2:
-        lines += ["", "Not run yet."]
         return
     table(lines, ["times the text", "one model, best epochs (which)"],
           [[times, f"{cell({s: x[:2] for s, x in of.items()})} ({sorted({x[2] for x in of.values()})})"]
@@ -251,8 +256,10 @@ def main():
         for title, of in {"loss against epochs": epochs, "ablations at 1 x 16 cycles, less q0_32": ablations,
                           "averaging weights instead of probabilities": averages, "the prior": prior,
                           "data efficiency": data}.items():
-            lines += [f"\n## {text}: {title}"]
-            of(t, text, lines)
+            section = []
+            of(t, text, section)
+            if section:
+                lines += [f"\n## {text}: {title}", *section]
     (RESULTS / "claims.md").write_text("\n".join(lines) + "\n")
 
 
