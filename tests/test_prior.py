@@ -125,7 +125,7 @@ def test_learned_is_never_behind(log_p):
 
 
 def test_answers_follow_their_rules():
-    log_p = log_probabilities(11, 800)
+    log_p = log_probabilities(11, 800, 4)
     losses, w = -log_p.double().mean(dim=1), check(log_p)
     by_loss, support = losses.argsort().tolist(), int((w > 0).sum())
     rules, gap = answers_for(log_p)
