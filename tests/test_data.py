@@ -1,6 +1,7 @@
 """Preparation and loader against the rules written out again in plain loops, and against the file format."""
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import loader, prepare, tokenizer
 from infra.config import from_args
 from infra.files import lock
@@ -187,30 +189,39 @@ def test_a_disk_that_is_full(tmp_path, micro, refused, monkeypatch):
     prepare.main(micro())
 
 
-def with_tokens(change):
-    def rewrite(path):
-        file = torch.load(path)
-        torch.save({**file, "tokens": change(file["tokens"])}, path)
-    return rewrite
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def saved(change):
+    """What torch.load() finds in a file becomes change(of it)."""
+    return lambda path: torch.save(change(torch.load(path)), path)
+
+
+JSON, BYTES, TRAIN = "manual.json", "manual_bytes.safetensors", "manual_train.pt"
+NO_TOKENS, OTHERS = "_train.pt' is not a readable token file", "are not what data.prepare wrote"
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("manual.json", lambda path: path.unlink(), "_train.pt"),           # it says that the others are ours
-    ("manual.json", lambda path: path.write_bytes(b"{"), "manual.json"),
-    ("manual_bytes.safetensors", lambda path: path.write_bytes(b"junk"), "manual_bytes.safetensors"),
-    ("manual_bytes.safetensors", lambda path: path.write_bytes(b""), "manual_bytes.safetensors"),
-    ("manual_train.pt", lambda path: path.write_bytes(b"junk"), "manual_train.pt"),
-    ("manual_train.pt", lambda path: path.write_bytes(path.read_bytes()[:500]), "manual_train.pt"),
-    ("manual_train.pt", lambda path: torch.save([1], path), "manual_train.pt"),
+    (JSON, lambda path: path.unlink(), "_train.pt"),                    # it says that the others are ours
+    *((name, lambda path, junk=junk: path.write_bytes(junk), words)
+      for name, words in ((JSON, JSON), (BYTES, BYTES), (TRAIN, NO_TOKENS)) for junk in (b"", b"{junk")),
+    (TRAIN, lambda path: path.write_bytes(path.read_bytes()[:500]), NO_TOKENS),
+    (TRAIN, saved(lambda file: [1]), NO_TOKENS),
+    *((TRAIN, saved(lambda file, starts=starts: {**file, "doc_starts": starts}), NO_TOKENS) for starts in (
+        Code(), torch.zeros(1).expand(10 ** 12), torch.zeros(4).to_sparse())),
     # no line says to train on so many, nor on another tokenizer's
-    ("manual_train.pt", with_tokens(lambda tokens: tokens.repeat(2)), "not what data.prepare wrote"),
-    ("manual_train.pt", with_tokens(lambda tokens: tokens.fill_(300)), "not what data.prepare wrote"),
+    *((TRAIN, saved(lambda file, of=of: {**file, "tokens": of(file["tokens"])}), OTHERS) for of in (
+        lambda tokens: tokens.repeat(2), lambda tokens: tokens.fill_(300))),
 ])
-def test_other_data_is_never_overwritten(name, change, words, tmp_path, ready, refused):
+def test_other_data_is_never_used_nor_overwritten(name, change, words, tmp_path, ready, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     change(tmp_path / "data" / name)
     before = files(tmp_path / "data")
-    assert words in refused(prepare.main, ready())
-    assert files(tmp_path / "data") == before
+    for script in (prepare, train) if name == TRAIN else (prepare,):
+        assert words in refused(script.main, ready())
+    assert files(tmp_path / "data") == before and not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("train_tokens", [3000, 2500])

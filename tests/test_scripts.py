@@ -295,6 +295,14 @@ def test_torchrun_prints_one_line(ready, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="ascii"),
+                                         dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
+def test_any_encoding_of_the_terminal_will_do(environment, ready, tmp_path):
+    argv = ready(trajectories=1, cycles=1, epochs_per_cycle=0.1, run_dir=tmp_path / "\u4e16\u754c")
+    done = run(sys.executable, ROOT / "train.py", *argv, **environment)
+    assert done.returncode == 0 and "next: " in done.stdout, done.stderr
+
+
 def test_other_data_under_a_run(finished, tmp_path, refused):
     (tmp_path / "text.txt").write_text("\n".join(f"line {i} of another text" for i in range(400)))
     for script in (prepare, prior):

@@ -19,7 +19,7 @@ from infra.files import read_json
 from infra.run_directory import RunDirectory
 from model import GPT, Block
 from optim import MuonAdamW
-from tests import kill
+from tests import soak
 from tests.conftest import check_fit_loss, config_of, moving, population_of, read
 from tests.test_scripts import tree
 
@@ -259,8 +259,8 @@ def launch(ready, tmp_path):
     """launch(ranks, name=value, ...) -> the folder of a run of train.py in so many ranks."""
     def run(ranks, patch=lambda rank: None, **settings):
         log, folder = tmp_path / "log", tmp_path / f"run_{ranks}"
-        children = kill.start(ready(run_dir=folder, **settings), log, ranks, patch=patch, scripts=(train,))
-        assert kill.finish(children) == [0] * ranks, log.read_text()[-2000:]
+        children = soak.start(ready(run_dir=folder, **settings), log, ranks, patch=patch, scripts=(train,))
+        assert soak.finish(children) == [0] * ranks, log.read_text()[-2000:]
         return folder
     return run
 
