@@ -8,8 +8,7 @@ import distill
 import prior
 import train
 from data import prepare
-from tests.conftest import MICRO, ROOT
-from tests.test_scripts import tree
+from tests.conftest import MICRO, ROOT, tree
 from tools import bench, generate, import_slowrun, plan, plot
 
 CONFIG = str(ROOT / "configs" / "tiny.py")

@@ -16,16 +16,13 @@ from infra.config import from_args
 from infra.console import next_command
 from infra.distributed import can_share, join, micro_batch_size, processes
 from infra.files import read_json
-from infra.run_directory import RunDirectory
 from model import GPT, Block
 from optim import MuonAdamW
 from tests import soak
-from tests.conftest import check_fit_loss, config_of, moving, population_of, read
-from tests.test_scripts import tree
+from tests.conftest import check_fit_loss, config_of, moving, population_of, read, tree
 
 
 @pytest.mark.parametrize("schedule, length, table", [
-    ("cycle", 4, {0: (1, 0.7), 1: (0.77, 0.775), 3: (0.31, 0.925)}),    # 1 - 0.92 s/4, and 0.7 + 0.3 s/4
     ("cosine", 4, {0: (1, 1), 2: (0.5, 1), 4: (0, 1)}),
     ("warmdown", 10, {0: (1, 1), 8: (1, 1), 9: (0.5, 1)}),
 ])
@@ -196,39 +193,6 @@ def test_members_say_what_they_are(ready):
     state = moving(run.load_checkpoint(1)[0])           # goes on from float32
     assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
     assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
-
-
-@pytest.mark.parametrize("steps, saves, settings", [
-    (4, 16, {}),
-    (30, 6, dict(trajectories=1, cycles=2, restart="fresh", schedule="warmdown", momentum_warmup=50,
-                 resume_every=29, ema_decay=0.75, ema_every=1, ema_share=0.4)),     # saves inside an average
-])
-def test_a_run_in_pieces_equals_a_run_at_once(steps, saves, settings, ready, tmp_path, monkeypatch):
-    """It dies after every member and checkpoint that it keeps, and goes on bit for bit."""
-    settings = {**settings, "epochs_per_cycle": steps * 4 / population_of(ready())[1].sequences_per_epoch}
-    run_all(ready(run_dir=tmp_path / "whole", **settings))
-    died = []
-
-    def dying(save):
-        def wrapper(run, t, of, *args, **about):
-            save(run, t, of, *args, **about)
-            if (moment := (save, t, about.get("epochs", args[0]))) not in died:
-                died.append(moment)
-                raise EOFError                          # which nothing else raises
-        return wrapper
-    for name in ("save_member", "save_checkpoint"):
-        monkeypatch.setattr(RunDirectory, name, dying(getattr(RunDirectory, name)))
-    argv, finished = ready(run_dir=tmp_path / "pieces", **settings), None
-    for script in (train, distill):
-        while finished is not script:
-            with contextlib.suppress(EOFError):
-                script.main(argv)
-                finished = script
-    whole, pieces = members(tmp_path / "whole"), members(tmp_path / "pieces")
-    assert len(died) == saves and whole == pieces
-    before = tree(tmp_path / "pieces")
-    run_all(argv)                                   # nothing is done twice
-    assert tree(tmp_path / "pieces") == before
 
 
 # ------------------------------------------------------------------------------------------------ ranks
