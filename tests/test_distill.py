@@ -183,6 +183,8 @@ def test_what_a_student_needs(population_to_teach, tmp_path, refused):
     assert "is not the member that prior.json weighed" in refused(distill.main, argv)
     assert not (tmp_path / "run" / "student").exists()
     write_json(path, result)
+    line = refused(distill.main, [*argv, "--student_teachers=3"])
+    assert "student_teachers=3" in line and "K = 1, 2, 4, 6" in line
     distill.main(argv)
     config, before = population_of(population_to_teach)[0], tree(tmp_path / "run" / "student")
     chosen = distill.choose_teachers(config, student_of(config))
