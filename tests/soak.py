@@ -29,6 +29,7 @@ import prior
 import train
 from data import loader
 from data import prepare as data_prepare
+from infra.console import STOPPED
 from infra.run_directory import RunDirectory
 from results.experiments import commit
 from tests.conftest import MICRO, ROOT, read
@@ -86,14 +87,14 @@ def before(owner, name, do):
     setattr(owner, name, wrapped)
 
 
-def work(argv, log, rank, turns, patch):
+def work(run, rank, turns, patch):
     """
     In a forked process: the scripts, as run.sh calls them, each with its environment; patch(rank) changes the
     process first. Never returns.
     """
     code, script = 1, None
     try:
-        sys.stdout = sys.stderr = open(log, "a", buffering=1)
+        sys.stdout = sys.stderr = open(run.log, "a", buffering=1)
         for number in (signal.SIGINT, signal.SIGHUP):           # ignored where the tests are under nohup
             signal.signal(number, signal.SIG_DFL)
         for marked in MARKED if rank == 0 else ():
@@ -101,7 +102,7 @@ def work(argv, log, rank, turns, patch):
         # a forked process has no other threads to compute with: it would wait for them
         torch.set_num_threads = lambda n: None
         patch(rank)
-        for script, environment in turns:
+        for script, environment, argv in turns:
             os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
             script.main(argv)
         code = 0
@@ -111,16 +112,6 @@ def work(argv, log, rank, turns, patch):
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def start(argv, log, size=1, patch=lambda rank: None, scripts=SCRIPTS):
-    """The process ids of `size` forked ranks, whose output goes to the log."""
-    turns, board[0] = [], 0
-    for script in scripts:
-        with socket.create_server(("127.0.0.1", 0)) as s:           # a free port for each
-            turns.append((script, dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                                       MASTER_PORT=str(s.getsockname()[1]))))
-    return [os.fork() or work(argv, log, rank, turns, patch) for rank in range(size)]
 
 
 def finish(children, seconds=120):
@@ -149,68 +140,104 @@ def reaches(phase, children):
     return True
 
 
-def kill_in(phase, children, delay):
+class Run:
     """
-    SIGKILL to all ranks, `delay` seconds after rank 0 is first seen in this phase. The phase that met it,
-    None where they ended well before.
+    A population by forked processes, in a folder; whole: what an uninterrupted one leaves. flags: settings of
+    one start alone.
     """
-    met = None
-    if reaches(phase, children):
-        time.sleep(delay)
-        met = PHASES[board[0]]
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-    codes = finish(children)
-    if set(codes) == {0}:
-        return None
-    assert met and set(codes) <= {0, -signal.SIGKILL}, codes          # 0: this rank had just ended
-    return met
 
+    def __init__(self, argv, folder, whole=None):
+        self.argv, self.folder, self.whole = [*argv, f"--run_dir={folder}"], folder, whole
+        self.log = Path(f"{folder}.log")
 
-def logged(folder):
-    """The lines of metrics.jsonl; one that a kill tore is none."""
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            yield json.loads(line)
+    def start(self, *flags, size=1, patch=lambda rank: None, scripts=SCRIPTS):
+        """The process ids of `size` ranks, whose output goes to the log."""
+        turns, board[0] = [], 0
+        for script in scripts:
+            with socket.create_server(("127.0.0.1", 0)) as s:       # a free port for each
+                environment = dict(WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                                   MASTER_PORT=str(s.getsockname()[1]))
+            turns.append((script, environment, [*self.argv, *flags]))
+        return [os.fork() or work(self, rank, turns, patch) for rank in range(size)]
 
+    def codes(self, *flags, **how):
+        return finish(self.start(*flags, **how))
 
-def left(folder):
-    """What must be equal: bytes of members, scores, prior.json, by name; each step's last loss and norm."""
-    paths = [*folder.glob("trajectory_*/cycle_*"), *folder.glob("scores/*/*"), *folder.glob("prior.json")]
-    steps = {(r["trajectory"], r["step"]): (r["loss"], r["grad_norm"])
-             for r in logged(folder) if r["kind"] == "step"}
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths} | {"steps": steps}
+    def said(self):
+        return self.log.read_text()
 
+    def begin(self, phase, *flags, **how):
+        """Its processes, the first of them in this phase."""
+        children = self.start(*flags, **how)
+        assert reaches(phase, children), self.said()
+        return children
 
-def difference(reference, folder):
-    """The names in which a finished run differs from the uninterrupted one; temporary files count."""
-    found, debris = left(folder), [p for p in folder.rglob(".*") if p.name != ".lock"]
-    return [name for name in {*reference, *found} if reference.get(name) != found.get(name)] + debris
+    def stop(self, phase, *flags, **how):
+        """Asked to in this phase, by way of its last rank, all of them stop."""
+        children = self.begin(phase, *flags, **how)
+        os.kill(children[-1], signal.SIGTERM)
+        assert finish(children) == [STOPPED] * len(children), self.said()
 
+    def kill_in(self, phase, delay, **how):
+        """
+        SIGKILL to all ranks, `delay` seconds after rank 0 is first seen in this phase. The phase that met it,
+        None where they ended well before.
+        """
+        children, met = self.start(**how), None
+        if reaches(phase, children):
+            time.sleep(delay)
+            met = PHASES[board[0]]
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        codes = finish(children)
+        if set(codes) == {0}:
+            return None
+        assert met and set(codes) <= {0, -signal.SIGKILL}, codes            # 0: this rank had just ended
+        return met
 
-def uninterrupted(argv, folder, size=1):
-    codes = finish(start([*argv, f"--run_dir={folder}"], folder.parent / "log", size))
-    assert codes == [0] * size, (folder.parent / "log").read_text()[-3000:]
-    return left(folder)
+    def steps(self):
+        """(trajectory, step) -> its last loss and gradient norm; a line that a kill tore is none."""
+        steps = {}
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError, KeyError):
+                r = json.loads(line)
+                steps[r["trajectory"], r["step"]] = r["loss"], r["grad_norm"]
+        return steps
 
+    def saved_last_step(self):
+        """Whether the checkpoint of a run that was stopped is of the last step that was logged."""
+        about = read(self.folder / "trajectory_00" / "resume.safetensors")[1]
+        return (0, about["step"]) == max(self.steps())
 
-def saved_last_step(folder):
-    """Whether the checkpoint of a run that was stopped is of the last step that was logged."""
-    step = read(folder / "trajectory_00" / "resume.safetensors")[1]["step"]
-    return step == max(r["step"] for r in logged(folder) if r["kind"] == "step")
+    def left(self):
+        """What must be equal: members, scores, prior.json, the losses; and what must not be there."""
+        names = "trajectory_*/cycle_*", "scores/*/*", "prior.json"
+        paths = [path for name in names for path in self.folder.glob(name)]
+        found = {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
+        return found | {"steps": self.steps(), "not removed": [*self.folder.rglob(".writing-*")]}
+
+    def differs(self):
+        """The names in which left() and whole differ."""
+        found = self.left()
+        return [name for name in {*self.whole, *found} if self.whole.get(name) != found.get(name)]
+
+    def done(self, *flags, size=1, **how):
+        """left() after the scripts have run to their end: whole, if that is known."""
+        assert self.codes(*flags, size=size, **how) == [0] * size, self.said()
+        assert not self.whole or self.differs() == []
+        return self.left()
 
 
 def soak(size, kills, folder):
     """(kills by phase, populations compared, names that differed) of populations on `size` ranks."""
-    argv, log = [*arguments(folder), "--micro_batch=1"], folder / f"log{size}"
-    whole, population = uninterrupted(argv, folder / f"whole{size}", size), folder / f"killed{size}"
-    argv, phases, compared, differ = [*argv, f"--run_dir={population}"], collections.Counter(), 0, []
+    argv = [*arguments(folder), "--micro_batch=1"]
+    run = Run(argv, folder / f"killed{size}", whole=Run(argv, folder / f"whole{size}").done(size=size))
+    phases, compared, differ = collections.Counter(), 0, []
     wanted = [phase for phase in PHASES for _ in range(-(-kills // len(PHASES)))]
     RANDOM.shuffle(wanted)
     while wanted:
-        children, delay = start(argv, log, size), RANDOM.choice([0, 0.001, 0.003, 0.01])
         # a phase that this start still comes to: one that it does not ends in a finished population
-        phase = kill_in(wanted[-1], children, delay)
+        phase = run.kill_in(wanted[-1], RANDOM.choice([0, 0.001, 0.003, 0.01]), size=size)
         if phase is not None:
             phases[phase] += 1
             if phase in wanted:
@@ -218,10 +245,10 @@ def soak(size, kills, folder):
             print(f"{size} ranks: killed in '{phase}', {len(wanted)} to go", file=sys.stderr, flush=True)
             continue
         compared += 1
-        differ += difference(whole, population)
-        shutil.rmtree(population)
-    assert finish(start(argv, log, size)) == [0] * size, log.read_text()[-3000:]
-    return phases, compared + 1, differ + difference(whole, population)
+        differ += run.differs()
+        shutil.rmtree(run.folder)
+    assert run.codes(size=size) == [0] * size, run.said()
+    return phases, compared + 1, differ + run.differs()
 
 
 def main():

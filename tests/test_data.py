@@ -180,7 +180,8 @@ def test_a_column_that_is_no_text(columns, words, tmp_path, micro, monkeypatch, 
 def test_parquet_files_are_local_text(documents, tmp_path, micro, refused):
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a[1]*.parquet").write_bytes(whole)             # a name, not a pattern
-    assert prepare.file_documents(tmp_path / "a[1]*.parquet") == [text for text in documents[:70] if text.strip()]
+    filled = [text for text in documents[:70] if text.strip()]
+    assert prepare.file_documents(tmp_path / "a[1]*.parquet") == filled
     write_parquet(tmp_path / "gaps", text=["one", None, " ", "two"])
     assert prepare.file_documents(tmp_path / "gaps.parquet") == ["one", "two"]
     (tmp_path / "page.parquet").write_bytes(whole[:1500] + bytes(200) + whole[1700:])

@@ -31,51 +31,17 @@ from tests.conftest import ROOT, error_line, read, tree
 from tools import plot
 
 
-class Run:
-    """A population of a test's own, made by forked processes; whole: what an uninterrupted one leaves."""
-
-    def __init__(self, folder, whole, at):
-        self.whole, self.folder, self.log = whole, at / "run", at / "log"
-        self.argv = [*soak.arguments(folder), f"--run_dir={self.folder}"]
-
-    def start(self, *flags, **how):
-        return soak.start([*self.argv, *flags], self.log, **how)
-
-    def codes(self, *flags, **how):
-        return soak.finish(self.start(*flags, **how))
-
-    def said(self):
-        return self.log.read_text()
-
-    def begin(self, phase, *flags, **how):
-        """Its processes, the first of them in this phase."""
-        children = self.start(*flags, **how)
-        assert soak.reaches(phase, children), self.said()[-3000:]
-        return children
-
-    def stop(self, phase, *flags, **how):
-        """Asked to in this phase, by way of its last rank, all of them stop."""
-        children = self.begin(phase, *flags, **how)
-        os.kill(children[-1], signal.SIGTERM)
-        assert soak.finish(children) == [STOPPED] * len(children), self.said()[-3000:]
-
-    def finishes(self, *flags, size=1, **how):
-        """It goes on to the end, and leaves what an uninterrupted run leaves."""
-        assert self.codes(*flags, size=size, **how) == [0] * size, self.said()[-3000:]
-        assert soak.difference(self.whole, self.folder) == []
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(folder with data, files of an uninterrupted run in folder/whole)."""
+    """(folder with data, what an uninterrupted run, in folder/whole, leaves)."""
     folder = tmp_path_factory.mktemp("kills")
     soak.prepare(folder)
-    return folder, soak.uninterrupted(soak.arguments(folder), folder / "whole")
+    return folder, soak.Run(soak.arguments(folder), folder / "whole").done()
 
 
 @pytest.fixture
 def run(reference, tmp_path):
-    return Run(*reference, tmp_path)
+    return soak.Run(soak.arguments(reference[0]), tmp_path / "run", reference[1])
 
 
 # ------------------------------------------------------------------------------------- killed and stopped
@@ -86,7 +52,7 @@ def test_twenty_kills_in_every_phase(reference):
 
 
 def written_to(output):
-    """Standard output and error of a forked process are closed, on a full disk, or of a reader that has gone."""
+    """Standard output and error of a process are closed, on a full disk, or of a reader that has gone."""
     def patch(rank):
         if output == "closed":
             for descriptor in range(3):
@@ -107,15 +73,15 @@ def test_asked_to_stop_it_saves_and_goes_on(number, output, run):
     os.kill(child, number)
     time.sleep(0.01)
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
-    assert soak.finish([child]) == [STOPPED] and soak.saved_last_step(run.folder)
+    assert soak.finish([child]) == [STOPPED] and run.saved_last_step()
     assert "Traceback" not in run.said() and ("resume with: " in run.said()) == (output == "a log")
-    run.finishes()
+    run.done()
 
 
 def test_under_nohup_a_closed_terminal_is_nothing(run):
     [child] = run.begin("training step", patch=lambda rank: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.kill(child, signal.SIGHUP)
-    assert soak.finish([child]) == [0] and soak.difference(run.whole, run.folder) == []
+    assert soak.finish([child]) == [0] and run.differs() == []
 
 
 def test_asked_twice_it_stops_at_once(run):
@@ -135,31 +101,31 @@ def test_printed_commands_work_where_the_user_stands(run, tmp_path):
     Two ranks of torchrun's are asked to stop; from another folder than the clone's, and with a space in the
     run directory's name, what is printed then is run as it is, and ends where an uninterrupted run does.
     """
-    argv, folder = [*run.argv, "--micro_batch=1", "--epochs_per_cycle=2", "--cycles=2"], tmp_path / "my run"
-    whole = soak.uninterrupted(argv, tmp_path / "whole", size=2)
+    argv = [*run.argv, "--micro_batch=1", "--epochs_per_cycle=2", "--cycles=2"]
+    whole, run = (soak.Run(argv, tmp_path / name) for name in ("whole", "my run"))
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         ROOT / "train.py", *argv, f"--run_dir={folder}"],
+         ROOT / "train.py", *run.argv],
         cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+    while process.poll() is None and not (run.folder / "metrics.jsonl").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)             # the launcher passes it on; its exit code is its own
     command = process.communicate(timeout=60)[0].split("resume with: ")[1].splitlines()[0]
-    assert process.returncode == 1 and soak.saved_last_step(folder)
-    assert not list(folder.rglob("cycle_*"))
+    assert process.returncode == 1 and run.saved_last_step() and not list(run.folder.rglob("cycle_*"))
     for script in ("train.py", "distill.py", "prior.py", "-m tools.plot"):
         assert script in command and ("--nproc_per_node=2" in command) == (".py" in script)
-        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=tmp_path, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
         command = done.stdout.split("next: ")[-1].strip()
-    assert soak.difference(whole, folder) == [] and (folder / "prior.png").exists()
+    run.whole = whole.done(size=2)
+    assert run.differs() == [] and (run.folder / "prior.png").exists()
 
 
 def test_ranks_of_a_group_leave_at_one_step_and_sum_as_before(run):
     flags = ["--micro_batch=1", "--batch_tokens=192"]
-    run.whole = soak.uninterrupted([*run.argv, *flags], run.folder.parent / "whole", size=3)
+    run.whole = soak.Run([*run.argv, *flags], run.folder.parent / "whole").done(size=3)
     run.stop("distillation step", *flags, size=3)
-    run.finishes(*flags, size=3)
+    run.done(*flags, size=3)
 
 
 def test_groups_that_are_asked_together_leave_together(run):
@@ -219,7 +185,7 @@ def test_a_full_disk(file, room, run):
     assert run.codes(patch=no_room_for(file, room)) == [2], run.said()
     err = error_line(run.said())
     assert f"{file}'" in err and "make room" in err and not list(run.folder.rglob(".writing-*")), err
-    run.finishes()
+    run.done()
 
 
 def test_room_is_looked_for_before_the_first_step(run, monkeypatch, refused):
@@ -242,7 +208,7 @@ def test_a_file_system_without_locks_and_flushed_folders(run):
     def poor(rank):
         for owner, name, do in ((os, "fsync", flush), (fcntl, "flock", lock), (os, "replace", rename)):
             soak.before(owner, name, do)
-    run.finishes(patch=poor)
+    run.done(patch=poor)
 
 
 def cut(content):
@@ -278,7 +244,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, run):
     newest.write_bytes(damage(newest.read_bytes()))
     assert run.codes(patch=no_room_for(newest.name)) == [2] and previous.read_bytes() == kept
     assert bool(re.search(f"'{newest}' is .*trying the previous one", run.said())) == (damage is not bytes)
-    run.finishes()
+    run.done()
 
 
 def content(change):
@@ -336,7 +302,7 @@ def test_nothing_is_kept_of_what_is_no_number(owner, name, call, words, run):
         setattr(owner, name, lambda *args: function(*args) * (math.nan if next(calls) == call else 1))
     assert run.codes(patch=poison) == [1] and re.search(words, error_line(run.said()))
     assert not list(run.folder.glob("trajectory_00/cycle_*"))
-    run.finishes()
+    run.done()
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
@@ -350,16 +316,16 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(fault, run):
     assert codes == [1], run.said()[-2000:]
     assert "another rank exited or hangs" in error_line(run.said())
     assert run.codes("--micro_batch=1", size=2) == [0, 0]
-    assert soak.left(run.folder)["steps"].keys() == run.whole["steps"].keys()
+    assert run.steps().keys() == run.whole["steps"].keys()
 
 
 def test_a_second_run_on_one_directory_is_refused(run, tmp_path):
     first = run.begin("training step")
     os.kill(first[0], signal.SIGSTOP)
-    codes = soak.finish(soak.start(run.argv, tmp_path / "second", size=2))
+    codes = run.codes(size=2)
     os.kill(first[0], signal.SIGCONT)
-    assert codes[0] == 2 and "another process writes to" in error_line((tmp_path / "second").read_text())
-    assert soak.finish(first) == [0] and soak.difference(run.whole, run.folder) == []
+    assert codes[0] == 2 and "another process writes to" in run.said()
+    assert soak.finish(first) == [0] and run.differs() == []
 
 
 @pytest.mark.parametrize("script", [train, prior])
@@ -387,4 +353,4 @@ def test_prior_runs_beside_training(run, reference):
     with lock(run.folder / ".lock", "of training"):
         assert run.codes(patch=lambda rank: soak.before(loader, "score", comes), scripts=(prior,)) == [0]
     assert "2 of 3 members" in run.said() and member.exists()
-    run.finishes()
+    run.done()

@@ -221,12 +221,11 @@ def test_micro_batches_are_the_fewest_equal_parts(micro):
 @pytest.fixture
 def launch(ready, tmp_path):
     """launch(ranks, name=value, ...) -> the folder of a run of train.py in so many ranks."""
-    def run(ranks, patch=lambda rank: None, **settings):
-        log, folder = tmp_path / "log", tmp_path / f"run_{ranks}"
-        children = soak.start(ready(run_dir=folder, **settings), log, ranks, patch=patch, scripts=(train,))
-        assert soak.finish(children) == [0] * ranks, log.read_text()[-2000:]
-        return folder
-    return run
+    def of(ranks, patch=lambda rank: None, **settings):
+        run = soak.Run(ready(**settings), tmp_path / f"run_{ranks}")
+        assert run.codes(size=ranks, patch=patch, scripts=(train,)) == [0] * ranks, run.said()
+        return run.folder
+    return of
 
 
 def test_two_processes_take_the_step_of_one(launch, tmp_path):
