@@ -44,15 +44,10 @@ def test_the_loss_of_several_teachers_in_float64(weights, temperature, micro, mo
 
 # ------------------------------------------------------------------------------------------------ chains
 
-@pytest.mark.parametrize("teacher_of, teachers", [
-    (distill.teacher_of, {2: 1, 3: 2}),
-    (lambda run, t, cycle: 0, {2: 0, 3: 0}),            # by replacing one function
-], ids=["predecessor", "first"])
-def test_the_teacher_is_a_frozen_member(teacher_of, teachers, ready, monkeypatch, watch):
+def test_the_teacher_is_the_frozen_predecessor(ready, monkeypatch, watch):
     taught = watch(distill, "distilled_loss", lambda student, teachers, batch, *settings: (
         teachers[0][0].lm_head.weight.clone(), len(teachers), teachers[0][1], teachers[0][0].training,
         teachers[0][0].lm_head.weight.requires_grad, *settings))
-    monkeypatch.setattr(distill, "teacher_of", teacher_of)
     argv = ready(trajectories=1, distill_alpha=0.3, distill_temperature=1.7)
     train.main(argv)
     config, data, run = population_of(argv)
@@ -61,7 +56,7 @@ def test_the_teacher_is_a_frozen_member(teacher_of, teachers, ready, monkeypatch
     cycles = [step.cycle for step in train.schedule(config, data.sequences_per_epoch) if step.cycle >= 2]
     assert len(taught) == 2 * len(cycles) > 8                           # of two micro-batches each
     for i, (weight, *rest) in enumerate(taught):
-        assert torch.equal(weight, run.load_member(0, teachers[cycles[i // 2]])[0]["lm_head.weight"].float())
+        assert torch.equal(weight, run.load_member(0, cycles[i // 2] - 1)[0]["lm_head.weight"].float())
         assert rest == [1, 1.0, False, False, 0.3, 1.7]
     monkeypatch.setattr(distill, "teacher_of", lambda run, t, cycle: cycle)
     with pytest.raises(AssertionError, match="cycle 2 cannot teach cycle 2"):
@@ -196,12 +191,6 @@ def test_what_a_student_needs(population_to_teach, tmp_path, refused):
     assert "student_teachers=4, not 8" in refused(distill.main, [*argv, "--student_teachers=8"])
     distill.main(argv)                                          # done already: nothing is trained
     assert tree(tmp_path / "run" / "student") == before
-
-
-def test_scores_whose_member_was_deleted_are_no_member(population_to_teach, tmp_path):
-    shutil.rmtree(tmp_path / "run" / "trajectory_01")
-    prior.main(population_to_teach)
-    assert {m["trajectory"] for m in read_json(tmp_path / "run" / "prior.json")["members"]} == {0}
 
 
 def test_a_run_of_older_code_is_read(population_to_teach, tmp_path, refused):

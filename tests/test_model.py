@@ -111,40 +111,33 @@ def test_initial_values():
     assert torch.equal(p["transformer.h.2.attn.k_mix"], torch.eye(4))
 
 
-def test_one_compiled_block_serves_all_layers():
-    """Compiled in place they agree with eager ones, and looping does not compile them again."""
-    idx, targets = tokens(2, 16), tokens(2, 16)
-    plain, model = (small(loop_start=2, loop_end=4, loop_extra=3).train() for _ in range(2))
-    counter = CompileCounter()
-    torch._dynamo.reset()
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compile(backend=counter)
-    for _ in range(2):
-        assert torch.allclose(model(idx, targets)[0], plain(idx, targets)[0], rtol=1e-5)
-    # with and without value embeddings and skip, short and long window, the MTP block's length
-    assert counter.frame_count <= 6
-    plain.eval(), model.eval()
-    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():           # as to_device() does
-        for rows in (idx, idx[:1]):                             # scoring, with a smaller last batch
-            assert torch.allclose(model.log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
-    assert counter.frame_count <= 16
-
-
-@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3]])
-def test_a_compiled_loss_serves_every_micro_batch(weights, monkeypatch):
-    """Once for a whole chunk, the last, the shorter MTP's last, though its closure is new each time."""
+def test_what_is_compiled_serves_every_pass(monkeypatch):
+    """
+    A block all layers, loops, batches; the loss every chunk, though its closure is new in each micro-batch.
+    Both agree with eager ones.
+    """
     monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + 12) for i in range(0, len(x), 12)])
     torch._dynamo.reset()
-    model, batch, counter = small().train(), tokens(2, 17), CompileCounter()
-    teachers = [(small().eval().requires_grad_(False), w) for w in weights]
-    wanted = distill.distilled_loss(model, teachers, batch, 0.45, 1.2).item()
-    model.capped_loss = torch.compile(capped_loss, backend=counter)
-    for _ in range(3):
-        loss = distill.distilled_loss(model, teachers, batch, 0.45, 1.2)
-        assert loss.item() == pytest.approx(wanted, rel=1e-5)
-    loss.backward()
-    assert 0 < counter.frame_count <= 4
+    batch, teachers = tokens(2, 17), [(small().eval().requires_grad_(False), w) for w in (0.7, 0.3)]
+    plain, model = (small(loop_start=2, loop_end=4, loop_extra=3).train() for _ in range(2))
+    blocks, losses = CompileCounter(), CompileCounter()
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compile(backend=blocks)
+    model.capped_loss = torch.compile(capped_loss, backend=losses)
+    for taught_by in (teachers[:1], teachers):
+        for _ in range(2):
+            mine, wanted = (distill.distilled_loss(m, taught_by, batch, 0.45, 1.2) for m in (model, plain))
+            assert mine.item() == pytest.approx(wanted.item(), rel=1e-5)
+        mine.backward()
+    # with and without value embeddings and skip, short and long window, the MTP block's length
+    assert blocks.frame_count <= 6
+    assert 0 < losses.frame_count <= 6              # of each: a whole chunk, the last, the shorter MTP's last
+    plain.eval(), model.eval()
+    with torch._dynamo.config.patch(recompile_limit=64), torch.no_grad():           # as to_device() does
+        for rows in (batch[:, 1:], batch[:1, 1:]):              # scoring, with a smaller last batch
+            assert torch.allclose(model.log_p(rows, rows), plain.log_p(rows, rows), rtol=1e-4, atol=1e-5)
+    assert blocks.frame_count <= 16
 
 
 def test_place_compiles_every_block_on_cuda_only(monkeypatch):

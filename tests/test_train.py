@@ -19,7 +19,7 @@ from infra.files import read_json
 from model import GPT, Block
 from optim import MuonAdamW
 from tests import soak
-from tests.conftest import check_fit_loss, config_of, moving, population_of, read, tree
+from tests.conftest import config_of, moving, population_of, read, tree
 
 
 @pytest.mark.parametrize("schedule, length, table", [
@@ -180,21 +180,6 @@ def test_a_chain_that_cannot_go_on(change, words, ready, tmp_path, monkeypatch, 
     distill.main(argv)
 
 
-def test_members_say_what_they_are(ready):
-    argv = ready()
-    run_all(argv)
-    config, data, run = population_of(argv)
-    assert run.members() == [(t, c) for t in range(2) for c in range(4)]
-    weights, about = member = run.load_member(1, 3)
-    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
-    assert (about["epochs"], about["identity"]["seed"]) == (2.0, 43)
-    assert about["identity"]["n_embd"] == 32 and "run_dir" not in about["identity"]
-    check_fit_loss(member, config, data)
-    state = moving(run.load_checkpoint(1)[0])           # goes on from float32
-    assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
-    assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
-
-
 # ------------------------------------------------------------------------------------------------ ranks
 
 def test_who_shares_what(micro):
@@ -229,18 +214,22 @@ def launch(ready, tmp_path):
 
 
 def test_two_processes_take_the_step_of_one(launch, tmp_path):
-    """One step on 1 and 2 ranks, without dropout (they draw their own): the same loss, gradient, weights."""
-    def record_dropout(rank, seed_dropout=train.seed_dropout):
-        def drawn(*args):
-            (tmp_path / f"dropout_{rank}").write_text(str(args))
-            seed_dropout(*args)
-        train.seed_dropout = drawn
-    steps, states = [], []
+    """
+    One step on 1 and 2 ranks, without dropout (they draw their own): the same loss, gradient, weights; and
+    of matrices' moments each has its share alone.
+    """
+    def note(rank):
+        soak.before(train, "seed_dropout", lambda *args: (tmp_path / f"dropout_{rank}").write_text(str(args)))
+        soak.before(MuonAdamW, "step", lambda optimizer, *_: (tmp_path / f"share_{rank}").write_text(
+            str(sum(len(g["m"]) for g in optimizer.groups if g["kind"] == "muon"))))
+    steps, states, shares = [], [], []
     for ranks in (1, 2):
-        folder = launch(ranks, record_dropout, trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1)
+        folder = launch(ranks, note, trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1)
+        shares.append([int((tmp_path / f"share_{rank}").read_text()) for rank in range(ranks)])
         steps.append(json.loads(next(open(folder / "metrics.jsonl"))))
         states.append(read(folder / "trajectory_00" / "resume.safetensors"))
     assert [about["step"] for _, about in states] == [1, 1]
+    assert sum(shares[1]) == shares[0][0] and max(shares[1]) < 0.7 * shares[0][0]
     assert [(tmp_path / f"dropout_{rank}").read_text() for rank in (0, 1)] == ["(42, 0, 0)", "(42, 0, 1)"]
     for key in ("loss", "grad_norm"):
         assert steps[1][key] == pytest.approx(steps[0][key], rel=1e-5)
