@@ -1,18 +1,16 @@
 """
 What tests/test_parity.py, which holds the model's logits, losses and gradients to the record, does not see.
 """
-import functools
 import math
 import weakref
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 import distill
-from model import GPT, Block, GPTConfig, HeadLoss, capped_loss
+from model import GPT, Block, GPTConfig, capped_loss
 
 
 def small(**changes):
@@ -34,37 +32,6 @@ def test_a_shorter_text_and_no_training():
     model, idx = small(), tokens(2, 16)
     assert torch.allclose(model(idx[:, :11]), model(idx)[:, :11], atol=1e-5)
     assert model(idx, idx)[1] == 0 < model.train()(idx, idx)[1]
-
-
-@pytest.mark.parametrize("n", [30, 7, 1])
-def test_the_chunked_loss_has_the_gradients_of_the_plain_formula(n, monkeypatch):
-    """In chunks of n tokens; V logits of a padded table; a loss that reads a row of every token's own."""
-    monkeypatch.setattr("model.chunks", lambda x, V: [slice(i, i + n) for i in range(0, len(x), n)])
-    r = torch.Generator().manual_seed(0)
-    targets, factor = torch.randint(50, (30,), generator=r), torch.rand(30, 50, generator=r)
-    x, weight = (torch.randn(rows, 32, generator=r).requires_grad_() for rows in (30, 64))
-
-    def loss_of(logits, targets, factor):
-        return F.cross_entropy(logits, targets, reduction="sum") + (factor * logits.sigmoid()).sum()
-
-    def mean(x):
-        return HeadLoss.apply(x, weight, functools.partial(capped_loss, loss_of, 50), targets, factor)
-    loss = mean(x)
-    (3 * loss).backward()
-    X, W = (tensor.detach().double().requires_grad_() for tensor in (x, weight))
-    logits = 15 * torch.tanh(X @ W[:50].T / 15)
-    log_p = torch.log_softmax(logits, -1).gather(1, targets[:, None])
-    plain = ((factor.double() * logits.sigmoid()).sum() - log_p.sum()) / 30
-    (3 * plain).backward()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    for mine, wanted in ((x.grad, X.grad), (weight.grad, W.grad)):
-        assert torch.allclose(mine.double(), wanted, rtol=1e-4, atol=1e-6)
-    assert not weight.grad[50:].any()
-    whole, weight.grad = weight.grad, None
-    (3 * mean(x.detach())).backward()                           # nothing but the head learns
-    assert torch.equal(weight.grad, whole)
-    with torch.no_grad():
-        assert mean(x).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_no_logits_of_all_tokens_are_kept():

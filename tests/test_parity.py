@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from model import CHUNK_BYTES
 from tests import parity
 from tests.conftest import ROOT
 
@@ -58,8 +59,10 @@ def test_an_altered_or_missing_input_is_found(changes, parts):
     assert {name.split(".")[0] for name in out(changed(FACTS, changes.get))} >= parts
 
 
-def test_exit_codes(tmp_path, capsys):
+def test_the_facts_hold(tmp_path, capsys, monkeypatch):
+    """Also where the head's loss and gradients come chunk by chunk."""
     assert parity.main([str(PATH)]) == 0
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 320 * 50)               # 50 of 128 tokens at once
     assert capsys.readouterr().out.endswith("913 quantities, 0 out, missing or unknown\n")
     (tmp_path / "altered.json").write_text(json.dumps({**FACTS, "batch": [2, 65]}))
     assert parity.main([str(PATH), str(tmp_path / "altered.json")]) == 1
