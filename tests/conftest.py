@@ -17,7 +17,6 @@ from data import loader, prepare
 from infra.config import from_args
 from infra.files import read_json, read_tensors, write_json
 from infra.run_directory import RunDirectory
-from model import GPT
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,
@@ -62,14 +61,6 @@ def moving(checkpoint):
     return {name.removeprefix("model."): w for name, w in checkpoint.items() if name.startswith("model.")}
 
 
-def check_fit_loss(member, config, data):
-    """What a member's file says is the loss of the weights in it."""
-    weights, about = member
-    model = GPT(config)
-    model.load_state_dict(weights)
-    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def modules_are_no_garbage():
     """train.py collects before every trajectory: a third of a second for all that the tests import."""
@@ -83,7 +74,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def population(tmp_path_factory):
-    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and their student."""
+    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and a student."""
     folder = tmp_path_factory.mktemp("population")
     values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3,
               "epochs_per_cycle": 0.1, "student_epochs": 0.2, "student_teachers": 4,

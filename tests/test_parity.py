@@ -60,9 +60,10 @@ def test_an_altered_or_missing_input_is_found(changes, parts):
 
 
 def test_the_facts_hold(tmp_path, capsys, monkeypatch):
-    """Also where the head's loss and gradients come chunk by chunk."""
+    """Also where the head takes 50 of the 128 tokens at once, and Muon 3 of the matrices."""
     assert parity.main([str(PATH)]) == 0
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 320 * 50)               # 50 of 128 tokens at once
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 320 * 50)
+    monkeypatch.setattr("optim.STACK", 3 * 64 * 64)
     assert capsys.readouterr().out.endswith("913 quantities, 0 out, missing or unknown\n")
     (tmp_path / "altered.json").write_text(json.dumps({**FACTS, "batch": [2, 65]}))
     assert parity.main([str(PATH), str(tmp_path / "altered.json")]) == 1

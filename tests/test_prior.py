@@ -105,7 +105,8 @@ def specialised():
 
 @pytest.mark.parametrize("log_p", [
     real_scores(), log_probabilities(12, 300, 3), log_probabilities(20, 200, 6),
-    log_probabilities(70, 200, 4), specialised()], ids=["real", "12 made up", "20 made up", "70 made up", "specialised"])
+    log_probabilities(70, 200, 4), specialised()],
+    ids=["real", "12 made up", "20 made up", "70 made up", "specialised"])
 def test_learned_is_never_behind(log_p):
     """
     At every K not behind a smaller K or another rule; of at most 64 members the pair is the best of all, and

@@ -31,6 +31,15 @@ def test_rates_within_a_decay(schedule, length, table):
         assert train.rate_multipliers(schedule, step, length) == pytest.approx(rates, abs=1e-12)
 
 
+def test_the_momentum_rises_to_its_value():
+    p, wanted = torch.nn.Parameter(torch.randn(4, 4)), 0
+    optimizer = MuonAdamW([("p", p)], 0.25, momentum_warmup=2)
+    for momentum in (0.85, 0.90, 0.95, 0.95):
+        p.grad, wanted = torch.ones(4, 4), momentum * wanted + 1 - momentum
+        optimizer.step(1, 1)
+        assert optimizer.moments()["m.p"].mean().item() == pytest.approx(wanted)
+
+
 def test_one_cycle_takes_the_middle_batch_and_two_have_the_first_noise():
     config = config_of("single", "--batch_tokens_ends=512")
     assert train.tokens_per_step(config, 0) == 1024 and train.noise_scale(1, 2) == 0.25
