@@ -1,4 +1,5 @@
 """A population small enough to train in a second, for tests that run the scripts."""
+import functools
 import gc
 import json
 import os
@@ -22,6 +23,12 @@ ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,
              val_tokens=1800, batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2,
              epochs_per_cycle=0.5, epoch_multiple=4)
+
+
+def arguments(folder, **overrides):
+    """Of a script: configs/tiny.py, made micro, with data and run in this folder."""
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", **overrides}
+    return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
 
 
 def error_line(err):
@@ -76,10 +83,8 @@ def one_thread():
 def population(tmp_path_factory):
     """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and a student."""
     folder = tmp_path_factory.mktemp("population")
-    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3,
-              "epochs_per_cycle": 0.1, "student_epochs": 0.2, "student_teachers": 4,
-              "loop_start": 1, "loop_end": 2, "loop_extra": 1}
-    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    argv = arguments(folder, cycles=3, epochs_per_cycle=0.1, student_epochs=0.2, student_teachers=4,
+                     loop_start=1, loop_end=2, loop_extra=1)
     for script in (prepare, train, distill, prior):
         script.main(argv)
     result = read_json(folder / "run" / "prior.json")
@@ -94,11 +99,8 @@ def population(tmp_path_factory):
 
 @pytest.fixture
 def micro(tmp_path):
-    """micro(name=value, ...) -> the arguments of a script: configs/tiny.py, made micro, in tmp_path."""
-    def argv(**overrides):
-        values = {**MICRO, "data_dir": tmp_path / "data", "run_dir": tmp_path / "run", **overrides}
-        return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
-    return argv
+    """micro(name=value, ...) -> arguments(), in tmp_path."""
+    return functools.partial(arguments, tmp_path)
 
 
 @pytest.fixture

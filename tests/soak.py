@@ -27,12 +27,11 @@ import torch._dynamo         # DDP imports it, for seconds: here once, not in ev
 import distill
 import prior
 import train
-from data import loader
-from data import prepare as data_prepare
+from data import loader, prepare
 from infra.console import STOPPED
 from infra.run_directory import RunDirectory
 from results.experiments import commit
-from tests.conftest import MICRO, ROOT, read
+from tests.conftest import arguments, read
 
 SCRIPTS = (train, distill, prior)
 # what rank 0 of the forked processes is in, on the board: an index into PHASES
@@ -48,19 +47,10 @@ RANDOM = random.Random(0)
 board = mmap.mmap(-1, 1)
 
 
-def arguments(folder):
-    """Of 3 members in 9 steps, with data in folder/data: text that is the same under every Python."""
-    values = {**MICRO, "trajectories": 1, "cycles": 3, "distill_from": 1, "epochs_per_cycle": 0.3,
-              "resume_every": 2, "train_tokens": 1700, "fitness_tokens": 300, "val_tokens": 400,
-              "data": folder / "words.txt", "data_dir": folder / "data", "run_dir": folder / "run"}
-    return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
-
-
-def prepare(folder):
-    torch.set_num_threads(1)
-    words, draw = "to be or not that is the question".split(), random.Random(0).choices
-    (folder / "words.txt").write_text("\n".join(" ".join(draw(words, k=20)) for _ in range(60)))
-    data_prepare.main(arguments(folder))
+def small(folder):
+    """Arguments of 3 members in 9 steps."""
+    return arguments(folder, trajectories=1, cycles=3, distill_from=1, epochs_per_cycle=0.3, resume_every=2,
+                     train_tokens=2200, fitness_tokens=300, val_tokens=400)
 
 
 def mark(owner, name, phase, script):
@@ -230,7 +220,7 @@ class Run:
 
 def soak(size, kills, folder):
     """(kills by phase, populations compared, names that differed) of populations on `size` ranks."""
-    argv = [*arguments(folder), "--micro_batch=1"]
+    argv = [*small(folder), "--micro_batch=1"]
     run = Run(argv, folder / f"killed{size}", whole=Run(argv, folder / f"whole{size}").done(size=size))
     phases, compared, differ = collections.Counter(), 0, []
     wanted = [phase for phase in PHASES for _ in range(-(-kills // len(PHASES)))]
@@ -255,7 +245,7 @@ def main():
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 240
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout, out = sys.stderr, sys.stdout            # what data.prepare says is not part of the report
-        prepare(Path(folder))
+        prepare.main(small(Path(folder)))
         one, two = (soak(size, kills // 2, Path(folder)) for size in (1, 2))
         sys.stdout = out
     print(f"# Killed, and started again\n\nPrinted by `python -m tests.soak {kills}` at commit {commit()}; "

@@ -17,7 +17,7 @@ import train
 from data import prepare
 from infra.files import read_json, write_json, write_tensors
 from model import GPT
-from tests.conftest import MICRO, ROOT, error_line, population_of, read, tree
+from tests.conftest import ROOT, arguments, error_line, population_of, read, tree
 from tools import generate, import_slowrun, plan, plot
 
 # this python is the active one
@@ -39,12 +39,12 @@ def by_run_sh(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
     (folder / "data" / "__init__.py").write_text("raise SystemExit(1)")
-    flags = [f"--{k}={v}" for k, v in {**MICRO, "data_dir": "text", "run_dir": "out"}.items()]
+    argv = arguments(folder, data_dir="text", run_dir="out")
     offline = ["unshare", "-rnu", "bash", "-c", 'ip link set lo up && hostname nowhere && exec "$@"', "-"]
     with_namespaces = shutil.which("unshare") and run(*offline, "true").returncode == 0
-    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *flags, cwd=folder)
+    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *argv[1:], cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [str(ROOT / "configs" / "tiny.py"), *flags], done.stdout
+    return folder, argv, done.stdout
 
 
 @pytest.fixture

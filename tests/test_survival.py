@@ -23,7 +23,7 @@ import infra.files
 import infra.run_directory
 import prior
 import train
-from data import loader
+from data import loader, prepare
 from infra.console import STOPPED, Damaged
 from infra.files import FORMAT, lock, read_json, read_tensors, write_json, write_tensors
 from tests import soak
@@ -35,13 +35,13 @@ from tools import plot
 def reference(tmp_path_factory):
     """(folder with data, what an uninterrupted run, in folder/whole, leaves)."""
     folder = tmp_path_factory.mktemp("kills")
-    soak.prepare(folder)
-    return folder, soak.Run(soak.arguments(folder), folder / "whole").done()
+    prepare.main(soak.small(folder))
+    return folder, soak.Run(soak.small(folder), folder / "whole").done()
 
 
 @pytest.fixture
 def run(reference, tmp_path):
-    return soak.Run(soak.arguments(reference[0]), tmp_path / "run", reference[1])
+    return soak.Run(soak.small(reference[0]), tmp_path / "run", reference[1])
 
 
 # ------------------------------------------------------------------------------------- killed and stopped
