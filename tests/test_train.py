@@ -103,7 +103,7 @@ def members(folder):
 def test_the_loop_follows_the_recipe(ready, watch):
     """Noise, rates, batches, cycle lengths, seeds, compilation: against the recipe written out."""
     steps = watch(train, "train_step", lambda model, optimizer, rows, loss_fn, rates: (
-        sum(map(len, rows)), optimizer.groups[0]["lr"], *rates))
+        sum(map(len, rows)), optimizer.groups[0]["lr"], *rates, model.training))
     noise = watch(train, "perturb", lambda model, scale, seed: (len(steps), scale, seed))
     seeds = watch(train, "seed_dropout", lambda *args: args)
     compiled = watch(GPT, "to_device", lambda model, device, compile=False: compile)
@@ -119,7 +119,7 @@ def test_the_loop_follows_the_recipe(ready, watch):
             boundaries.append((len(wanted), [None, 0.25, 0.20, 0.10, 0.05][c], 7 * 100_003 + c * 31_337))
         for s in range(length):
             lr = 0.08 + 0.92 * (1 - s / length)
-            wanted.append((sequences, 0.002 * 0.3, lr, 0.7 + 0.3 * (1 - lr) / 0.92))
+            wanted.append((sequences, 0.002 * 0.3, lr, 0.7 + 0.3 * (1 - lr) / 0.92, True))
     assert np.array(noise) == pytest.approx(np.array(boundaries))
     assert np.array(steps) == pytest.approx(np.array(wanted))
     assert seeds == [(7, i, 0) for i in range(len(wanted))]
