@@ -1,6 +1,6 @@
 """
 Kills a population hundreds of times, in each phase of it: python -m tests.soak [KILLS] > results/soak.md
-(240 by default: five to ten minutes on two cores; in the suite, tests/test_survival.py has it do 20).
+(240 by default: five to ten minutes on two cores; in the suite, test_survival.py has it do 20).
 Each kill is a SIGKILL to every process, at a random moment of a chosen phase; then the scripts are started
 again. Whenever a population is done, its members, scores, prior.json and logged steps are compared with those
 of an uninterrupted one, byte by byte, and the next is begun.
