@@ -1,4 +1,5 @@
 """A population small enough to train in a second, for tests that run the scripts."""
+import functools
 import gc
 import json
 import os
@@ -17,12 +18,17 @@ from data import loader, prepare
 from infra.config import from_args
 from infra.files import read_json, read_tensors, write_json
 from infra.run_directory import RunDirectory
-from model import GPT
 
 ROOT = __import__("pathlib").Path(__file__).resolve().parent.parent
 MICRO = dict(n_layer=2, n_embd=32, n_head=2, sequence_len=32, train_tokens=3000, fitness_tokens=1000,
              val_tokens=1800, batch_tokens=128, micro_batch=2, cycles=4, trajectories=2, distill_from=2,
              epochs_per_cycle=0.5, epoch_multiple=4)
+
+
+def arguments(folder, **overrides):
+    """Of a script: configs/tiny.py, made micro, with data and run in this folder."""
+    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", **overrides}
+    return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
 
 
 def error_line(err):
@@ -62,14 +68,6 @@ def moving(checkpoint):
     return {name.removeprefix("model."): w for name, w in checkpoint.items() if name.startswith("model.")}
 
 
-def check_fit_loss(member, config, data):
-    """What a member's file says is the loss of the weights in it."""
-    weights, about = member
-    model = GPT(config)
-    model.load_state_dict(weights)
-    assert -loader.score(model, data.fit, 2).mean() == pytest.approx(about["fit_loss"], abs=1e-3)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def modules_are_no_garbage():
     """train.py collects before every trajectory: a third of a second for all that the tests import."""
@@ -83,12 +81,10 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def population(tmp_path_factory):
-    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and their student."""
+    """(folder, arguments) of 2 x 3 looped members, a prior whose K = 4 has three weights, and a student."""
     folder = tmp_path_factory.mktemp("population")
-    values = {**MICRO, "data_dir": folder / "data", "run_dir": folder / "run", "cycles": 3,
-              "epochs_per_cycle": 0.1, "student_epochs": 0.2, "student_teachers": 4,
-              "loop_start": 1, "loop_end": 2, "loop_extra": 1}
-    argv = [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
+    argv = arguments(folder, cycles=3, epochs_per_cycle=0.1, student_epochs=0.2, student_teachers=4,
+                     loop_start=1, loop_end=2, loop_extra=1)
     for script in (prepare, train, distill, prior):
         script.main(argv)
     result = read_json(folder / "run" / "prior.json")
@@ -103,11 +99,8 @@ def population(tmp_path_factory):
 
 @pytest.fixture
 def micro(tmp_path):
-    """micro(name=value, ...) -> the arguments of a script: configs/tiny.py, made micro, in tmp_path."""
-    def argv(**overrides):
-        values = {**MICRO, "data_dir": tmp_path / "data", "run_dir": tmp_path / "run", **overrides}
-        return [str(ROOT / "configs" / "tiny.py"), *(f"--{k}={v}" for k, v in values.items())]
-    return argv
+    """micro(name=value, ...) -> arguments(), in tmp_path."""
+    return functools.partial(arguments, tmp_path)
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ class Record:
 
     def end_cycle(self, model, moments, **losses):
         teacher = weights_of(self.teacher) if self.teacher else {}
-        moments = {(name, i): x.clone() for name, pair in moments.items() for i, x in enumerate(pair)}
+        moments = {name: x.clone() for name, x in moments.items()}
         self.cycles.append(dict(weights=weights_of(model), moments=moments, teacher=teacher, **losses))
 
     def perturbing(self, perturb):
@@ -126,7 +126,8 @@ def moments_of(optimizer, model):
             pairs = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
         else:
             pairs = zip(states[0]["momentum_buffer"], states[0]["second_momentum_buffer"])
-        moments |= {names[id(p)]: pair for p, pair in zip(group["params"], pairs)}
+        moments |= {f"{kind}.{names[id(p)]}": x for p, pair in zip(group["params"], pairs)
+                    for kind, x in zip("mv", pair)}
     return moments
 
 
@@ -250,11 +251,8 @@ def ours(spec, record):
         record.add_step(loss, norm, micro_batches)
         record.rates.append(rates)
         if steps[optimizer.steps - 1].last:
-            gpt, moments = getattr(gpt, "module", gpt), {}
-            for g in optimizer.groups:      # of this rank's share
-                mine = g["names"][optimizer.rank::optimizer.size] if g["kind"] == "muon" else g["names"]
-                moments |= {name: pair for name, *pair in zip(mine, g["m"], g["v"])}
-            record.end_cycle(gpt, moments, fitness=-loader.score(gpt, data.fit, 4).mean().item(),
+            gpt = getattr(gpt, "module", gpt)
+            record.end_cycle(gpt, optimizer.moments(), fitness=-loader.score(gpt, data.fit, 4).mean().item(),
                              validation=-loader.score(gpt, data.val, 4).mean().item())
         return loss, norm
 

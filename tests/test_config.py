@@ -122,7 +122,8 @@ def test_single_is_tiny_without_a_population():
 
 def test_every_knob_is_read_and_used():
     code = "".join(p.read_text() for files in ("*.py", "data/*.py", "infra/*.py") for p in ROOT.glob(files))
-    settings = "".join(p.read_text() for p in [*ROOT.glob("configs/*.py"), ROOT / "README.md", ROOT / "docs" / "running.md"])
+    pages = [*ROOT.glob("configs/*.py"), ROOT / "README.md", ROOT / "docs" / "running.md"]
+    settings = "".join(p.read_text() for p in pages)
     for name in FIELDS:
         assert re.search(rf"\b(config|c|self)\.{name}\b", code), f"{name} is read nowhere"
         assert re.search(rf"^{name} = |--{name}=", settings, re.M), f"{name} is in no config and no command"

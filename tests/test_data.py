@@ -1,6 +1,10 @@
-"""Preparation and loader against the rules written out again in plain loops, and against the file format."""
+"""
+Preparation and loader against the rules written out in plain loops, and against the file format. The order of
+an epoch and the fitness set: tests/test_parity.py, too.
+"""
 import hashlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -10,21 +14,17 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import loader, prepare, tokenizer
 from infra.config import from_args
 from infra.files import lock
 
 
 def prepared(argv):
-    """(config, {split: (tokens, starts of the documents)}) of these arguments."""
+    """(config, (tokens, starts of the documents) of validation and of training) of these arguments."""
     prepare.main(argv)
     config = from_args(argv, "")[0]
-    return config, {split: loader.read_tokens(config, split) for split in ("val", "train")}
-
-
-def separate(tokens, starts):
-    """Documents as texts, from a token file of the byte tokenizer."""
-    return [bytes(d[d < 256].astype(np.uint8)).decode(errors="replace") for d in np.split(tokens, starts[1:])]
+    return config, [loader.read_tokens(config, split) for split in ("val", "train")]
 
 
 def files(folder):
@@ -100,24 +100,102 @@ def test_bad_text_is_refused_and_leaves_nothing(file, overrides, words, tmp_path
 
 # -------------------------------------------------------------------------------------- documents to tokens
 
-def test_local_text_becomes_the_tokens_it_is(tmp_path, micro, capsys):
-    texts = [f"document {i}: " + "xyzü" * i for i in range(60)]
-    (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
-    argv = micro(data=tmp_path / "text.txt", train_tokens=4000, val_tokens=1000)
-    val, train = (separate(*split) for split in prepared(argv)[1].values())
-    assert "which 0 repeat another" in capsys.readouterr().out
-    assert all(d in texts for d in [*val[:-1], *train[:-1]]) and any(d.startswith(val[-1]) for d in texts)
-    assert not set(val) & set(train[:-1]) and len(val) > 5
-    assert val[:-1] != texts[:len(val) - 1]                         # shuffled
-    prepare.main([*argv, f"--data_dir={tmp_path / 'again'}"])       # by a fixed seed
-    assert files(tmp_path / "again")["text_train.pt"] == files(tmp_path / "data")["text_train.pt"]
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    """120 documents in two .parquet files with several row groups, in the place of the hub."""
+    r = np.random.default_rng(0)
+    texts = ["".join(map(chr, r.integers(97, 200, n))) for n in r.integers(0, 60, 120)]
+    for name, part in (("a", texts[:70]), ("b", texts[70:])):
+        write_parquet(tmp_path / name, row_group_size=20, id=[*map(str, range(len(part)))], text=part)
+    monkeypatch.setattr(prepare, "FINEWEB", dict(
+        path="parquet", data_files=[str(tmp_path / f"{n}.parquet") for n in "ab"], split="train"))
+    return texts
+
+
+def write_parquet(path, row_group_size=None, **columns):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table(columns), f"{path}.parquet", row_group_size=row_group_size)
+
+
+def in_order(texts, budgets):
+    """The rule, written out: fill one split, drop what is left of its last document, fill the next."""
+    texts, splits = iter(texts), []
+    for budget in budgets:
+        tokens = []
+        while len(tokens) < budget:
+            tokens += [256, *next(texts).encode()]
+        splits.append(tokens[:budget])
+    return splits
+
+
+def test_documents_fill_one_split_and_then_the_next(documents, micro, tmp_path, monkeypatch, capsys):
+    """FineWeb's in file order, others, but the empty ones, shuffled; FineWeb's are then compared."""
+    filled = [text for text in documents if text.strip()]
+    shuffled = [filled[i] for i in np.random.default_rng(0).permutation(len(filled))]
+    paths = f"{tmp_path}/a.parquet,{tmp_path}/b.parquet"
+    for data, texts in (("fineweb", documents), (paths, shuffled)):
+        for (tokens, starts), wanted in zip(prepared(micro(data=data))[1], in_order(texts, (1800, 3000))):
+            assert tokens.tolist() == wanted
+            assert starts.tolist() == [i for i, token in enumerate(wanted) if token == 256]
+    out = capsys.readouterr().out
+    assert f"{len(filled)} documents, of which {len(filled) - len(set(filled))} repeat another" in out
+    assert out.count("not the published file") == 2
+    before = files(tmp_path / "data")
+    sha256 = {split: hashlib.sha256(before[f"fineweb_{split}.pt"]).hexdigest() for split in ("val", "train")}
+    monkeypatch.setattr(prepare, "PUBLISHED", {"_val.pt": sha256["val"], "_train.pt": "0" * 64})
+    prepare.main(micro(data="fineweb"))
+    assert files(tmp_path / "data") == before
+    val, train = capsys.readouterr().out.splitlines()[-2:]
+    assert val.endswith(": the published file") and f"{sha256['train']}: not the published file" in train
+
+
+@pytest.mark.parametrize("row", [0, 75])
+def test_a_download_that_stops_leaves_nothing(row, documents, micro, tmp_path, monkeypatch, refused):
+    import datasets
+    load = datasets.load_dataset
+
+    def torn(*args, **kwargs):
+        def dies(of_row, i):
+            if i == row:
+                raise ConnectionError("no route to host")
+            return of_row
+        return load(*args, **kwargs).map(dies, with_indices=True)
+    monkeypatch.setattr(datasets, "load_dataset", torn)
+    line = refused(prepare.main, micro(data="fineweb"))
+    assert "ConnectionError" in line and "fineweb_val.pt" in line and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("columns, words", [
+    *((dict(text=column), ["row 1 has no text"]) for column in ([1, 2], [[1], [2]], [b"a", b"b"])),
+    (dict(words=["a"]), ["'text'", "{'words': 'a'}"])])
+def test_a_column_that_is_no_text(columns, words, tmp_path, micro, monkeypatch, refused):
+    path = str(tmp_path / "x.parquet")
+    write_parquet(tmp_path / "x", **columns)
+    monkeypatch.setattr(prepare, "FINEWEB", dict(path="parquet", data_files=path, split="train"))
+    for data in (path, "fineweb"):
+        assert all(word in refused(prepare.main, micro(data=data)) for word in words)
+
+
+def test_parquet_files_are_local_text(documents, tmp_path, micro, refused):
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a[1]*.parquet").write_bytes(whole)             # a name, not a pattern
+    filled = [text for text in documents[:70] if text.strip()]
+    assert prepare.file_documents(tmp_path / "a[1]*.parquet") == filled
+    write_parquet(tmp_path / "gaps", text=["one", None, " ", "two"])
+    assert prepare.file_documents(tmp_path / "gaps.parquet") == ["one", "two"]
+    (tmp_path / "page.parquet").write_bytes(whole[:1500] + bytes(200) + whole[1700:])
+    write_parquet(tmp_path / "none", words=np.array([], str))
+    for name, words in (("page", ""), ("none", "empty")):
+        line = refused(prepare.main, micro(data=tmp_path / f"{name}.parquet"))
+        assert words in line and f"{name}.parquet" in line
 
 
 def test_the_fitness_set_is_whole_documents_cut_to_its_sequences(ready):
     starts = loader.read_tokens(from_args(ready(), "")[0], "train")[1]
     for wanted in (700, 1000, 1400, int(starts[starts > 700][0])):         # the last one ends with a document
         config, splits = prepared(ready(fitness_tokens=wanted))
-        data, (tokens, starts) = loader.load(config), splits["train"]
+        data, (tokens, starts) = loader.load(config), splits[1]
         end = min(s for s in [*starts.tolist(), len(tokens)] if s >= wanted)
         assert data.fit.ravel().tolist() == tokens[:wanted // 33 * 33].tolist()
         assert data.train.tolist() == tokens[end:].tolist() and tokens[end] == 256
@@ -152,6 +230,8 @@ def test_the_gpt2_tokenizer(monkeypatch, refused):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"r50k_base": small}[name])
     monkeypatch.setitem(tokenizer.VOCAB_SIZE, "gpt2", 259)
     encode, decode, sizes = tokenizer.get_tokenizer("gpt2")
+    url = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+    assert tokenizer.RANKS_NAME == hashlib.sha1(url.encode()).hexdigest()       # its name in tiktoken's cache
     assert decode([258, *encode("the thing")]) == "the thing"
     assert encode("the <|endoftext|>")[:2] == [257, 32] and 258 not in encode("<|endoftext|>")
     assert sizes.tolist() == [1] * 256 + [2, 3, 0]
@@ -187,30 +267,39 @@ def test_a_disk_that_is_full(tmp_path, micro, refused, monkeypatch):
     prepare.main(micro())
 
 
-def with_tokens(change):
-    def rewrite(path):
-        file = torch.load(path)
-        torch.save({**file, "tokens": change(file["tokens"])}, path)
-    return rewrite
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def saved(change):
+    """What torch.load() finds in a file becomes change(of it)."""
+    return lambda path: torch.save(change(torch.load(path)), path)
+
+
+JSON, BYTES, TRAIN = "manual.json", "manual_bytes.safetensors", "manual_train.pt"
+NO_TOKENS, OTHERS = "_train.pt' is not a readable token file", "are not what data.prepare wrote"
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("manual.json", lambda path: path.unlink(), "_train.pt"),           # it says that the others are ours
-    ("manual.json", lambda path: path.write_bytes(b"{"), "manual.json"),
-    ("manual_bytes.safetensors", lambda path: path.write_bytes(b"junk"), "manual_bytes.safetensors"),
-    ("manual_bytes.safetensors", lambda path: path.write_bytes(b""), "manual_bytes.safetensors"),
-    ("manual_train.pt", lambda path: path.write_bytes(b"junk"), "manual_train.pt"),
-    ("manual_train.pt", lambda path: path.write_bytes(path.read_bytes()[:500]), "manual_train.pt"),
-    ("manual_train.pt", lambda path: torch.save([1], path), "manual_train.pt"),
+    (JSON, lambda path: path.unlink(), "_train.pt"),                    # it says that the others are ours
+    *((name, lambda path, junk=junk: path.write_bytes(junk), words)
+      for name, words in ((JSON, JSON), (BYTES, BYTES), (TRAIN, NO_TOKENS)) for junk in (b"", b"{junk")),
+    (TRAIN, lambda path: path.write_bytes(path.read_bytes()[:500]), NO_TOKENS),
+    (TRAIN, saved(lambda file: [1]), NO_TOKENS),
+    *((TRAIN, saved(lambda file, starts=starts: {**file, "doc_starts": starts}), NO_TOKENS) for starts in (
+        Code(), torch.zeros(1).expand(10 ** 12), torch.zeros(4).to_sparse())),
     # no line says to train on so many, nor on another tokenizer's
-    ("manual_train.pt", with_tokens(lambda tokens: tokens.repeat(2)), "not what data.prepare wrote"),
-    ("manual_train.pt", with_tokens(lambda tokens: tokens.fill_(300)), "not what data.prepare wrote"),
+    *((TRAIN, saved(lambda file, of=of: {**file, "tokens": of(file["tokens"])}), OTHERS) for of in (
+        lambda tokens: tokens.repeat(2), lambda tokens: tokens.fill_(300))),
 ])
-def test_other_data_is_never_overwritten(name, change, words, tmp_path, ready, refused):
+def test_other_data_is_never_used_nor_overwritten(name, change, words, tmp_path, ready, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     change(tmp_path / "data" / name)
     before = files(tmp_path / "data")
-    assert words in refused(prepare.main, ready())
-    assert files(tmp_path / "data") == before
+    for script in (prepare, train) if name == TRAIN else (prepare,):
+        assert words in refused(script.main, ready())
+    assert files(tmp_path / "data") == before and not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("train_tokens", [3000, 2500])
@@ -248,7 +337,7 @@ def test_tokens_stand_where_their_text_is_gone(tmp_path, micro, refused, capsys)
     assert "val_tokens is 1800 there" in refused(prepare.main, micro(data=text, val_tokens=900))
 
 
-def test_public_files_without_ours_beside_them(ready, tmp_path, monkeypatch):
+def test_public_files_without_ours_beside_them(ready, tmp_path, monkeypatch, refused):
     """The public script's files come alone, named fineweb; their tokens' bytes come from the tokenizer."""
     for split in ("val", "train"):
         (tmp_path / "data" / f"manual_{split}.pt").rename(tmp_path / "data" / f"fineweb_{split}.pt")
@@ -256,32 +345,24 @@ def test_public_files_without_ours_beside_them(ready, tmp_path, monkeypatch):
     prepare.main(ready(data="fineweb"))
     data = loader.load(from_args(ready(data="fineweb"), "")[0])
     assert data.token_bytes.tolist() == [1] * 256 + [0]
+    (tmp_path / "data" / "fineweb_val.pt").unlink()                 # half of them
+    assert "_train.pt" in refused(prepare.main, ready(data="fineweb"))
 
 
 # ---------------------------------------------------------------------------------------------- the loader
 
-def test_the_order_of_batches_against_plain_loops():
-    r = np.random.default_rng(0)
-    documents = [np.append(256, r.integers(0, 256, n)).astype(np.uint16) for n in r.integers(1, 90, 50)]
-    tokens, starts = np.concatenate(documents), np.cumsum([0, *map(len, documents)])[:-1]
-
-    def randperm(n, seed):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    wanted, order = [], list(range(50))
-    for epoch in (1, 2, 3):
-        order = [order[i] for i in randperm(50, 7 * 1009 + epoch + 1000)]
-        flat = [token for i in order for token in documents[i].tolist()]
-        rows = [flat[i:i + 17] for i in range(0, len(flat) - 16, 17)]
-        wanted += [rows[i] for i in randperm(len(rows), 7 * 1009 + epoch + 2000)][:len(rows) // 4 * 4]
-    per_epoch = len(tokens) // 17 // 4 * 4
-    data = types.SimpleNamespace(train=tokens, doc_starts=starts, sequences_per_epoch=per_epoch)
-    batches = loader.Batches(data, 16, seed=7)
-    steps = (5, 1, 60, len(wanted) - 66)                                            # they straddle epochs
-    assert [row for n in steps for row in batches.take(n).tolist()] == wanted
-    later = loader.Batches(data, 16, seed=7)
-    for position in (len(wanted) - 9, 3, len(wanted) - 9):                          # forward and back
-        later.position = position
-        assert later.take(9).tolist() == wanted[position:position + 9]
+def test_batches_go_on_from_any_position():
+    r, n = np.random.default_rng(0), 40                             # sequences of an epoch
+    tokens, starts = r.integers(0, 256, 720).astype(np.uint16), np.arange(0, 720, 30)
+    data = types.SimpleNamespace(train=tokens, doc_starts=starts, sequences_per_epoch=n)
+    whole = loader.Batches(data, 16, seed=7).take(3 * n).tolist()
+    batches, taken = loader.Batches(data, 16, seed=7), []
+    for steps in (5, 1, 60, 54):                                    # they straddle epochs
+        taken += batches.take(steps).tolist()
+    assert taken == whole and whole[:n] != whole[n:2 * n]
+    for position in (3 * n - 9, 3, 2 * n - 4):                      # forward and back
+        batches.position = position
+        assert batches.take(9).tolist() == whole[position:position + 9]
 
 
 def test_the_document_of_every_target():
@@ -289,21 +370,3 @@ def test_the_document_of_every_target():
     owner = [max(d for d in range(4) if starts[d] <= i) for i in tokens]
     sequences = loader.cut(tokens, 4)                   # three of 5 tokens, the first of which is no target
     assert loader.documents_of(sequences, starts).tolist() == [owner[i] for row in sequences for i in row[1:]]
-
-
-def test_scores_are_in_order_complete_and_unpadded():
-    class Constant(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.p = torch.nn.Parameter(torch.zeros(1))
-
-        def log_p(self, idx, targets):
-            assert not self.training
-            return -(targets + 1000 * idx).float()
-    sequences = np.random.default_rng(1).integers(0, 257, (7, 5)).astype(np.uint16)
-    model = Constant().train()
-    for batch_size in (1, 3, 7, 100):
-        got = loader.score(model, sequences, batch_size)
-        assert got.dtype == np.float32
-        assert got.tolist() == [-b - 1000 * a for row in sequences.tolist() for a, b in zip(row, row[1:])]
-    assert model.training

@@ -54,12 +54,6 @@ def test_a_line_for_each_and_its_price(population, capsys):
         assert [line[:line.index(": 'If ")] for line in lines] == labels
 
 
-@pytest.mark.parametrize("name, value", [
-    ("K", 3000), ("member", "0,²"), ("temperature", "nan"), ("sample_seed", -1), ("sample_seed", 2 ** 63)])
-def test_bad_requests_are_refused(name, value, population, refused):
-    assert f"{name}={value}" in refused(generate.main, [*population[1], f"--{name}={value}"])
-
-
 def test_a_prior_of_other_members_is_refused(population, monkeypatch, refused):
     other = load_prior(population[0] / "run")
     other["members"][1]["weights_sha256"] = "0" * 64

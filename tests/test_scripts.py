@@ -17,7 +17,7 @@ import train
 from data import prepare
 from infra.files import read_json, write_json, write_tensors
 from model import GPT
-from tests.conftest import MICRO, ROOT, error_line, population_of, read, tree
+from tests.conftest import ROOT, arguments, error_line, population_of, read, tree
 from tools import generate, import_slowrun, plan, plot
 
 # this python is the active one
@@ -39,12 +39,12 @@ def by_run_sh(tmp_path_factory):
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
     (folder / "data" / "__init__.py").write_text("raise SystemExit(1)")
-    flags = [f"--{k}={v}" for k, v in {**MICRO, "data_dir": "text", "run_dir": "out"}.items()]
+    argv = arguments(folder, data_dir="text", run_dir="out")
     offline = ["unshare", "-rnu", "bash", "-c", 'ip link set lo up && hostname nowhere && exec "$@"', "-"]
     with_namespaces = shutil.which("unshare") and run(*offline, "true").returncode == 0
-    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *flags, cwd=folder)
+    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *argv[1:], cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [str(ROOT / "configs" / "tiny.py"), *flags], done.stdout
+    return folder, argv, done.stdout
 
 
 @pytest.fixture
@@ -293,6 +293,14 @@ def test_torchrun_prints_one_line(ready, tmp_path):
                ROOT / "train.py", *ready(trajectories=1, batch_tokens=96))
     assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "start 1 processes" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("environment", [dict(PYTHONIOENCODING="ascii"),
+                                         dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
+def test_any_encoding_of_the_terminal_will_do(environment, ready, tmp_path):
+    argv = ready(trajectories=1, cycles=1, epochs_per_cycle=0.1, run_dir=tmp_path / "\u4e16\u754c")
+    done = run(sys.executable, ROOT / "train.py", *argv, **environment)
+    assert done.returncode == 0 and "next: " in done.stdout, done.stderr
 
 
 def test_other_data_under_a_run(finished, tmp_path, refused):

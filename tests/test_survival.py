@@ -2,7 +2,6 @@
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import math
 import os
@@ -24,85 +23,71 @@ import infra.files
 import infra.run_directory
 import prior
 import train
-from data import loader
+from data import loader, prepare
 from infra.console import STOPPED, Damaged
 from infra.files import FORMAT, lock, read_json, read_tensors, write_json, write_tensors
-from tests import kill
+from tests import soak
 from tests.conftest import ROOT, error_line, read, tree
-from tests.soak import soak
 from tools import plot
-
-
-class Run:
-    """A population of a test's own, made by forked processes; whole: what an uninterrupted one leaves."""
-
-    def __init__(self, folder, whole, at):
-        self.whole, self.folder, self.log = whole, at / "run", at / "log"
-        self.argv = [*kill.arguments(folder), f"--run_dir={self.folder}"]
-
-    def start(self, *flags, **how):
-        return kill.start([*self.argv, *flags], self.log, **how)
-
-    def codes(self, *flags, **how):
-        return kill.finish(self.start(*flags, **how))
-
-    def said(self):
-        return self.log.read_text()
-
-    def begin(self, phase, *flags, **how):
-        """Its processes, the first of them in this phase."""
-        children = self.start(*flags, **how)
-        assert kill.reaches(phase, children), self.said()[-3000:]
-        return children
-
-    def stop(self, phase, *flags, **how):
-        """Asked to in this phase, by way of its last rank, all of them stop."""
-        children = self.begin(phase, *flags, **how)
-        os.kill(children[-1], signal.SIGTERM)
-        assert kill.finish(children) == [STOPPED] * len(children), self.said()[-3000:]
-
-    def finishes(self, *flags, size=1, **how):
-        """It goes on to the end, and leaves what an uninterrupted run leaves."""
-        assert self.codes(*flags, size=size, **how) == [0] * size, self.said()[-3000:]
-        assert kill.difference(self.whole, self.folder) == []
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """(folder with data, files of an uninterrupted run in folder/whole)."""
+    """(folder with data, what an uninterrupted run, in folder/whole, leaves)."""
     folder = tmp_path_factory.mktemp("kills")
-    kill.prepare(folder)
-    return folder, kill.uninterrupted(kill.arguments(folder), folder / "whole")
+    prepare.main(soak.small(folder))
+    return folder, soak.Run(soak.small(folder), folder / "whole").done()
 
 
 @pytest.fixture
 def run(reference, tmp_path):
-    return Run(*reference, tmp_path)
+    return soak.Run(soak.small(reference[0]), tmp_path / "run", reference[1])
 
 
 # ------------------------------------------------------------------------------------- killed and stopped
 
 def test_twenty_kills_in_every_phase(reference):
-    phases, _, differ = soak(1, 20, reference[0])
-    assert phases.total() >= 20 and set(phases) == set(kill.PHASES) and not differ
+    phases, _, differ = soak.soak(1, 20, reference[0])
+    assert phases.total() >= 20 and set(phases) == set(soak.PHASES) and not differ
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_asked_to_stop_it_saves_and_goes_on(number, run):
-    """By a launcher, Ctrl-C, a closed terminal, SLURM's warning."""
-    [child] = run.begin("distillation step")
+def meet_no_file():
+    """What a library writes to standard output or error of its own."""
+    assert {os.fstat(descriptor).st_rdev for descriptor in range(3)} == {os.stat(os.devnull).st_rdev}
+
+
+def written_to(output):
+    """Standard output and error of a process are closed, on a full disk, or of a reader that has gone."""
+    def patch(rank):
+        if output == "closed":
+            for descriptor in range(3):
+                os.close(descriptor)
+            sys.stdout = sys.stderr = None
+            soak.before(train, "train_step", lambda *_: meet_no_file())
+        elif output != "a log":
+            reader, writer = os.pipe()
+            os.close(reader)
+            sys.stdout = sys.stderr = open(writer if output == "gone" else "/dev/full", "w")
+    return patch
+
+
+@pytest.mark.parametrize("number, output", [
+    (signal.SIGTERM, "a log"), (signal.SIGINT, "gone"), (signal.SIGHUP, "closed"), (signal.SIGUSR1, "full")])
+def test_asked_to_stop_it_saves_and_goes_on(number, output, run):
+    """By a launcher, Ctrl-C, a closed terminal, SLURM's warning, wherever its output goes."""
+    [child] = run.begin("distillation step", "--resume_every=0", patch=written_to(output))
     os.kill(child, number)
     time.sleep(0.01)
     os.kill(child, number)                          # torchrun passes Ctrl-C on: twice, at once, is once
-    assert kill.finish([child]) == [STOPPED] and kill.saved_last_step(run.folder)
-    assert re.search(r"resume with: \S*python\S* \S*distill.py", run.said()) and "Traceback" not in run.said()
-    run.finishes()
+    assert soak.finish([child]) == [STOPPED] and run.saved_last_step()
+    assert "Traceback" not in run.said() and ("resume with: " in run.said()) == (output == "a log")
+    run.done()
 
 
 def test_under_nohup_a_closed_terminal_is_nothing(run):
     [child] = run.begin("training step", patch=lambda rank: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.kill(child, signal.SIGHUP)
-    assert kill.finish([child]) == [0] and kill.difference(run.whole, run.folder) == []
+    assert soak.finish([child]) == [0] and run.differs() == []
 
 
 def test_asked_twice_it_stops_at_once(run):
@@ -112,63 +97,73 @@ def test_asked_twice_it_stops_at_once(run):
     os.kill(first, signal.SIGTERM)
     time.sleep(1.2)
     os.kill(first, signal.SIGTERM)
-    codes = kill.finish([first], seconds=20)
-    kill.finish([second], seconds=0)
+    codes = soak.finish([first], seconds=20)
+    soak.finish([second], seconds=0)
     assert codes == [128 + signal.SIGTERM]
 
 
-def test_torchrun_is_asked_to_stop(run):
-    """The launcher passes it on; what it prints itself and its exit code are its own."""
-    with open(run.log, "wb") as out:
-        launcher = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             ROOT / "train.py", *run.argv, "--micro_batch=1", "--epochs_per_cycle=30"],
-            stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while launcher.poll() is None and not (run.folder / "metrics.jsonl").exists():
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(60) == 1 and re.search("resume with: .*--nproc_per_node=2 .*train.py", run.said())
-    steps = [r["step"] for r in kill.logged(run.folder)]
-    assert kill.saved_last_step(run.folder) and steps == list(range(1, len(steps) + 1))
+def test_printed_commands_work_where_the_user_stands(run, tmp_path):
+    """
+    Two ranks of torchrun's are asked to stop; from another folder than the clone's, and with a space in the
+    run directory's name, what is printed then is run as it is, and ends where an uninterrupted run does.
+    """
+    argv = [*run.argv, "--micro_batch=1", "--epochs_per_cycle=2", "--cycles=2"]
+    whole, run = (soak.Run(argv, tmp_path / name) for name in ("whole", "my run"))
+    assert run.codes(size=2, scripts=(train,)) == [0, 0] and re.search(r"next: .*distill\.py", run.said())
+    steps = len(run.steps())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         ROOT / "distill.py", *run.argv],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and len(run.steps()) == steps:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)             # the launcher passes it on; its exit code is its own
+    command = process.communicate(timeout=60)[0].split("resume with: ")[1].splitlines()[0]
+    assert process.returncode == 1 and run.saved_last_step() and not list(run.folder.rglob("cycle_001*"))
+    for script in ("distill.py", "prior.py", "-m tools.plot"):
+        assert script in command and ("--nproc_per_node=2" in command) == (".py" in script)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=tmp_path, text=True)
+        assert done.returncode == 0, f"{command}: {done.stderr[-2000:]}"
+        command = done.stdout.split("next: ")[-1].strip()
+    run.whole = whole.done(size=2)
+    assert run.differs() == [] and (run.folder / "prior.png").exists()
 
 
 def test_ranks_of_a_group_leave_at_one_step_and_sum_as_before(run):
     flags = ["--micro_batch=1", "--batch_tokens=192"]
-    run.whole = kill.uninterrupted([*run.argv, *flags], run.folder.parent / "whole", size=3)
+    run.whole = soak.Run([*run.argv, *flags], run.folder.parent / "whole").done(size=3)
     run.stop("distillation step", *flags, size=3)
-    run.finishes(*flags, size=3)
+    run.done(*flags, size=3)
 
 
 def test_groups_that_are_asked_together_leave_together(run):
     """Whether they are in the middle of a step or wait for the others at the end."""
-    children = run.start("--trajectories=2", size=2, patch=lambda rank: rank and kill.before(
+    children = run.start("--trajectories=2", size=2, patch=lambda rank: rank and soak.before(
         train, "seed_dropout", lambda *_: time.sleep(0.5)))         # the second is slow
     while not (run.folder / "trajectory_00" / "cycle_000.safetensors").exists():
         time.sleep(0.01)
     time.sleep(0.5)
     for child in children:
         os.kill(child, signal.SIGTERM)
-    assert kill.finish(children, 30) == [STOPPED] * 2 and "error" not in run.said(), run.said()[-2000:]
+    assert soak.finish(children, 30) == [STOPPED] * 2 and "error" not in run.said(), run.said()[-2000:]
 
 
 def test_other_ranks_and_micro_batches_take_the_same_tokens(run, tmp_path):
     """From one rank to two and back: every step has the tokens of an uninterrupted run, once."""
     tokens = tmp_path / "tokens"
     def watch(rank):
-        take = loader.Batches.take
-        def watched(self, n):
-            rows = take(self, n)
-            with open(tokens if rank == 0 else os.devnull, "a") as f:
-                f.write(hashlib.sha256(rows.numpy()).hexdigest() + "\n")
-            return rows
-        loader.Batches.take = watched
+        def note(batches, n):
+            with tokens.open("a") as f:
+                f.write(f"{n} sequences from {batches.position}\n")
+        if rank == 0:
+            soak.before(loader.Batches, "take", note)
     assert run.codes(f"--run_dir={tmp_path / 'whole'}", patch=watch) == [0]
     wanted = tokens.read_text()
     tokens.unlink()
     for cycles, size, most in (("training", 1, 4), ("distillation", 2, 1), ("distillation", 2, 2)):
         run.stop(f"{cycles} step", f"--micro_batch={most}", size=size, patch=watch)
     assert run.codes("--micro_batch=1", patch=watch) == [0]
-    assert tokens.read_text() == wanted and len(wanted.splitlines()) == len(set(wanted.splitlines()))
+    assert tokens.read_text() == wanted and len(wanted.splitlines()) == len(run.whole["steps"])
     assert "ranks is 1 there and 2 here" in run.said() and "not bit for bit" in run.said()
 
 
@@ -198,7 +193,7 @@ def test_a_full_disk(file, room, run):
     assert run.codes(patch=no_room_for(file, room)) == [2], run.said()
     err = error_line(run.said())
     assert f"{file}'" in err and "make room" in err and not list(run.folder.rglob(".writing-*")), err
-    run.finishes()
+    run.done()
 
 
 def test_room_is_looked_for_before_the_first_step(run, monkeypatch, refused):
@@ -220,8 +215,8 @@ def test_a_file_system_without_locks_and_flushed_folders(run):
         assert os.stat(path).st_ino in flushed
     def poor(rank):
         for owner, name, do in ((os, "fsync", flush), (fcntl, "flock", lock), (os, "replace", rename)):
-            kill.before(owner, name, do)
-    run.finishes(patch=poor)
+            soak.before(owner, name, do)
+    run.done(patch=poor)
 
 
 def cut(content):
@@ -240,7 +235,7 @@ def test_no_flipped_bit_passes(reference, tmp_path):
         path = reference[0] / "whole" / "trajectory_00" / name
         content, (tensors, about) = path.read_bytes(), read(path)
         for end in 75 * [len(content), 4000]:           # anywhere, and in the names and shapes at the front
-            (tmp_path / name).write_bytes(flipped(content, kill.RANDOM.randrange(8 * end)))
+            (tmp_path / name).write_bytes(flipped(content, soak.RANDOM.randrange(8 * end)))
             with contextlib.suppress(Damaged):
                 theirs, passed = read_tensors(tmp_path / name, about["kind"]), passed + 1
                 assert theirs[1] == about and theirs[0].keys() == tensors.keys()
@@ -257,7 +252,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, run):
     newest.write_bytes(damage(newest.read_bytes()))
     assert run.codes(patch=no_room_for(newest.name)) == [2] and previous.read_bytes() == kept
     assert bool(re.search(f"'{newest}' is .*trying the previous one", run.said())) == (damage is not bytes)
-    run.finishes()
+    run.done()
 
 
 def content(change):
@@ -285,10 +280,6 @@ READ_BY = {FIT: prior, VAL: prior, MEMBER: prior, STATE: distill, "config.json":
 UNUSABLE = [        # file, what happens to it, words of the line
     *((file, content(what), "' is ") for file in READ_BY for what in (cut, lambda b: b"", lambda b: b"[1]")),
     *((file, rewritten(format=FORMAT + 1), "' is damaged, or of another version") for file in READ_BY),
-    # where there are scores, a member is not read
-    *((file, content(lambda b: flipped(b, 8 * len(b) - 997)), "' is damaged")
-      for file in READ_BY if file != MEMBER),
-    (FIT, content(lambda b: flipped(b, 8 * b.index(b"weights_sha256") + 160)), "' is damaged"),
     *((file, copied(other), "' holds something else") for file, other in (
         (FIT, f"../../{VAL}"), (FIT, f"../../{MEMBER}"), (MEMBER, f"../{FIT}"), ("config.json", "prior.json"),
         (MEMBER, CYCLE_0), (STATE, CYCLE_0), ("prior.json", "config.json"))),
@@ -308,29 +299,6 @@ def test_a_file_that_cannot_be_used_is_named(file, change, words, run, reference
     assert named + words in refused(READ_BY[file].main, run.argv) and tree(run.folder) == before
 
 
-class Code:
-    def __reduce__(self):
-        return os.system, ("touch was_run",)
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda f: f["tokens"].view(torch.uint8)[100].bitwise_xor_(1), "are not what data.prepare wrote"),
-    (lambda f: f.update(doc_starts=Code()), "text_train.pt' is not a readable"),
-    (lambda f: f.update(doc_starts=torch.zeros(1).expand(10 ** 12)), "text_train.pt' is not a readable"),
-    (lambda f: f.update(doc_starts=torch.zeros(4).to_sparse()), "text_train.pt' is not a readable"),
-])
-def test_a_strangers_tokens(change, words, tmp_path, reference, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(reference[0] / "data", tmp_path / "data")
-    path = tmp_path / "data" / "text_train.pt"
-    change(file := torch.load(path))
-    torch.save(file, path)
-    with pytest.raises(Damaged):
-        read_tensors(path, "the member of cycle 0")
-    assert words in refused(train.main, kill.arguments(tmp_path)) and not (tmp_path / "run").exists()
-    assert not (tmp_path / "was_run").exists()
-
-
 @pytest.mark.parametrize("owner, name, call, words", [
     (train, "label_loss", 5, "step 2, sequences up to 11 of its order: loss nan"),
     (torch.nn.utils, "clip_grad_norm_", 3, r"step 2, .*: loss \d+\.\d+, gradient norm nan"),
@@ -342,7 +310,7 @@ def test_nothing_is_kept_of_what_is_no_number(owner, name, call, words, run):
         setattr(owner, name, lambda *args: function(*args) * (math.nan if next(calls) == call else 1))
     assert run.codes(patch=poison) == [1] and re.search(words, error_line(run.said()))
     assert not list(run.folder.glob("trajectory_00/cycle_*"))
-    run.finishes()
+    run.done()
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
@@ -351,21 +319,21 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(fault, run):
         infra.distributed.GROUP_TIMEOUT = infra.distributed.timedelta(seconds=5)
     first, second = run.begin("training step", "--micro_batch=1", size=2, patch=impatient)
     os.kill(second, fault)
-    codes = kill.finish([first], seconds=60)
-    kill.finish([second], seconds=0)
+    codes = soak.finish([first], seconds=60)
+    soak.finish([second], seconds=0)
     assert codes == [1], run.said()[-2000:]
     assert "another rank exited or hangs" in error_line(run.said())
     assert run.codes("--micro_batch=1", size=2) == [0, 0]
-    assert kill.left(run.folder)["steps"].keys() == run.whole["steps"].keys()
+    assert run.steps().keys() == run.whole["steps"].keys()
 
 
 def test_a_second_run_on_one_directory_is_refused(run, tmp_path):
     first = run.begin("training step")
     os.kill(first[0], signal.SIGSTOP)
-    codes = kill.finish(kill.start(run.argv, tmp_path / "second", size=2))
+    codes = run.codes(size=2)
     os.kill(first[0], signal.SIGCONT)
-    assert codes[0] == 2 and "another process writes to" in error_line((tmp_path / "second").read_text())
-    assert kill.finish(first) == [0] and kill.difference(run.whole, run.folder) == []
+    assert codes[0] == 2 and "another process writes to" in run.said()
+    assert soak.finish(first) == [0] and run.differs() == []
 
 
 @pytest.mark.parametrize("script", [train, prior])
@@ -391,6 +359,6 @@ def test_prior_runs_beside_training(run, reference):
         if late.exists():
             late.rename(member)
     with lock(run.folder / ".lock", "of training"):
-        assert run.codes(patch=lambda rank: kill.before(loader, "score", comes), scripts=(prior,)) == [0]
+        assert run.codes(patch=lambda rank: soak.before(loader, "score", comes), scripts=(prior,)) == [0]
     assert "2 of 3 members" in run.said() and member.exists()
-    run.finishes()
+    run.done()

@@ -16,22 +16,28 @@ from infra.config import from_args
 from infra.console import next_command
 from infra.distributed import can_share, join, micro_batch_size, processes
 from infra.files import read_json
-from infra.run_directory import RunDirectory
 from model import GPT, Block
 from optim import MuonAdamW
-from tests import kill
-from tests.conftest import check_fit_loss, config_of, moving, population_of, read
-from tests.test_scripts import tree
+from tests import soak
+from tests.conftest import config_of, moving, population_of, read, tree
 
 
 @pytest.mark.parametrize("schedule, length, table", [
-    ("cycle", 4, {0: (1, 0.7), 1: (0.77, 0.775), 3: (0.31, 0.925)}),    # 1 - 0.92 s/4, and 0.7 + 0.3 s/4
     ("cosine", 4, {0: (1, 1), 2: (0.5, 1), 4: (0, 1)}),
     ("warmdown", 10, {0: (1, 1), 8: (1, 1), 9: (0.5, 1)}),
 ])
 def test_rates_within_a_decay(schedule, length, table):
     for step, rates in table.items():
         assert train.rate_multipliers(schedule, step, length) == pytest.approx(rates, abs=1e-12)
+
+
+def test_the_momentum_rises_to_its_value():
+    p, wanted = torch.nn.Parameter(torch.randn(4, 4)), 0
+    optimizer = MuonAdamW([("p", p)], 0.25, momentum_warmup=2)
+    for momentum in (0.85, 0.90, 0.95, 0.95):
+        p.grad, wanted = torch.ones(4, 4), momentum * wanted + 1 - momentum
+        optimizer.step(1, 1)
+        assert optimizer.moments()["m.p"].mean().item() == pytest.approx(wanted)
 
 
 def test_one_cycle_takes_the_middle_batch_and_two_have_the_first_noise():
@@ -97,7 +103,7 @@ def members(folder):
 def test_the_loop_follows_the_recipe(ready, watch):
     """Noise, rates, batches, cycle lengths, seeds, compilation: against the recipe written out."""
     steps = watch(train, "train_step", lambda model, optimizer, rows, loss_fn, rates: (
-        sum(map(len, rows)), optimizer.groups[0]["lr"], *rates))
+        sum(map(len, rows)), optimizer.groups[0]["lr"], *rates, model.training))
     noise = watch(train, "perturb", lambda model, scale, seed: (len(steps), scale, seed))
     seeds = watch(train, "seed_dropout", lambda *args: args)
     compiled = watch(GPT, "to_device", lambda model, device, compile=False: compile)
@@ -113,7 +119,7 @@ def test_the_loop_follows_the_recipe(ready, watch):
             boundaries.append((len(wanted), [None, 0.25, 0.20, 0.10, 0.05][c], 7 * 100_003 + c * 31_337))
         for s in range(length):
             lr = 0.08 + 0.92 * (1 - s / length)
-            wanted.append((sequences, 0.002 * 0.3, lr, 0.7 + 0.3 * (1 - lr) / 0.92))
+            wanted.append((sequences, 0.002 * 0.3, lr, 0.7 + 0.3 * (1 - lr) / 0.92, True))
     assert np.array(noise) == pytest.approx(np.array(boundaries))
     assert np.array(steps) == pytest.approx(np.array(wanted))
     assert seeds == [(7, i, 0) for i in range(len(wanted))]
@@ -183,54 +189,6 @@ def test_a_chain_that_cannot_go_on(change, words, ready, tmp_path, monkeypatch, 
     distill.main(argv)
 
 
-def test_members_say_what_they_are(ready):
-    argv = ready()
-    run_all(argv)
-    config, data, run = population_of(argv)
-    assert run.members() == [(t, c) for t in range(2) for c in range(4)]
-    weights, about = member = run.load_member(1, 3)
-    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
-    assert (about["epochs"], about["identity"]["seed"]) == (2.0, 43)
-    assert about["identity"]["n_embd"] == 32 and "run_dir" not in about["identity"]
-    check_fit_loss(member, config, data)
-    state = moving(run.load_checkpoint(1)[0])           # goes on from float32
-    assert all(torch.equal(w.bfloat16(), weights[n]) for n, w in state.items())
-    assert not torch.equal(state["lm_head.weight"], weights["lm_head.weight"].float())
-
-
-@pytest.mark.parametrize("steps, saves, settings", [
-    (4, 16, {}),
-    (30, 6, dict(trajectories=1, cycles=2, restart="fresh", schedule="warmdown", momentum_warmup=50,
-                 resume_every=29, ema_decay=0.75, ema_every=1, ema_share=0.4)),     # saves inside an average
-])
-def test_a_run_in_pieces_equals_a_run_at_once(steps, saves, settings, ready, tmp_path, monkeypatch):
-    """It dies after every member and checkpoint that it keeps, and goes on bit for bit."""
-    settings = {**settings, "epochs_per_cycle": steps * 4 / population_of(ready())[1].sequences_per_epoch}
-    run_all(ready(run_dir=tmp_path / "whole", **settings))
-    died = []
-
-    def dying(save):
-        def wrapper(run, t, of, *args, **about):
-            save(run, t, of, *args, **about)
-            if (moment := (save, t, about.get("epochs", args[0]))) not in died:
-                died.append(moment)
-                raise EOFError                          # which nothing else raises
-        return wrapper
-    for name in ("save_member", "save_checkpoint"):
-        monkeypatch.setattr(RunDirectory, name, dying(getattr(RunDirectory, name)))
-    argv, finished = ready(run_dir=tmp_path / "pieces", **settings), None
-    for script in (train, distill):
-        while finished is not script:
-            with contextlib.suppress(EOFError):
-                script.main(argv)
-                finished = script
-    whole, pieces = members(tmp_path / "whole"), members(tmp_path / "pieces")
-    assert len(died) == saves and whole == pieces
-    before = tree(tmp_path / "pieces")
-    run_all(argv)                                   # nothing is done twice
-    assert tree(tmp_path / "pieces") == before
-
-
 # ------------------------------------------------------------------------------------------------ ranks
 
 def test_who_shares_what(micro):
@@ -257,27 +215,30 @@ def test_micro_batches_are_the_fewest_equal_parts(micro):
 @pytest.fixture
 def launch(ready, tmp_path):
     """launch(ranks, name=value, ...) -> the folder of a run of train.py in so many ranks."""
-    def run(ranks, patch=lambda rank: None, **settings):
-        log, folder = tmp_path / "log", tmp_path / f"run_{ranks}"
-        children = kill.start(ready(run_dir=folder, **settings), log, ranks, patch=patch, scripts=(train,))
-        assert kill.finish(children) == [0] * ranks, log.read_text()[-2000:]
-        return folder
-    return run
+    def of(ranks, patch=lambda rank: None, **settings):
+        run = soak.Run(ready(**settings), tmp_path / f"run_{ranks}")
+        assert run.codes(size=ranks, patch=patch, scripts=(train,)) == [0] * ranks, run.said()
+        return run.folder
+    return of
 
 
 def test_two_processes_take_the_step_of_one(launch, tmp_path):
-    """One step on 1 and 2 ranks, without dropout (they draw their own): the same loss, gradient, weights."""
-    def record_dropout(rank, seed_dropout=train.seed_dropout):
-        def drawn(*args):
-            (tmp_path / f"dropout_{rank}").write_text(str(args))
-            seed_dropout(*args)
-        train.seed_dropout = drawn
-    steps, states = [], []
+    """
+    One step on 1 and 2 ranks, without dropout (they draw their own): the same loss, gradient, weights; and
+    of matrices' moments each has its share alone.
+    """
+    def note(rank):
+        soak.before(train, "seed_dropout", lambda *args: (tmp_path / f"dropout_{rank}").write_text(str(args)))
+        soak.before(MuonAdamW, "step", lambda optimizer, *_: (tmp_path / f"share_{rank}").write_text(
+            str(sum(len(g["m"]) for g in optimizer.groups if g["kind"] == "muon"))))
+    steps, states, shares = [], [], []
     for ranks in (1, 2):
-        folder = launch(ranks, record_dropout, trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1)
+        folder = launch(ranks, note, trajectories=1, dropout=0, epochs_per_cycle=0.05, cycles=1)
+        shares.append([int((tmp_path / f"share_{rank}").read_text()) for rank in range(ranks)])
         steps.append(json.loads(next(open(folder / "metrics.jsonl"))))
         states.append(read(folder / "trajectory_00" / "resume.safetensors"))
     assert [about["step"] for _, about in states] == [1, 1]
+    assert sum(shares[1]) == shares[0][0] and max(shares[1]) < 0.7 * shares[0][0]
     assert [(tmp_path / f"dropout_{rank}").read_text() for rank in (0, 1)] == ["(42, 0, 0)", "(42, 0, 1)"]
     for key in ("loss", "grad_norm"):
         assert steps[1][key] == pytest.approx(steps[0][key], rel=1e-5)
