@@ -9,9 +9,9 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours 
 
 config="$root/configs/tiny.py"
 for arg; do case "$arg" in -h|--help) sed -n 2,4p "$0"; exit ;; -*) ;; *) config= ;; esac; done
-usable='import sys, importlib.util as u, importlib.metadata as m
-sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy safetensors tiktoken datasets pytest matplotlib tqdm".split()))
-         or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 11])'
+usable='import sys, importlib.metadata as m             # metadata come last: no package is half there
+torch, *_ = map(m.version, "torch numpy safetensors tiktoken datasets pytest matplotlib tqdm".split())
+sys.exit(sys.version_info < (3, 11) or [int(n) for n in torch.split(".")[:2]] < [2, 11])'
 python=python
 if ! $python -c "$usable" 2>/dev/null; then                 # not the active environment: our own
     python="$root/.venv/bin/python"

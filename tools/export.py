@@ -14,13 +14,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from safetensors.torch import save_file
 
 from data import loader
 from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
 from infra.console import ROOT, Damaged, fail, print0, script
-from infra.files import flush_to_disk, read_json, read_tensors, write_whole
+from infra.files import flush_to_disk, read_json, read_tensors, save_tensors, write_whole
 from infra.run_directory import RunDirectory, load_prior
 from model import GPTConfig
 from prior import model_to_score
@@ -158,8 +157,7 @@ def write_folder(folder, tokenizer, contents, tensors):
     for path in ("model.py", "tools/modeling_q0.py", "LICENSE"):
         shutil.copyfile(ROOT / path, folder / Path(path).name)
     tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    shutil.copymode(folder / "model.py", folder / "model.safetensors")      # it would be its owner's alone
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     for path in folder.iterdir():
         flush_to_disk(path)
 
