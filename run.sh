@@ -28,6 +28,8 @@ if ! $python -c "$usable" 2>/dev/null; then                 # not the active env
 fi
 [ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
 [ -z "$config" ] || set -- "$config" "$@"
+# a cluster's, of more machines: this is one
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT ${!PET_@}
 processes=$("$python" -m infra.distributed "$@")                   # checks config and run directory, exits 2 where they are wrong
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"         # threads that spin stop each other where the cores have other work
 # glibc keeps what tensors free, else every step on the CPU faults it in again: a tenth of the demo's time

@@ -36,7 +36,8 @@ def run(*command, cwd=None, **environment):
 def by_run_sh(tmp_path_factory):
     """
     A micro population by ./run.sh: (folder, arguments, what it printed). It is called from a folder of the
-    caller's, with relative paths, where nothing resolves the host's own name (containers, laptops off line).
+    caller's, with relative paths, where nothing resolves the host's own name (containers, laptops off line), and
+    torchrun is told of more machines (Kubeflow).
     """
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
@@ -44,7 +45,7 @@ def by_run_sh(tmp_path_factory):
     flags = [f"--{k}={v}" for k, v in {**MICRO, "data_dir": "text", "run_dir": "out"}.items()]
     offline = ["unshare", "-rnu", "bash", "-c", 'ip link set lo up && hostname nowhere && exec "$@"', "-"]
     with_namespaces = shutil.which("unshare") and run(*offline, "true").returncode == 0
-    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *flags, cwd=folder)
+    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *flags, cwd=folder, PET_NNODES="2")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [str(ROOT / "configs" / "tiny.py"), *flags], done.stdout
 
@@ -299,7 +300,7 @@ def test_run_sh_refuses_before_anything_starts(tmp_path):
     before = tree(tmp_path)
     for flags, words in ((["--run_dir=another"], "seed is 5 there and 42 here"),
                          (["--data=nowhere.txt"], "nowhere.txt"), (["--seed=1", "none.py"], "'none.py'")):
-        done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
+        done = run(ROOT / "run.sh", *flags, cwd=tmp_path, LOCAL_RANK="1")         # a cluster's
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     done = run(ROOT / "run.sh", "--seed=1", "none.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "CONFIG" in done.stdout and not done.stderr and tree(tmp_path) == before

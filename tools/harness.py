@@ -184,6 +184,9 @@ class Adapter(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **_):
+        for (context, continuation), _, ids in requests:
+            if not ids:             # a token of BPE spans the two; with nothing to score it would always win
+                raise ValueError(f"'{continuation}' has no token of its own after '{context[-40:]}'")
         return [(self.total(context, continuation), self.separator) for _, context, continuation in requests]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
