@@ -170,7 +170,8 @@ def main(argv=None):
         fail(f"to='{options.to}': name a folder that is new or empty, such as --to=exported")
     if options.student:
         config, options.member = student_of(config), "0,0"
-    run, prior = RunDirectory(config, loader.load(config).fingerprint), load_prior(config.run_dir)
+    run = RunDirectory(config, loader.load(config).fingerprint, only_read=True)
+    prior = load_prior(config.run_dir)
     label, members, weights = choose(options, prior, run)[-1]
     tokenizer = tokenizer_of(config)
     if options.member:
