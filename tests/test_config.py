@@ -87,7 +87,8 @@ def test_what_a_config_imports_or_defines_is_no_setting(tmp_path):
     config = tmp_path / "mine.py"
     config.write_text("import os\nfrom math import pi\ndef half(n):\n    return n // 2\nclass Shape: pass\n"
                       "_twice = 2\nassert os.path.exists(__file__)\n"
-                      + (ROOT / "configs" / "tiny.py").read_text() + "\nn_layer = half(8) * _twice\ndel pi\n", "utf-8-sig")
+                      + (ROOT / "configs" / "tiny.py").read_text() + "\nn_layer = half(8) * _twice\ndel pi\n",
+                      encoding="utf-8-sig")
     assert from_args([str(config)], "")[0].n_layer == 8
 
 
