@@ -36,8 +36,8 @@ def run(*command, cwd=None, **environment):
 def by_run_sh(tmp_path_factory):
     """
     A micro population by ./run.sh: (folder, arguments, what it printed). It is called from a folder of the
-    caller's, with relative paths, where nothing resolves the host's own name (containers, laptops off line), and
-    torchrun is told of more machines (Kubeflow).
+    caller's, with relative paths, where nothing resolves the host's own name (containers, laptops off line)
+    and torchrun is told of more machines (Kubeflow).
     """
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
