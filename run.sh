@@ -9,9 +9,9 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1    # ours 
 
 config="$root/configs/tiny.py"
 for arg; do case "$arg" in -h|--help) sed -n 2,4p "$0"; exit ;; -*) ;; *) config= ;; esac; done
-usable='import sys, importlib.util as u, importlib.metadata as m
-sys.exit(sys.version_info < (3, 11) or not all(map(u.find_spec, "torch numpy safetensors tiktoken datasets pytest matplotlib tqdm".split()))
-         or [int(n) for n in m.version("torch").split(".")[:2]] < [2, 11])'
+usable='import sys, importlib.metadata as m             # metadata come last: no package is half there
+torch, *_ = map(m.version, "torch numpy safetensors tiktoken datasets pytest matplotlib tqdm".split())
+sys.exit(sys.version_info < (3, 11) or [int(n) for n in torch.split(".")[:2]] < [2, 11])'
 python=python
 if ! $python -c "$usable" 2>/dev/null; then                 # not the active environment: our own
     python="$root/.venv/bin/python"
@@ -28,6 +28,8 @@ if ! $python -c "$usable" 2>/dev/null; then                 # not the active env
 fi
 [ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
 [ -z "$config" ] || set -- "$config" "$@"
+# a cluster's, of more machines: this is one
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT ${!PET_@}
 processes=$("$python" -m infra.distributed "$@")                   # checks config and run directory, exits 2 where they are wrong
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"         # threads that spin stop each other where the cores have other work
 # glibc keeps what tensors free, else every step on the CPU faults it in again: a tenth of the demo's time

@@ -31,8 +31,8 @@ def read_tokens(config, split):
         if tokens.dtype != np.uint16 or tokens.ndim != 1 or starts[0] != 0 or (np.diff(starts) <= 0).any():
             raise ValueError("its arrays are of another kind")
     except Exception as e:          # torch.load raises nearly anything on damaged bytes
-        fail(f"'{path}' is not a readable token file ({type(e).__name__}): delete it, and its .json, and run "
-             "python -m data.prepare again")
+        fail(f"'{path}' is not a readable token file ({type(e).__name__}: {e!s:.90}): delete it, and its "
+             ".json, and run python -m data.prepare again")
     return tokens, starts
 
 

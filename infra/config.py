@@ -152,7 +152,7 @@ def read_file(path):
     """What a config file assigns, but modules and functions. It is Python: read a stranger's first."""
     names = {"__file__": path}
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             exec(compile(f.read(), path, "exec"), names)
     except (Exception, SystemExit) as e:
         fail(f"cannot use config '{path}' ({type(e).__name__}: {e}); configs/tiny.py is an example")
@@ -183,7 +183,7 @@ def from_args(argv, usage, **options):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & set(argv):
-        print(usage.strip())
+        print((usage or "CONFIG [--name=value ...]").strip())       # python -OO drops docstrings
         raise SystemExit(0)
     paths = [a for a in argv if not a.startswith("--")]
     if len(paths) != 1:

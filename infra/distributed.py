@@ -96,7 +96,7 @@ class Ranks:
 def pick_device(config, local_rank):
     """This rank's GPU, or the CPU. Exits with code 2 where there is a GPU that cannot be used."""
     if not torch.cuda.is_available():
-        if os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        if os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
             fail(f"torch {torch.__version__} cannot use this machine's GPU: install one that fits its "
                  "driver, or set CUDA_VISIBLE_DEVICES= for the CPU")
         return torch.device("cpu")

@@ -122,12 +122,19 @@ def digest(tensors):
     return sha.hexdigest()
 
 
+def save_tensors(tensors, path, metadata):
+    """safetensors' save_file, for all whom the umask lets read: 0.8 writes for the owner alone."""
+    save_file(tensors, path, metadata)
+    with contextlib.suppress(OSError):          # a file system without modes
+        os.chmod(path, path.parent.stat().st_mode & 0o666)
+
+
 def write_tensors(path, kind, tensors, **about):
     """Named CPU tensors, and what they are: plain values, with their SHA-256 as about["tensors_sha256"]."""
     about["tensors_sha256"] = digest(tensors)
     # one entry of metadata: safetensors writes several in any order, and equal files would differ
     metadata = {"about": to_json(about, kind)}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: save_tensors(tensors, temporary, metadata))
 
 
 def read_tensors(path, kind, check=True):
@@ -137,7 +144,7 @@ def read_tensors(path, kind, check=True):
             about = from_json(file.metadata()["about"], path, kind)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, TypeError) as e:
-        raise Damaged(path, f"is not readable ({type(e).__name__})") from None
+        raise Damaged(path, f"is not readable ({type(e).__name__}: {e})") from None
     if check and digest(tensors) != about["tensors_sha256"]:
         raise Damaged(path, "is damaged, checksum mismatch")
     return tensors, about

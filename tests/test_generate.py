@@ -44,7 +44,8 @@ def test_temperature_top_k_seed_and_stop():
     assert sample([Fixed(1e-9, 1e-9, 1.0)], [1.0], stop=2) == [2]
 
 
-def test_a_line_for_each_and_its_price(population, capsys):
+def test_a_line_for_each_and_its_price(population, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", None)             # another user's run: it is only read
     for flags, labels in (
             ([], ["best member (1 pass a token)", "mixture of 4, 3 with weight (3 passes a token)"]),
             (["--member=0,1"], ["member 0,1"]), (["--student"], ["student"])):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import distill
 import prior
 import train
 from data import prepare
+from infra.config import from_args
 from infra.files import read_json, write_json, write_tensors
 from model import GPT
 from tests.conftest import ROOT, arguments, error_line, population_of, read, tree
@@ -34,7 +36,8 @@ def run(*command, cwd=None, **environment):
 def by_run_sh(tmp_path_factory):
     """
     A micro population by ./run.sh: (folder, arguments, what it printed). It is called from a folder of the
-    caller's, with relative paths, where nothing resolves the host's own name (containers, laptops off line).
+    caller's, with relative paths, where nothing resolves the host's own name (containers, laptops off line)
+    and torchrun is told of more machines (Kubeflow).
     """
     folder = tmp_path_factory.mktemp("caller")
     (folder / "data").mkdir()                                   # of the caller's: not to be mistaken for ours
@@ -42,7 +45,7 @@ def by_run_sh(tmp_path_factory):
     argv = arguments(folder, data_dir="text", run_dir="out")
     offline = ["unshare", "-rnu", "bash", "-c", 'ip link set lo up && hostname nowhere && exec "$@"', "-"]
     with_namespaces = shutil.which("unshare") and run(*offline, "true").returncode == 0
-    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *argv[1:], cwd=folder)
+    done = run(*offline if with_namespaces else (), ROOT / "run.sh", *argv[1:], cwd=folder, PET_NNODES="2")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, argv, done.stdout
 
@@ -63,6 +66,8 @@ def test_run_sh_goes_all_the_way(by_run_sh):
     assert {p.name for p in (folder / "out").iterdir()} == {
         "config.json", "metrics.jsonl", "prior.json", "prior.png", "scores", "trajectory_00", "trajectory_01",
         ".lock"}
+    modes = {p.stat().st_mode for p in folder.rglob("*") if p.is_file()}
+    assert modes == {(folder / "data" / "__init__.py").stat().st_mode}      # whom the umask lets read, reads
     assert re.search(r"\nbest member.*\nmixture of.*\nresults are in out.*\n$", out)
     assert (folder / "out" / "prior.png").read_bytes()[:4] == b"\x89PNG"
     if os.cpu_count() > 1:
@@ -276,13 +281,26 @@ def test_wherever_the_clone_lies(tmp_path):
         assert done.returncode == 2 and "seed='none'" in error_line(done.stderr), done.stderr
 
 
+def test_a_half_made_environment_is_no_environment(tmp_path):
+    """Of a package whose installation was cut short there is all that an import wants, but no metadata."""
+    usable = re.search("usable='(.*?)'\n", (ROOT / "run.sh").read_text(), re.S)[1]
+    for name in "torch numpy safetensors tiktoken datasets pytest matplotlib tqdm".split():
+        for file in (f"{name}/__init__.py", f"{name}-2.11.dist-info/METADATA"):
+            (tmp_path / file).parent.mkdir()
+            (tmp_path / file).write_text(f"Name: {name}\nVersion: 2.11" if "METADATA" in file else "")
+    ask = (sys.executable, "-IS", "-c", f"import sys; sys.path.append('{tmp_path}')\n{usable}")
+    assert run(*ask).returncode == 0
+    shutil.rmtree(tmp_path / "datasets-2.11.dist-info")
+    assert run(*ask).returncode == 1
+
+
 def test_run_sh_refuses_before_anything_starts(tmp_path):
     (tmp_path / "another").mkdir()
     write_json(tmp_path / "another" / "config.json", {"identity": {"seed": 5}})
     before = tree(tmp_path)
     for flags, words in ((["--run_dir=another"], "seed is 5 there and 42 here"),
                          (["--data=nowhere.txt"], "nowhere.txt"), (["--seed=1", "none.py"], "'none.py'")):
-        done = run(ROOT / "run.sh", *flags, cwd=tmp_path)
+        done = run(ROOT / "run.sh", *flags, cwd=tmp_path, LOCAL_RANK="1")         # a cluster's
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     done = run(ROOT / "run.sh", "--seed=1", "none.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "CONFIG" in done.stdout and not done.stderr and tree(tmp_path) == before
@@ -311,7 +329,8 @@ def test_other_data_under_a_run(finished, tmp_path, refused):
 
 
 def test_help_says_what_a_script_does(capsys):
-    for script in (prepare, train, distill, prior, plot):
+    without_docstrings = partial(from_args, usage=None)                    # python -OO
+    for call in (prepare.main, train.main, distill.main, prior.main, plot.main, without_docstrings):
         with pytest.raises(SystemExit) as stop:
-            script.main(["--help"])
+            call(["--help"])
         assert stop.value.code == 0 and re.search("CONFIG|configs/tiny.py", capsys.readouterr().out)

@@ -59,7 +59,7 @@ def read_curve(path):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())         # none under python -OO
         return
     curve, asked = REFERENCE, []
     for word in argv:

@@ -15,13 +15,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from data import loader
 from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
 from infra.console import ROOT, Damaged, fail, print0, script
-from infra.files import flush_to_disk, read_json, read_tensors, write_whole
+from infra.files import flush_to_disk, read_json, read_tensors, save_tensors, write_whole
 from infra.run_directory import RunDirectory, load_prior
 from model import GPTConfig
 from prior import model_to_score
@@ -163,8 +161,7 @@ def write_folder(folder, contents, tensors):
         (folder / name).write_text(text, encoding="utf-8")
     for path in ("model.py", "tools/modeling_q0.py", "LICENSE"):
         shutil.copyfile(ROOT / path, folder / Path(path).name)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    shutil.copymode(folder / "model.py", folder / "model.safetensors")      # it would be its owner's alone
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     for path in folder.iterdir():
         flush_to_disk(path)
 
@@ -179,7 +176,8 @@ def main(argv=None):
         fail("--K, --member and --student each say what to export: give one of them")
     if options.student:
         config, options.member = student_of(config), "0,0"
-    run, prior = RunDirectory(config, loader.load(config).fingerprint), load_prior(config.run_dir)
+    run = RunDirectory(config, loader.load(config).fingerprint, only_read=True)
+    prior = load_prior(config.run_dir)
     label, members, weights = choose(options, prior, run)[-1]
     contents = model_files(config, weights) | ({} if options.ids else tokenizer_files(config))
     if options.member:

@@ -91,7 +91,7 @@ def main(argv=None):
         fail("prompt: is not text in UTF-8")
     if options.student:
         config, options.member = student_of(config), "0,0"
-    run = RunDirectory(config, loader.load(config).fingerprint)
+    run = RunDirectory(config, loader.load(config).fingerprint, only_read=True)
     picked = choose(options, load_prior(config.run_dir), run)
     encode, decode, _ = get_tokenizer(config.tokenizer)
     bos, device = config.vocab_size - 1, pick_device(config, 0)     # one process, whatever torchrun says

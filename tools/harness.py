@@ -31,15 +31,13 @@ datasets.disable_progress_bars()
 @functools.cache
 def task_files():
     """Task -> the YAML file that defines it. The harness's own index takes ten times as long."""
-    name = re.compile(r"""^["']?task["']?: *["']?([^\s"'#]+)""", re.MULTILINE)
     return {found: path for path in sorted(Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"))
-            for found in name.findall(path.read_text(encoding="utf-8"))}
+            for found in re.findall(r"""(?m)^["']?task["']?: *["']?([^\s"'#]+)""", path.read_text("utf-8"))}
 
 
 def tasks_of(part, index):
     """The tasks behind a name in the harness's index, or behind a dict or list in a name's place."""
-    if isinstance(part, dict):
-        part = part.get("task", part.get("group"))
+    part = part.get("task", part.get("group")) if isinstance(part, dict) else part
     if isinstance(part, str):
         if part in task_files():
             return [part]
@@ -100,7 +98,7 @@ def load_task(name, folder="", limit=0, lms=()):
         fail(f"tasks={name}: cannot use its questions from {source} ({type(e).__name__}: {e}): they need "
              "the columns of the hub's data set, and the hub a network; --questions=FOLDER has local ones")
     for metric in found[0] if found else ():
-        if any(other[metric] != found[0][metric] for other in found):
+        if len({other[metric] for other in found}) > 1:
             fail(f"tasks={name}: its metric '{metric}' asks what greedy decoding gives, for which a "
                  "mixture's probabilities of the whole vocabulary would have to be kept: leave it out")
     return task, dict(about, questions=len({i.doc_id for i in task.instances}), version=task.VERSION,
@@ -109,8 +107,8 @@ def load_task(name, folder="", limit=0, lms=()):
 
 def check_gold(task, doc):
     """ValueError where the answer is none of the choices: the harness would count the question as wrong."""
-    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):
-        return                      # with rules of its own
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):      # its own rules
+        return
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     choices = task.doc_to_choice(doc)
     for answer in gold if isinstance(gold, list) else [gold]:
@@ -120,8 +118,8 @@ def check_gold(task, doc):
 
 def figures(task, lm):
     """
-    Metric -> (its value, (questions,) float64 where it is their mean, else None), of an LM's answers, by the
-    task's own rules: as the harness's evaluate() does, which builds the requests anew for every LM.
+    Metric -> (its value, (questions,) float64 where it is their mean, else None) of an LM's answers, by the
+    task's own rules, as the harness's evaluate() does.
     """
     answers = getattr(lm, task.instances[0].request_type)(task.instances)
     questions, values = collections.defaultdict(list), collections.defaultdict(list)
@@ -140,8 +138,8 @@ def figures(task, lm):
 
 def compare(found, best):
     """
-    Metric -> its value; where it is a mean over questions with its standard error, the difference to the best
-    member's and that one's standard error on the same questions. Both as figures() gives them.
+    Metric -> its value; where it is a mean over questions, its standard error, the difference to the best
+    member's and that one's standard error. found and best: figures() of the same questions.
     """
     def error(values):
         return values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -166,10 +164,9 @@ def windows(context, continuation, T):
 
 class Adapter(TemplateLM):
     """
-    The LM that the harness asks. It notes every window of ids in rows, {(ids, n): place}, once, so that equal
-    choices score equally, and answers by log_p, (rows,) in nats; while that is None, by 0. separator: whether
-    every prompt starts with the id that starts a document in training. Whether an answer is greedy is not
-    known: yes with the separator, no without, so that a metric that asks shows before a member is read.
+    The LM that the harness asks. It notes each window of ids once in rows, {(ids, n): place}, so that equal
+    choices score equally, and answers by log_p, (rows,) in nats (None: by 0). separator: whether prompts
+    start with a document's first id; also its word on greedy answers, unknown here: a metric that asks shows.
     """
     loglikelihood = functools.partialmethod(TemplateLM.loglikelihood, disable_tqdm=True)
     generate_until = None           # no task that wants text is loaded
@@ -194,6 +191,9 @@ class Adapter(TemplateLM):
         return 0.0 if self.log_p is None else float(self.log_p[places].sum())
 
     def _loglikelihood_tokens(self, requests, **_):
+        for (context, choice), _, ids in requests:
+            if not ids:             # a token of BPE spans the two; with nothing to score it would always win
+                raise ValueError(f"'{choice}' has no token of its own after '{context[-40:]}'")
         return [(self.total(context, continuation), self.separator) for _, context, continuation in requests]
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
