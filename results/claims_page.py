@@ -129,6 +129,17 @@ def epochs(t, text, lines):
         lines.append(f"q0 with {'K = 8' if K else 'all members'} reaches the independent models of 64 epochs "
                      f"at {mean_error(at)} epochs, {mean_error([64 / x for x in at])} times fewer; at "
                      f"{mean_error([cost / x for x in work])} times fewer training FLOPs.")
+    one, two = (t.of(text, name, "learned") for name in ("q0_64", "two_16"))
+    independent = {seed: losses[:2] for seed, losses in target.items()}
+    chosen = t.of(text, "student_48", "best")
+    for label, a, b in (("q0 at 64 epochs less the independent models' best split", one, independent),
+                        ("the chain of 16-epoch models less it", t.of(text, "fresh_16", "first", 4), independent),
+                        ("one trajectory less two, 64 epochs", one, two),
+                        ("32 epochs", t.of(text, "q0_32", "learned"), t.of(text, "two_8", "learned")),
+                        ("the student of 48 epochs less q0 at 32, all", chosen, t.of(text, "q0_32", "learned")),
+                        ("at 64, all", chosen, one)):
+        if d := difference(a, b):
+            lines.append(f"Paired, {label}: {signed(d)}.")
     if target:
         a = asymptote(t, text)
         lines.append(f"Asymptote of q0 with all members: {a[0]:.3f} ({a[1]:.3f} to {a[2]:.3f})." if a else
