@@ -120,8 +120,8 @@ def epochs(t, text, lines):
                      cell(t.of(text, two, "learned", 8)), cell(t.of(text, two, "learned"))])
     table(lines, ["epochs", "one model", "independent models, best split (which)", "chain of 16-epoch models",
                   "q0, K = 1", "q0, K = 8", "q0, all", "2 trajectories, K = 8", "2 trajectories, all"], rows)
-    if student := cell(t.of(text, "student_48", "best")):
-        lines.append(f"A student of q0's K = 4 at 32 epochs, 48 epochs in all: {student}.")
+    if student := t.of(text, "student_48", "best"):
+        lines.append(f"A student of q0's K = 4 at 32 epochs, 48 epochs in all: {cell(student)}.")
     target, cost = best_split(t, text, 64), t.tflop.get("independent_8", np.nan)
     for K in (8, None) if len(t.of(text, "q0_64", "learned")) and target else ():
         at = crossing(t, text, lambda E: E, K, target)
@@ -129,15 +129,14 @@ def epochs(t, text, lines):
         lines.append(f"q0 with {'K = 8' if K else 'all members'} reaches the independent models of 64 epochs "
                      f"at {mean_error(at)} epochs, {mean_error([64 / x for x in at])} times fewer; at "
                      f"{mean_error([cost / x for x in work])} times fewer training FLOPs.")
-    one, two = (t.of(text, name, "learned") for name in ("q0_64", "two_16"))
     independent = {seed: losses[:2] for seed, losses in target.items()}
-    chosen = t.of(text, "student_48", "best")
-    for label, a, b in (("q0 at 64 epochs less the independent models' best split", one, independent),
-                        ("the chain of 16-epoch models less it", t.of(text, "fresh_16", "first", 4), independent),
-                        ("one trajectory less two, 64 epochs", one, two),
-                        ("32 epochs", t.of(text, "q0_32", "learned"), t.of(text, "two_8", "learned")),
-                        ("the student of 48 epochs less q0 at 32, all", chosen, t.of(text, "q0_32", "learned")),
-                        ("at 64, all", chosen, one)):
+    q0_32, q0_64 = (t.of(text, name, "learned") for name in ("q0_32", "q0_64"))
+    for label, a, b in (
+            ("q0 at 64 epochs less the independent models' best split", q0_64, independent),
+            ("the chain of 16-epoch models less it", t.of(text, "fresh_16", "first", 4), independent),
+            ("one trajectory less two, 32 epochs", q0_32, t.of(text, "two_8", "learned")),
+            ("64 epochs", q0_64, t.of(text, "two_16", "learned")),
+            ("the student of 48 epochs less q0 at 32, all", student, q0_32), ("at 64, all", student, q0_64)):
         if d := difference(a, b):
             lines.append(f"Paired, {label}: {signed(d)}.")
     if target:
