@@ -84,11 +84,12 @@ def nonnegative_qp(H, b, y):
 
 def newton(P, w, tolerance=1e-10):
     """
-    argmin of the loss -mean log(w @ P) over the simplex, from w (k,) float64, for few members: (loss, w,
-    Hessian). P: (k, tokens) float64; or float32, for a tolerance of 1e-5.
+    argmin of -mean log(w @ P), the loss up to P's scale, over the simplex, from w (k,) float64, for few
+    members: (loss, w, Hessian). P: (k, tokens) float64; or float32, for a tolerance of 1e-5.
     """
     def loss(w):
-        return w.sum() - (w.to(P.dtype) @ P).log().mean().double()      # its minimum over w >= 0 sums to 1
+        # with the constraint that w sums to 1, whose multiplier is 1, folded in: the gradient is 1 - s
+        return w.sum() - (w.to(P.dtype) @ P).log().mean().double()
     now, rounding = loss(w), 4 * torch.finfo(P.dtype).eps
     for _ in range(100):
         inverse = 1 / (w.to(P.dtype) @ P)
@@ -96,9 +97,9 @@ def newton(P, w, tolerance=1e-10):
         R = P.float() * (inverse / len(inverse) ** 0.5).float()
         H = (R @ R.T).double()                  # rounding here costs steps, not precision
         H += 1e-6 * H.diagonal().diag()         # equal members share
-        y = nonnegative_qp(H, H @ w + s - 1, w)                         # the gradient is 1 - s
+        y = nonnegative_qp(H, H @ w + s - 1, w)
         slope, t = (1 - s) @ (y - w), 1.0
-        if s.max() - 1 < tolerance or slope > -tolerance ** 2.2:
+        if s.max() - 1 < tolerance or slope > -tolerance ** 2.2:        # a gain that no digit would show
             break
         while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope + rounding and t > 1e-8:
             t /= 2
@@ -122,7 +123,7 @@ def fit(p, w=None, among=None, tolerance=1e-7):
         if len(better) and attempt < 100:
             w[better] = 0.01                            # with a share: Newton starts inside
             continue
-        near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]         # float32 sees none: exactly, then
+        near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]         # float32 finds no more: in float64
         P = p.exact(near)
         _, w[near], _ = newton(P, w[near])
         mix = w[near] @ P

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one command: environment, data, the three primitives, two lines of their text, the picture.
 #   ./run.sh [CONFIG] [--name=value ...]    (default configs/tiny.py; relative paths are the caller's)
-#   ./run.sh test                           the same environment, then the tests
+#   ./run.sh test [FILE ...]                the same environment, then the tests
 set -euo pipefail
 root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 case "$root" in *:*) echo "error: '$root': PYTHONPATH cannot name a folder with a colon: move the clone" >&2; exit 2 ;; esac
@@ -26,7 +26,7 @@ if ! $python -c "$usable" 2>/dev/null; then                 # not the active env
         echo "environment: made; for commands of your own: . $root/.venv/bin/activate" >&2
     fi
 fi
-[ "${1-}" != test ] || { cd "$root"; exec "$python" -m pytest -q "${@:2}" tests; }
+[ "${1-}" != test ] || { cd "$root"; [ $# -gt 1 ] || set -- test tests; exec "$python" -m pytest -q "${@:2}"; }
 [ -z "$config" ] || set -- "$config" "$@"
 # a cluster's, of more machines: this is one
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT ${!PET_@}

@@ -177,13 +177,16 @@ class Trajectory:
             w = w.float()
             self.average.setdefault(name, w.clone()).lerp_(w, 1 - self.config.ema_decay)
 
+    def use_average(self):
+        """At a cycle's end: the member, and the next cycle's start."""
+        if self.average:
+            self.model.load_state_dict({name: w.float().lerp(self.average[name], self.config.ema_share)
+                                        for name, w in self.model.state_dict().items()})
+            self.average = {}
+
     def save_member(self, cycle, fitness_set):
         """At a cycle's end, before the noise. Its loss on the fitness set is logged, to watch a run by."""
         model, c = self.model, self.config
-        if self.average:                        # the next cycle, too, starts from it
-            model.load_state_dict({name: w.float().lerp(self.average[name], c.ema_share)
-                                   for name, w in model.state_dict().items()})
-            self.average = {}
         model.looping = True                    # as whoever uses the member runs it
         if self.ranks.is_main:
             loss = -float(loader.score(model, fitness_set, c.micro_batch).mean())
@@ -272,6 +275,7 @@ def train(trajectory, steps, loss_for_cycle, fitness_set, stop, bar):
         bar.set_postfix_str(f"trajectory {t} cycle {step.cycle} loss {loss:.3f} {speed:,.0f} tokens/s", False)
         bar.update()
         if step.last:
+            trajectory.use_average()
             trajectory.save_member(step.cycle, fitness_set)
         if step.last or stop_requested or config.resume_every and trajectory.step % config.resume_every == 0:
             trajectory.save_checkpoint()
@@ -302,7 +306,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             tensors, at = run.load_checkpoint(t)
             if at["step"] < begin:
                 fail(f"trajectory {t} has not had its first {cycles.start} cycles: run train.py")
-            done = min(at["step"], end)             # before: part of no rate
+            done = min(at["step"], end)             # before this launch: not in the bar's speed
             bar.n = bar.last_print_n = bar.n + done
             bar.initial = getattr(bar, "initial", 0) + done
             if at["step"] >= end:
@@ -319,7 +323,7 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             trajectory = tensors = None
         try:
             ranks.barrier(everyone=True)
-        except RuntimeError:                    # another group was asked to stop, too, and has left
+        except RuntimeError:                    # a group that was asked to stop has left: no barrier
             if stop.is_set():
                 raise SystemExit(STOPPED) from None
             raise
