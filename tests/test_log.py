@@ -41,12 +41,12 @@ def sent(monkeypatch, run_dir):
             if len(found) > 8 and (run_dir / "gone").exists():
                 raise RuntimeError("no more")
             found.extend((key, step, value) for key, value in values.items())
-        yield send
+        yield send, lambda: None
     def broken(*_):
         raise ValueError("no key")
     backends = dict(memory=("json", begin), broken=("json", broken), absent=("no_such", None))
     for name, backend in backends.items():
-        monkeypatch.setitem(log.BACKENDS, name, backend)
+        monkeypatch.setitem(log.BACKENDS, name, (*backend, ""))
     return found
 
 
@@ -84,6 +84,28 @@ def test_the_last_line_of_a_step_holds_and_nothing_is_sent_twice(sent, run_dir, 
     for _ in range(2):
         log.main(argv)
         assert once(sent) == ALL
+
+
+def test_a_kill_costs_no_run_and_at_most_a_thousand_lines_again(run_dir, micro, monkeypatch):
+    (run_dir / "student").mkdir()
+    append(run_dir / "student", *({**STEPS[0], "step": step} for step in range(2500)))
+    names, steps, left, state = [], [], [], run_dir / "student" / "log_memory.json"
+
+    @contextlib.contextmanager
+    def begin(module, run, project, name, lines):
+        def send(values, step):
+            steps.append(step)
+            if len(steps) in (1, 2300):
+                left.append(state.read_bytes())             # all that a kill leaves
+        names.append(name)
+        yield send, lambda: None
+    monkeypatch.setitem(log.BACKENDS, "memory", ("json", begin, ""))
+    log.main([*micro(), "--to=memory", "--student"])
+    for of, first in zip(left, (0, 2000)):
+        state.write_bytes(of)
+        del steps[:]
+        log.main([*micro(), "--to=memory", "--student"])
+        assert steps == list(range(first, 2500)) and names[-1] == names[0] and "run-student" in names[0]
 
 
 def test_it_follows_until_all_members_are_in_the_prior(sent, run_dir, micro, monkeypatch):
