@@ -79,10 +79,10 @@ def brute_force(T, models, mix, context, continuation):
     return total
 
 
-@pytest.mark.parametrize("mix", ["one", "tokens", "paper"])
+@pytest.mark.parametrize("mix", ["-", "tokens", "paper"])
 def test_every_choice_is_that_of_a_brute_force_in_float64(mix, scored):
     config, asked, run, weights = scored
-    weights, models = {(0, 0): 1.0} if mix == "one" else weights, []
+    weights, models = {(0, 0): 1.0} if mix == "-" else weights, []
     for member, w in weights.items():
         models.append((model_to_score(config).eval(), w))
         load_member(models[-1][0], run, *member)
@@ -126,7 +126,7 @@ def test_figures_are_those_of_the_harness_itself(harness, scored):
     config, asked, run, weights = scored
     for about, rows, task, lms in asked:
         lms[0].log_p = evaluate.mixed(run, about["scores"], rows, weights, "tokens")
-        ours = harness.figures(task, lms[0])
+        ours = harness.figures(task, harness.values_of(task, lms[0]))
         compared = harness.compare(ours, ours)
         result = theirs(lms[0], {"tasks": {about["task"]: task}}, bootstrap_iters=1)["results"][about["task"]]
         assert set(compared) == {"acc", "acc_norm"}
@@ -159,16 +159,22 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     assert done.returncode == 0, done.stderr
     assert "it/s" not in done.stderr            # of the harness's bars, half of which would stand before an error
     path = population[0] / "run" / "evaluation.json"
-    first = read_json(path)
+    first = read_json(path)["by_task"]
     monkeypatch.setattr(evaluate, "load_member", None)          # would be called
     with lock(path.parent / "scores" / ".lock", ""), lock(path.parent / "student" / "scores" / ".lock", ""):
         evaluate.main(argv)                     # beside a process that writes scores
-    assert read_json(path) == first
-    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 6), ("learned", 6), ("student", 1)]
-    assert [(a["rule"], a["K"]) for a in first["answers"]] == rules
-    assert {(r["rule"], r["K"]) for r in first["results"] if r["task"] == "sciq"} == set(rules)
     table = capsys.readouterr().out
-    for row in first["results"][::2]:
+    assert read_json(path)["by_task"] == first
+    evaluate.main([*argv, "--tasks=sciq", "--K=1"])
+    last = read_json(path)["by_task"]
+    assert last != first and last | {"sciq": first["sciq"]} == first        # the others' figures stay,
+    evaluate.write_by_task(path, {"of": "another prior"}, {"piqa": {}})      # of the same prior
+    assert read_json(path)["by_task"] == {"piqa": {"of": "another prior"}}
+    assert "figures of arc_easy, sciq for another" in capsys.readouterr().out
+    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 6), ("learned", 6), ("student", 1)]
+    assert all([(a["rule"], a["K"]) for a in entry["answers"]] == rules for entry in first.values())
+    assert {(r["rule"], r["K"]) for r in first["sciq"]["results"]} == set(rules)
+    for row in (row for entry in first.values() for row in entry["results"][::2]):
         name = f"{row['task'] + ', acc':20} {row['rule']:8} {row['K']:>3} {row['mix']:6}"
         assert f"{name}{row['metrics']['acc']['value']:8.4f}" in table
 
