@@ -101,7 +101,7 @@ def load_task(name, folder="", limit=0, lms=()):
     if "class" not in settings:             # which says it itself, below
         check_kind(name, settings.get("output_type", "generate_until"), settings.get("num_fewshot"))
     hub = "/".join(filter(None, map(settings.get, ("dataset_path", "dataset_name"))))
-    needed = f"the columns of the data set '{hub}' that '{path}' names"
+    needed = f"the columns that '{path}' asks" + (f" of the data set '{hub}'" if hub else "")
     spec, source, about = {"task": name}, "the hub", {"task": name, "source": "the hub"}
     if folder:
         rows, file, about["sha256"] = read_questions(folder, name, needed)
