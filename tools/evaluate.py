@@ -5,8 +5,8 @@ One process:  python -m tools.evaluate CONFIG [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 -m tools.evaluate CONFIG, which share the members
 Asks, after prior.py, the best member, for each K the uniform mixture and the learned prior, and the student
 where there is one. A mixture's log-probability of a choice is that of its probabilities, token by token
-(mix: tokens), or the paper's, the weighted mean of its members' log-probabilities: of an unnormalised
-geometric mean of probabilities (paper). Every member is read once, its scores are kept.
+(mix: tokens), or as in the paper the weighted mean of its members' log-probabilities, the logarithm of an
+unnormalised geometric mean (mix: paper). Every member is read once, its scores are kept.
 Prints each task's first metric. run_dir/evaluation.json has all of them, by task: a call replaces the entries
 of its own tasks, and leaves out those of another prior, student or sequence_len.
 

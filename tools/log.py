@@ -3,7 +3,7 @@ A run on a dashboard: python -m tools.log CONFIG --to=wandb [--name=value ...]
 Sends the lines of run_dir/metrics.jsonl, and prior.json's losses for every K, to wandb, trackio or
 tensorboard: those that are there or, with --follow, all until the population is finished. Called again it
 goes on where it stopped (run_dir/log_wandb.json; without that file it begins a new run); when it was itself
-killed, at most the last 1,000 lines are sent twice. Training knows nothing of it. After training was killed
+killed, at most the last 1,000 lines are sent twice. train.py does not import it. After train.py was killed
 some steps come again: the last line of a step holds, but what was sent stays.
 
 Of its own: --to=wandb         its website; with WANDB_MODE=offline run_dir/wandb, for `wandb sync` later

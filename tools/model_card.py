@@ -40,7 +40,7 @@ def trained_on(run):
 def facts(run, population, prior):
     """Of the card: name -> text. run: the model's, a student's or the population's, which prior is of."""
     c, text, about = population.config, prior["text"], read_json(run.config_path)
-    names = ", ".join(Path(name).name for name in text.get("data", c.data).split(","))  # paths stay at home
+    names = ", ".join(Path(name).name for name in text.get("data", c.data).split(","))  # without folders
     trajectories = sorted({m["trajectory"] for m in prior["members"]})
     shape = f"{len(trajectories)} trajectories x {c.cycles} cycles x {c.epochs_per_cycle:g} epochs"
     if c.first_cycle_epochs:
