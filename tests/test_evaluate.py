@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +19,7 @@ from data.tokenizer import get_tokenizer
 from infra.config import from_args
 from infra.distributed import join
 from infra.files import lock, read_json, write_json
-from infra.run_directory import RunDirectory, load_prior
+from infra.run_directory import load_prior
 from prior import load_member, model_to_score
 from tests.conftest import ROOT, arguments
 from tools import efficiency, evaluate, export
@@ -37,6 +36,7 @@ QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two
              distractor3="a cat", correct_answer="the sky"),
         dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash",
              correct_answer="rain")]}
+OWN = "task: own\noutput_type: multiple_choice\ndoc_to_text: !function own.text\n"         # of package no_such
 PIQA = json.dumps(QUESTIONS["piqa"][0])
 
 
@@ -57,17 +57,20 @@ def questions(tmp_path_factory):
     return f"--questions={folder}"
 
 
+def score_all(argv):
+    """(config, what ask() gives, run directory) of a population, all members scored."""
+    config, options = from_args(argv, "", **evaluate.OPTIONS)
+    asked, members = evaluate.ask(config, options), load_prior(config.run_dir)["members"]
+    members = {(m["trajectory"], m["cycle"]): m["weights_sha256"] for m in members}
+    rows_of = {about["scores"]: rows for about, rows, *_ in asked}
+    return config, asked, evaluate.score_members(config, members, rows_of, join(config))
+
+
 @pytest.fixture(scope="module")
 def scored(harness, population, questions):
-    """(config, what ask() gives, run directory, {member: weight}), scored in one batch of all lengths."""
-    argv = [*population[1], questions, "--micro_batch=64"]
-    config, options = from_args(argv, "", **evaluate.OPTIONS)
-    asked, run = evaluate.ask(config, options), RunDirectory(config, None)
+    """score_all()'s, in one batch of all lengths, and {member: weight}."""
     weights = {(0, 0): 0.5, (0, 2): 0.2, (1, 1): 0.3}
-    members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in weights}
-    rows_of = {about["scores"]: rows for about, rows, *_ in asked}
-    evaluate.score_members(config, members, rows_of, join(config))
-    return config, asked, run, weights
+    return *score_all([*population[1], questions, "--micro_batch=64"]), weights
 
 
 @torch.no_grad()
@@ -151,18 +154,6 @@ def test_the_hubs_questions_are_asked_alike(harness, scored, monkeypatch):
     assert one[1] == scored[1][-1][1] and one[0]["source"] == "the hub" and "sciq" in there[0]
 
 
-def test_a_task_of_ones_own(harness, micro, tmp_path, refused):
-    (tmp_path / "own.jsonl").write_text('{"q": "Is", "a": 1}')
-    text = "task: own\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: q\ndoc_to_choice: [bad, good]\n"
-    (tmp_path / "own.yaml").write_text(text + "doc_to_target: a\n")
-    config, options = from_args([*micro(), f"--questions={tmp_path}", "--tasks=own"], "", **evaluate.OPTIONS)
-    [(about, rows, *_)] = evaluate.ask(config, options)
-    assert about["source"] == "own.jsonl" and ((256, *b"Is good"), 5) in rows
-    (tmp_path / "own.yaml").write_text(text + "doc_to_target: !function own.target\n")
-    (tmp_path / "own.py").write_text("import no_such")
-    assert "the package 'no_such' is missing" in refused(evaluate.ask, config, options)
-
-
 def test_a_paired_error_is_that_of_the_differences(harness):
     mine, best = np.array([1, 1, 0, 1.0]), np.array([1, 0, 1, 1.0])
     row = harness.compare({"acc": (0.75, mine), "f1": (0.5, None)}, {"acc": (0.75, best), "f1": (0.25, None)})
@@ -185,8 +176,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     table = capsys.readouterr().out
     assert read_json(path)["by_task"] == first
     evaluate.main([*argv, "--tasks=sciq", "--K=1"])
-    last = read_json(path)["by_task"]
-    assert last != first and last | {"sciq": first["sciq"]} == first        # the others' figures stay,
+    assert first != (last := read_json(path)["by_task"]) == first | {"sciq": last["sciq"]}   # the others stay
     evaluate.write_by_task(path, {"of": "another prior"}, {"piqa": {}})      # of the same prior
     assert read_json(path)["by_task"] == {"piqa": {"of": "another prior"}}
     assert "figures of arc_easy, sciq for another" in capsys.readouterr().out
@@ -212,15 +202,15 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     (["--tasks=piqa"], '{"goal": "a", "sol1": "b", "sol2": "c"}', ["column 'label'", "'baber/piqa'", "piqa.yaml'"]),
     (["--tasks=boolq"], None, ["boolq.jsonl", "data set 'aps/super_glue/boolq'", "default.yaml'"]),
     (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
-    (["--tasks=mutual"], "\n".join(json.dumps({"article": "a", "options": ["b", "c"], "answers": gold}) for gold in "AB"),
-     ["'r@1'", "greedy"]),
-    (["--tasks=gsm8k"], None, ["gsm8k", "generate_until"]),
-    (["--tasks=leaderboard_mmlu_pro"], None, ["num_fewshot=5"]),
-    (["--K=x"], None, ["K=x", "1, 2, 4, 6"]),
-    (["--limit=-1"], None, ["limit=-1"]),
+    (["--tasks=mutual"], "\n".join(json.dumps(dict(article="a", options=["b", "c"], answers=a)) for a in "AB"), ["'r@1'", "greedy"]),
+    (["--tasks=gsm8k"], None, ["gsm8k", "generate_until"]), (["--tasks=leaderboard_mmlu_pro"], None, ["num_fewshot=5"]),
+    (["--tasks=own"], '{"q": 1}', ["package 'no_such' is missing", "own.yaml'"]),
+    (["--K=x"], None, ["K=x", "1, 2, 4, 6"]), (["--limit=-1"], None, ["limit=-1"]),
 ])
 def test_bad_requests_are_refused(args, rows, names, population, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(evaluate, "score", None)            # before any member is read
+    (tmp_path / "own.yaml").write_text(OWN)
+    (tmp_path / "own.py").write_text("import no_such")
     if rows is not None:
         (tmp_path / f"{args[0].removeprefix('--tasks=')}.jsonl").write_text(rows)
     line = refused(evaluate.main, [*population[1], f"--questions={tmp_path}", *args])
@@ -244,7 +234,7 @@ def test_without_the_harness_the_line_says_how_to_install_it(micro, monkeypatch,
 
 @pytest.fixture(scope="module")
 def gpt2(harness, questions, tmp_path_factory):
-    """scored's, of two members with GPT-2's tokenizer; and their arguments."""
+    """(arguments, score_all()'s) of two members with GPT-2's tokenizer, whose K = 2 has two weights."""
     try:
         get_tokenizer("gpt2")
     except SystemExit:
@@ -253,22 +243,19 @@ def gpt2(harness, questions, tmp_path_factory):
                      epochs_per_cycle=1.0, fitness_tokens=300, val_tokens=300)
     for script in (prepare, train, prior):
         script.main(argv)
-    config, options = from_args([*argv, questions], "", **evaluate.OPTIONS)
-    asked = evaluate.ask(config, options)
-    result = load_prior(config.run_dir)
+    config, asked, run = score_all([*argv, questions])
+    result = load_prior(run.path)
     answer = next(a for a in result["answers"] if (a["K"], a["rule"]) == (2, "learned"))
-    answer |= dict(members=[0, 1], weights=[0.3, 0.7])          # of so small a population one has all
-    write_json(Path(config.run_dir) / "prior.json", result)
-    members = {(m["trajectory"], m["cycle"]): m["weights_sha256"] for m in result["members"]}
-    rows_of = {about["scores"]: rows for about, rows, *_ in asked}
-    return asked, evaluate.score_members(config, members, rows_of, join(config)), argv
+    answer |= dict(members=[0, 1], weights=[0.3, 0.7])
+    write_json(run.path / "prior.json", result)
+    return argv, asked, run
 
 
 @pytest.mark.parametrize("name", ["--member=0,0", "--K=2"])
 def test_the_harness_own_adapter_finds_the_same_in_an_export(name, harness, gpt2, tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="it is missing: pip install -r requirements-export.txt")
     from lm_eval.models.huggingface import HFLM
-    asked, run, argv = gpt2
+    argv, asked, run = gpt2
     weights, mix = ({(0, 0): 0.3, (1, 0): 0.7}, "tokens") if name == "--K=2" else ({(0, 0): 1.0}, "-")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     export.main([*argv, f"--to={tmp_path / 'exported'}", name])

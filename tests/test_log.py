@@ -89,23 +89,19 @@ def test_the_last_line_of_a_step_holds_and_nothing_is_sent_twice(sent, run_dir, 
 def test_a_kill_costs_no_run_and_at_most_a_thousand_lines_again(run_dir, micro, monkeypatch):
     (run_dir / "student").mkdir()
     append(run_dir / "student", *({**STEPS[0], "step": step} for step in range(2500)))
-    names, steps, left, state = [], [], [], run_dir / "student" / "log_memory.json"
+    sent, state = [], run_dir / "student" / "log_memory.json"
 
     @contextlib.contextmanager
-    def begin(module, run, project, name, lines):
-        def send(values, step):
-            steps.append(step)
-            if len(steps) in (1, 2300):
-                left.append(state.read_bytes())             # all that a kill leaves
-        names.append(name)
-        yield send, lambda: None
+    def begin(module, run, project, name, lines):           # with what a kill would leave
+        yield lambda values, step: sent.append((name, step, state.read_bytes())), lambda: None
     monkeypatch.setitem(log.BACKENDS, "memory", ("json", begin, ""))
     log.main([*micro(), "--to=memory", "--student"])
-    for of, first in zip(left, (0, 2000)):
-        state.write_bytes(of)
-        del steps[:]
+    for (name, _, left), first in ((sent[0], 0), (sent[2300], 2000)):
+        state.write_bytes(left)
+        del sent[:]
         log.main([*micro(), "--to=memory", "--student"])
-        assert steps == list(range(first, 2500)) and names[-1] == names[0] and "run-student" in names[0]
+        assert [row[:2] for row in sent] == [(name, step) for step in range(first, 2500)]
+        assert name.startswith("run-student-")
 
 
 def test_it_follows_until_all_members_are_in_the_prior(sent, run_dir, micro, monkeypatch):
