@@ -116,7 +116,7 @@ def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
     sums, sizes = (np.bincount(population_of(population[1])[1].val_documents, of) for of in (gain, np.ones(len(gain))))
     error = np.sqrt(np.var(sums - gain.mean() * sizes, ddof=1) * len(sizes)) / len(gain)
     for fact in (f"| {error:.4f} |", f"best member | {best['fit_loss']:.4f} | {best['val_loss']:.4f} | - |",
-                 *facts[2:], "taught by 3 members"):
+                 *facts[2:], "teachers: 3, "):
         assert fact in student, fact
 
 

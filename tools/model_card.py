@@ -46,8 +46,8 @@ def facts(run, population, prior):
     if c.first_cycle_epochs:
         shape += f", of the first cycle {c.first_cycle_epochs:g}"
     if "taught_by" in about:
-        shape += (f"; its student, on from the best member: {run.config.epochs_per_cycle:g} epochs, taught "
-                  f"by {len(about['taught_by']['teachers'])} members, alpha={run.config.distill_alpha:g}")
+        shape += (f"; its student, on from the best member: {run.config.epochs_per_cycle:g} epochs, "
+                  f"teachers: {len(about['taught_by']['teachers'])}, alpha={run.config.distill_alpha:g}")
     return {
         "text": f"{names}, as {c.tokenizer}: {c.train_tokens:,} tokens, of which {c.fitness_tokens:,} are "
                 f"the fitness set, and {c.val_tokens:,} for validation",
