@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 
+import prior
+import train
+from data import prepare
+from data.tokenizer import get_tokenizer
 from infra.config import from_args
 from infra.distributed import join
-from infra.files import lock, read_json
-from infra.run_directory import RunDirectory, load_prior
+from infra.files import lock, read_json, write_json
+from infra.run_directory import load_prior
 from prior import load_member, model_to_score
-from tests.conftest import ROOT
-from tools import efficiency, evaluate
+from tests.conftest import ROOT, arguments
+from tools import efficiency, evaluate, export
 
 QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two equal ones, no support
     "arc_easy": [
@@ -32,6 +36,7 @@ QUESTIONS = {           # in the hub's columns: a choice longer than T = 32, two
              distractor3="a cat", correct_answer="the sky"),
         dict(question="What is wet?", support="", distractor1="dust", distractor2="salt", distractor3="ash",
              correct_answer="rain")]}
+OWN = "task: own\noutput_type: multiple_choice\ndoc_to_text: !function own.text\n"         # of package no_such
 PIQA = json.dumps(QUESTIONS["piqa"][0])
 
 
@@ -52,17 +57,20 @@ def questions(tmp_path_factory):
     return f"--questions={folder}"
 
 
+def score_all(argv):
+    """(config, what ask() gives, run directory) of a population, all members scored."""
+    config, options = from_args(argv, "", **evaluate.OPTIONS)
+    asked, members = evaluate.ask(config, options), load_prior(config.run_dir)["members"]
+    members = {(m["trajectory"], m["cycle"]): m["weights_sha256"] for m in members}
+    rows_of = {about["scores"]: rows for about, rows, *_ in asked}
+    return config, asked, evaluate.score_members(config, members, rows_of, join(config))
+
+
 @pytest.fixture(scope="module")
 def scored(harness, population, questions):
-    """(config, what ask() gives, run directory, {member: weight}), scored in one batch of all lengths."""
-    argv = [*population[1], questions, "--micro_batch=64"]
-    config, options = from_args(argv, "", **evaluate.OPTIONS)
-    asked, run = evaluate.ask(config, options), RunDirectory(config, None)
+    """score_all()'s, in one batch of all lengths, and {member: weight}."""
     weights = {(0, 0): 0.5, (0, 2): 0.2, (1, 1): 0.3}
-    members = {m: run.load_member(*m)[1]["tensors_sha256"] for m in weights}
-    rows_of = {about["scores"]: rows for about, rows, *_ in asked}
-    evaluate.score_members(config, members, rows_of, join(config))
-    return config, asked, run, weights
+    return *score_all([*population[1], questions, "--micro_batch=64"]), weights
 
 
 @torch.no_grad()
@@ -79,10 +87,10 @@ def brute_force(T, models, mix, context, continuation):
     return total
 
 
-@pytest.mark.parametrize("mix", ["one", "tokens", "paper"])
+@pytest.mark.parametrize("mix", ["-", "tokens", "paper"])
 def test_every_choice_is_that_of_a_brute_force_in_float64(mix, scored):
     config, asked, run, weights = scored
-    weights, models = {(0, 0): 1.0} if mix == "one" else weights, []
+    weights, models = {(0, 0): 1.0} if mix == "-" else weights, []
     for member, w in weights.items():
         models.append((model_to_score(config).eval(), w))
         load_member(models[-1][0], run, *member)
@@ -111,6 +119,8 @@ def test_equal_choices_score_equally_and_an_empty_context_gets_one_separator(har
         assert list(seen) == [((256, 97, 98), 2), ((256, 32, 98), 2)]
         with pytest.raises(ValueError, match="no token"):
             lm.loglikelihood([SimpleNamespace(args=("a", ""))])
+    with pytest.raises(ValueError, match="mix=papers"):
+        evaluate.mixed(run, about["scores"], rows, weights, "papers")
 
 
 def test_a_long_text_is_cut_as_the_harness_cuts_it(harness):
@@ -126,7 +136,7 @@ def test_figures_are_those_of_the_harness_itself(harness, scored):
     config, asked, run, weights = scored
     for about, rows, task, lms in asked:
         lms[0].log_p = evaluate.mixed(run, about["scores"], rows, weights, "tokens")
-        ours = harness.figures(task, lms[0])
+        ours = harness.figures(task, harness.values_of(task, lms[0]))
         compared = harness.compare(ours, ours)
         result = theirs(lms[0], {"tasks": {about["task"]: task}}, bootstrap_iters=1)["results"][about["task"]]
         assert set(compared) == {"acc", "acc_norm"}
@@ -159,16 +169,21 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     assert done.returncode == 0, done.stderr
     assert "it/s" not in done.stderr            # of the harness's bars, half of which would stand before an error
     path = population[0] / "run" / "evaluation.json"
-    first = read_json(path)
+    first = read_json(path)["by_task"]
     monkeypatch.setattr(evaluate, "load_member", None)          # would be called
     with lock(path.parent / "scores" / ".lock", ""), lock(path.parent / "student" / "scores" / ".lock", ""):
         evaluate.main(argv)                     # beside a process that writes scores
-    assert read_json(path) == first
-    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 6), ("learned", 6), ("student", 1)]
-    assert [(a["rule"], a["K"]) for a in first["answers"]] == rules
-    assert {(r["rule"], r["K"]) for r in first["results"] if r["task"] == "sciq"} == set(rules)
     table = capsys.readouterr().out
-    for row in first["results"][::2]:
+    assert read_json(path)["by_task"] == first
+    evaluate.main([*argv, "--tasks=sciq", "--K=1"])
+    assert first != (last := read_json(path)["by_task"]) == first | {"sciq": last["sciq"]}   # the others stay
+    evaluate.write_by_task(path, {"of": "another prior"}, {"piqa": {}})      # of the same prior
+    assert read_json(path)["by_task"] == {"piqa": {"of": "another prior"}}
+    assert "figures of arc_easy, sciq for another" in capsys.readouterr().out
+    rules = [("best", 1), ("uniform", 2), ("learned", 2), ("uniform", 6), ("learned", 6), ("student", 1)]
+    assert all([(a["rule"], a["K"]) for a in entry["answers"]] == rules for entry in first.values())
+    assert {(r["rule"], r["K"]) for r in first["sciq"]["results"]} == set(rules)
+    for row in (row for entry in first.values() for row in entry["results"][::2]):
         name = f"{row['task'] + ', acc':20} {row['rule']:8} {row['K']:>3} {row['mix']:6}"
         assert f"{name}{row['metrics']['acc']['value']:8.4f}" in table
 
@@ -184,15 +199,18 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     (["--tasks=piqa"], PIQA.replace("0", '"0"'), ["piqa.jsonl", "none of the 2 choices"]),
     (["--tasks=piqa"], PIQA.replace("0", "0.5"), ["piqa.jsonl", "none of the 2 choices"]),
     (["--tasks=wsc273"], '{"text": "The a.", "options": ["x", "y"], "label": 2, "pronoun": "a", "pronoun_loc": 4}', ["none of the 2"]),
-    (["--tasks=boolq"], None, ["boolq", "boolq.jsonl"]),
+    (["--tasks=piqa"], '{"goal": "a", "sol1": "b", "sol2": "c"}', ["column 'label'", "'baber/piqa'", "piqa.yaml'"]),
+    (["--tasks=boolq"], None, ["boolq.jsonl", "data set 'aps/super_glue/boolq'", "default.yaml'"]),
     (["--tasks=lambada_openai"], '{"text": "a b c"}', ["lambada_openai", "'acc'", "greedy"]),
-    (["--tasks=gsm8k"], '{"question": "1?", "answer": "#### 1"}', ["gsm8k", "generate_until"]),
-    (["--tasks=leaderboard_mmlu_pro"], '{"question": "1?", "options": ["1"], "answer": "A"}', ["num_fewshot=5"]),
-    (["--K=x"], None, ["K=x", "1, 2, 4, 6"]),
-    (["--limit=-1"], None, ["limit=-1"]),
+    (["--tasks=mutual"], "\n".join(json.dumps(dict(article="a", options=["b", "c"], answers=a)) for a in "AB"), ["'r@1'", "greedy"]),
+    (["--tasks=gsm8k"], None, ["gsm8k", "generate_until"]), (["--tasks=leaderboard_mmlu_pro"], None, ["num_fewshot=5"]),
+    (["--tasks=own"], '{"q": 1}', ["package 'no_such' is missing", "own.yaml'"]),
+    (["--K=x"], None, ["K=x", "1, 2, 4, 6"]), (["--limit=-1"], None, ["limit=-1"]),
 ])
 def test_bad_requests_are_refused(args, rows, names, population, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(evaluate, "score", None)            # before any member is read
+    (tmp_path / "own.yaml").write_text(OWN)
+    (tmp_path / "own.py").write_text("import no_such")
     if rows is not None:
         (tmp_path / f"{args[0].removeprefix('--tasks=')}.jsonl").write_text(rows)
     line = refused(evaluate.main, [*population[1], f"--questions={tmp_path}", *args])
@@ -212,6 +230,44 @@ def test_without_the_harness_the_line_says_how_to_install_it(micro, monkeypatch,
     monkeypatch.delattr("tools.harness", raising=False)
     line = refused(evaluate.ask, *from_args(micro(), "", **evaluate.OPTIONS))
     assert "pip install -r requirements-eval.txt" in line
+
+
+@pytest.fixture(scope="module")
+def gpt2(harness, questions, tmp_path_factory):
+    """(arguments, score_all()'s) of two members with GPT-2's tokenizer, whose K = 2 has two weights."""
+    try:
+        get_tokenizer("gpt2")
+    except SystemExit:
+        pytest.skip("GPT-2's ranks are not here: connect once, or set TIKTOKEN_CACHE_DIR")
+    argv = arguments(tmp_path_factory.mktemp("gpt2"), tokenizer="gpt2", cycles=1, distill_from=1,
+                     epochs_per_cycle=1.0, fitness_tokens=300, val_tokens=300)
+    for script in (prepare, train, prior):
+        script.main(argv)
+    config, asked, run = score_all([*argv, questions])
+    result = load_prior(run.path)
+    answer = next(a for a in result["answers"] if (a["K"], a["rule"]) == (2, "learned"))
+    answer |= dict(members=[0, 1], weights=[0.3, 0.7])
+    write_json(run.path / "prior.json", result)
+    return argv, asked, run
+
+
+@pytest.mark.parametrize("name", ["--member=0,0", "--K=2"])
+def test_the_harness_own_adapter_finds_the_same_in_an_export(name, harness, gpt2, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="it is missing: pip install -r requirements-export.txt")
+    from lm_eval.models.huggingface import HFLM
+    argv, asked, run = gpt2
+    weights, mix = ({(0, 0): 0.3, (1, 0): 0.7}, "tokens") if name == "--K=2" else ({(0, 0): 1.0}, "-")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    export.main([*argv, f"--to={tmp_path / 'exported'}", name])
+    for separator in (0, 1):
+        theirs = HFLM(str(tmp_path / "exported"), trust_remote_code=True, device="cpu", batch_size=3,
+                      add_bos_token=separator == 0)
+        for about, rows, task, lms in asked:
+            own = lms[separator]
+            own.log_p = evaluate.mixed(run, about["scores"], rows, weights, mix)
+            one, two = ([log_p for log_p, _ in lm.loglikelihood(task.instances)] for lm in (own, theirs))
+            assert one == pytest.approx(two, abs=1e-4)
+            assert harness.values_of(task, own) == harness.values_of(task, theirs)
 
 
 # ------------------------------------------------------------------------------------------ data efficiency

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from data.tokenizer import get_tokenizer
 from infra.config import from_args
 from infra.files import read_json
 from model import GPT
-from tests.conftest import ROOT, read
+from tests.conftest import ROOT, population_of, read
 from tools import export, generate
 
 WEIGHTS = {(0, 0): 0.25, (0, 2): 0.6, (1, 1): 0.15}
@@ -87,7 +88,9 @@ def test_a_fresh_process_gives_our_logits_and_our_text(population, tmp_path, cap
 
 
 def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
+    (tmp_path / ".writing-99999999").mkdir()                                # left by a kill
     one, two = (exported(population[1], tmp_path / name, "--K=4") for name in ("one", "two"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
     assert sorted(p.name for p in one.iterdir()) == [
         "LICENSE", "README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
         "modeling_q0.py"]
@@ -105,6 +108,16 @@ def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
     for fact in (*facts, text["text_sha256"], code):
         assert fact in card, fact
     assert str(run.parent) not in card + (one / "config.json").read_text()
+    assert "tokenizer in this folder" not in card
+    student = (exported(population[1], tmp_path / "three", "--student") / "README.md").read_text()
+    best = min(read_json(run / "prior.json")["members"], key=lambda m: m["fit_loss"])
+    names = "student/scores/val/00_000", f"scores/val/{best['trajectory']:02d}_{best['cycle']:03d}"
+    gain = np.subtract(*(read(run / f"{of}.safetensors")[0]["log_p"].double().numpy() for of in names))
+    sums, sizes = (np.bincount(population_of(population[1])[1].val_documents, of) for of in (gain, np.ones(len(gain))))
+    error = np.sqrt(np.var(sums - gain.mean() * sizes, ddof=1) * len(sizes)) / len(gain)
+    for fact in (f"| {error:.4f} |", f"best member | {best['fit_loss']:.4f} | {best['val_loss']:.4f} | - |",
+                 *facts[2:], "teachers: 3, "):
+        assert fact in student, fact
 
 
 def test_its_tokenizer_gives_our_ids(micro, tmp_path):
@@ -126,20 +139,21 @@ def test_its_tokenizer_gives_our_ids(micro, tmp_path):
 
 
 @pytest.mark.parametrize("args, names", [
-    (["--to=full"], ["'full'", "empty"]),
-    (["--to=full/file"], ["'full/file'", "empty"]),
-    ([], ["to=''"]), (["--to=new"], ["tokenizer=bytes", "--ids"]),
+    (["--to=../full"], ["'../full'", "empty"]),
+    (["--to=../full/file"], ["'../full/file'", "empty"]),
+    (["--to=../here"], ["'../here'", "the one you are in"]), ([], ["to=''"]), (["--to=new"], ["tokenizer=bytes", "--ids"]),
     (["--to=new", "--ids", "--K=4", "--member=0,0"], ["--K, --member"]),
     (["--to=new", "--ids", "--member=0,0", "--student"], ["--student"]),
     (["--to=new", "--ids", "--K=7"], ["K=7", "1, 2, 4, 6"]),
 ])
 def test_bad_requests_are_refused(args, names, population, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
+    for name in ("full", "here"):
+        (tmp_path / name).mkdir()
     (tmp_path / "full" / "file").touch()
+    monkeypatch.chdir(tmp_path / "here")
     line = refused(export.main, [*population[1], *args])
     assert all(name in line for name in names), line
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "here"]
 
 
 def test_without_transformers_the_line_says_how_to_install_it(micro, monkeypatch, refused):

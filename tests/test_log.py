@@ -41,12 +41,12 @@ def sent(monkeypatch, run_dir):
             if len(found) > 8 and (run_dir / "gone").exists():
                 raise RuntimeError("no more")
             found.extend((key, step, value) for key, value in values.items())
-        yield send
+        yield send, lambda: None
     def broken(*_):
         raise ValueError("no key")
     backends = dict(memory=("json", begin), broken=("json", broken), absent=("no_such", None))
     for name, backend in backends.items():
-        monkeypatch.setitem(log.BACKENDS, name, backend)
+        monkeypatch.setitem(log.BACKENDS, name, (*backend, ""))
     return found
 
 
@@ -84,6 +84,24 @@ def test_the_last_line_of_a_step_holds_and_nothing_is_sent_twice(sent, run_dir, 
     for _ in range(2):
         log.main(argv)
         assert once(sent) == ALL
+
+
+def test_a_kill_costs_no_run_and_at_most_a_thousand_lines_again(run_dir, micro, monkeypatch):
+    (run_dir / "student").mkdir()
+    append(run_dir / "student", *({**STEPS[0], "step": step} for step in range(2500)))
+    sent, state = [], run_dir / "student" / "log_memory.json"
+
+    @contextlib.contextmanager
+    def begin(module, run, project, name, lines):           # with what a kill would leave
+        yield lambda values, step: sent.append((name, step, state.read_bytes())), lambda: None
+    monkeypatch.setitem(log.BACKENDS, "memory", ("json", begin, ""))
+    log.main([*micro(), "--to=memory", "--student"])
+    for (name, _, left), first in ((sent[0], 0), (sent[2300], 2000)):
+        state.write_bytes(left)
+        del sent[:]
+        log.main([*micro(), "--to=memory", "--student"])
+        assert [row[:2] for row in sent] == [(name, step) for step in range(first, 2500)]
+        assert name.startswith("run-student-")
 
 
 def test_it_follows_until_all_members_are_in_the_prior(sent, run_dir, micro, monkeypatch):

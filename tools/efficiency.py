@@ -5,6 +5,8 @@ on more and more of them, needs for the same figure.
 python -m tools.efficiency loss=3.0034 piqa=0.6823      by the paper's reference, times the 100M tokens used
 python -m tools.efficiency --curve=FILE.csv loss=1.81   by a curve of your own, times the tokens in its first
                                                         row: a header, tokens, then any columns of figures
+The paper's figures: loss (nats per token); piqa, arc_easy and sciq, accuracies (acc, from 0 to 1), and mean,
+that of these three.
 """
 import csv
 import itertools

@@ -5,16 +5,18 @@ One process:  python -m tools.evaluate CONFIG [--name=value ...]
 Eight GPUs:   torchrun --nproc_per_node=8 -m tools.evaluate CONFIG, which share the members
 Asks, after prior.py, the best member, for each K the uniform mixture and the learned prior, and the student
 where there is one. A mixture's log-probability of a choice is that of its probabilities, token by token
-(mix: tokens), or the weighted sum of its members' (paper). Every member is read once, its scores are kept.
-Prints each task's first metric; run_dir/evaluation.json has all of them.
+(mix: tokens), or as in the paper the weighted mean of its members' log-probabilities, the logarithm of an
+unnormalised geometric mean (mix: paper). Every member is read once, its scores are kept.
+Prints each task's first metric. run_dir/evaluation.json has all of them, by task: a call replaces the entries
+of its own tasks, and leaves out those of another prior, student or sequence_len.
 
 Of its own: --tasks=arc_easy,piqa,sciq     any of the harness that are scored by log-likelihood
-            --K=1,8,all            answers of prior.json: 1, 2, 4, ... and all
-            --questions=FOLDER     of NAME.jsonl, NAME_test.jsonl or NAME_validation.jsonl, instead of the hub
+            --K=1,8,all            answers of prior.json: 1, 2, 4, ... and the number of members, or all
+            --questions=FOLDER     of NAME.jsonl, NAME_test.jsonl or NAME_validation.jsonl, instead of the
+                                   hub, and of tasks of your own, in the harness's form (*.yaml)
             --limit=N              the first N questions of every task; 0: all
 """
 import functools
-import itertools
 import math
 import os
 
@@ -27,7 +29,7 @@ from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
 from infra.console import fail, print0, progress_bar, script
 from infra.distributed import join
-from infra.files import sha256_of, write_json
+from infra.files import read_json, sha256_of, write_json
 from infra.run_directory import RunDirectory, load_prior, prior_answer
 from model import chunks
 from prior import load_member, model_to_score
@@ -48,14 +50,14 @@ def ask(config, options):
     if options.questions:           # before the import
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     try:
-        from tools import harness           # here: an extra, of forty packages
+        from tools import harness, harness_tasks        # here: an extra, of forty packages
     except ImportError as e:
         fail(f"tools.evaluate needs lm-evaluation-harness ({e}): pip install -r requirements-eval.txt")
     asked, encode = [], get_tokenizer(config.tokenizer)[0]
     for name in listed("tasks", options.tasks):
         rows = {}
         lms = [harness.Adapter(config, encode, separator, rows) for separator in (True, False)]
-        task, about = harness.load_task(name, options.questions, options.limit, lms)
+        task, about = harness_tasks.load_task(name, options.questions, options.limit, lms)
         rows = list(rows)
         asked.append((dict(about, scores=f"{name}-{sha256_of(rows)[:16]}"), rows, task, lms))
     return asked
@@ -129,26 +131,11 @@ def mixed(run, name, rows, members, mix):
     log_p = ((w, run.load_scores(name, *member)[0].astype(np.float64)) for member, w in members.items())
     if mix == "paper":              # not a probability's: at most the logarithm of the mean
         tokens = sum(w * of_member for w, of_member in log_p)
-    else:
+    elif mix in ("tokens", "-"):    # -: of one member
         tokens = functools.reduce(np.logaddexp, (math.log(w) + of_member for w, of_member in log_p))
+    else:
+        raise ValueError(f"mix={mix}: must be tokens, paper or -")
     return np.add.reduceat(tokens, np.cumsum([0] + [n for _, n in rows[:-1]]))
-
-
-def report(asked, answers):
-    """[dict] of every task, answer (rule, K, run, {member: weight}), mix and separator."""
-    from tools import harness
-    mixes = [(*answer, mix) for answer in answers
-             for mix in (("tokens", "paper") if len(answer[-1]) > 1 else ("-",))]
-    results, best = [], {}
-    for (about, rows, task, lms), (rule, K, run, members, mix) in progress_bar(
-            list(itertools.product(asked, mixes)), unit="answer", desc="answering"):
-        log_p = mixed(run, about["scores"], rows, members, mix)
-        for lm in lms:
-            lm.log_p = log_p
-            found = harness.figures(task, lm)       # the best member's come first
-            results.append(dict(task=about["task"], separator=lm.separator, rule=rule, K=K, mix=mix,
-                                metrics=harness.compare(found, best.setdefault(lm, found))))
-    return results
 
 
 def print_table(results):
@@ -163,7 +150,18 @@ def print_table(results):
         name = next(iter(row["metrics"]))
         print0(f"{row['task'] + ', ' + name:20} {row['rule']:8} {row['K']:>3} {row['mix']:6}"
                f"{cells(row['metrics'][name])}   {cells(other['metrics'][name])}")
-    print0("- best: difference to the best member; +-: standard errors, that one's on the same questions")
+    print0("- best: difference to the best member. +-: standard error; after the difference, that of the "
+           "paired difference, question by question")
+
+
+def write_by_task(path, same, entries):
+    """Task -> its entry, and same in each; beside those of other tasks that are there and have the same."""
+    there = read_json(path).get("by_task", {}) if path.exists() else {}
+    kept = {task: entry for task, entry in there.items() if same.items() <= entry.items()}
+    if gone := ", ".join(sorted(there.keys() - kept.keys() - entries.keys())):
+        print0(f"note: '{path}' had figures of {gone} for another prior, student or sequence_len: left out")
+    write_json(path, dict(by_task=kept | {task: entry | same for task, entry in entries.items()}))
+    print0(f"wrote '{path}'")
 
 
 @script
@@ -187,12 +185,14 @@ def main(argv=None):
     ranks.leave()
     if ranks.rank > 0:
         return
-    results = report(asked, answers)
+    from tools import harness
+    results = harness.report(asked, answers, mixed)
     print_table(results)
     who = [dict(rule=rule, K=K, members=[[*m, w] for m, w in of.items()]) for rule, K, _, of in answers]
-    write_json(run.path / "evaluation.json", dict(
-        tasks=[about for about, *_ in asked], sequence_len=config.sequence_len, answers=who, results=results))
-    print0(f"wrote '{run.path / 'evaluation.json'}'")
+    same = dict(sequence_len=config.sequence_len, of=sha256_of([prior, sorted(students.values())]))
+    write_by_task(run.path / "evaluation.json", same, {about["task"]: dict(
+        about, answers=who, results=[row for row in results if row["task"] == about["task"]])
+        for about, *_ in asked})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-A model that leaves the house: python -m tools.export CONFIG --to=FOLDER [--name=value ...]
+Models for use outside this repository: python -m tools.export CONFIG --to=FOLDER [--name=value ...]
 Writes the mixture of K members, one member, or the student as a folder that Hugging Face transformers loads
 anywhere: AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). In it: the weights in bf16
 (model.safetensors), their config, model.py as it is, a modelling file, GPT-2's tokenizer and a model card.
@@ -12,28 +12,23 @@ Of its own: --to=FOLDER (new, or empty)
 import dataclasses
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 from data import loader
 from data.tokenizer import get_tokenizer
 from infra.config import from_args, student_of
-from infra.console import ROOT, Damaged, fail, print0, script
-from infra.files import flush_to_disk, read_json, read_tensors, save_tensors, write_whole
-from infra.run_directory import RunDirectory, load_prior
+from infra.console import ROOT, fail, print0, script
+from infra.files import clean_up, flush_to_disk, save_tensors, write_whole
+from infra.run_directory import RunDirectory, load_prior, prior_answer
 from model import GPTConfig
 from prior import model_to_score
 from tools.generate import choose
+from tools.model_card import card, error_beside, facts
 
 OPTIONS = dict(to="", K=0, member="", student=False, ids=False)
 
 SEPARATOR = "<|endoftext|>"
 SPECIAL = "bos", "eos", "pad"               # all of them the separator
-TEXT = """\
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-ids = model.generate(**tokenizer("The ", return_tensors="pt"), max_new_tokens=40, do_sample=False)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
-IDS = "print(model.generate(max_new_tokens=40, do_sample=False))        # ids, from the separator on"
 
 
 def model_files(config, weights):
@@ -88,71 +83,6 @@ def tensors_of(run, members):
     return tensors, sum(p.numel() for p in model.parameters())
 
 
-def commit():
-    """Of this repository, marked as dirty where files differ from it."""
-    if not (ROOT / ".git").exists() or not shutil.which("git"):
-        return "unknown"
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def trained_on(run):
-    path = run.folder(0) / "resume.safetensors"
-    try:
-        about = read_tensors(path, "a checkpoint", check=False)[1]["environment"]
-    except Damaged:                         # imported members come without a checkpoint
-        return "unknown"
-    return f"{about['machine']}; torch {about['torch']}; ranks of a trajectory: {about['ranks']}"
-
-
-def facts(run, prior):
-    """Of the card: name -> text."""
-    c, text, about = run.config, prior["text"], read_json(run.config_path)
-    names = ", ".join(Path(name).name for name in text.get("data", c.data).split(","))  # paths stay at home
-    trajectories = sorted({m["trajectory"] for m in prior["members"]})
-    population = f"{len(trajectories)} trajectories x {c.cycles} cycles x {c.epochs_per_cycle:g} epochs"
-    if c.first_cycle_epochs:
-        population += f", of the first cycle {c.first_cycle_epochs:g}"
-    if "taught_by" in about:
-        population = (f"the student of one: {c.epochs_per_cycle:g} epochs, from the best member's weights "
-                      f"on, taught by {len(about['taught_by']['teachers'])} of it, alpha={c.distill_alpha:g}")
-    return {
-        "text": f"{names}, as {c.tokenizer}: {c.train_tokens:,} tokens, of which {c.fitness_tokens:,} are "
-                f"the fitness set, and {c.val_tokens:,} for validation",
-        "SHA-256 of the text": text.get("text_sha256", "unknown"),
-        "SHA-256 of its tokens": run.identity["data_fingerprint"],
-        "population": population,
-        "seeds": ", ".join(str(c.seed + t) for t in trajectories),
-        "trained on": trained_on(run),
-        "code": f"{about['code']} (SHA-256 of the method's files); exported by commit {commit()}"}
-
-
-def card(run, prior, chosen, row, parameters, usage):
-    """README.md. chosen: (trajectory, cycle) -> weight; row: their losses, as prior.json has them."""
-    of, passes = {(m["trajectory"], m["cycle"]): m for m in prior["members"]}, len(chosen)
-    title, what, each = "One model", f"One member of a population of {len(of)}.", ""
-    if "taught_by" in read_json(run.config_path):
-        title, what = "A student", "One model, which the members of a population have taught."
-    if passes > 1:
-        title, each = f"A mixture of {passes} models", f" in each of {passes} models"
-        what = (f"The weighted mean of the next-token probabilities of {passes} members of a population of "
-                f"{len(of)}: every token costs {passes} forward passes.")
-
-    def losses(name, a):
-        error = f"{a['val_error']:.4f}" if a["val_error"] else "-"      # the best member has none to itself
-        return (f"| {name} | {a['fit_loss']:.4f} | {a['val_loss']:.4f} | {error} | "
-                f"{a['val_perplexity']:.3f} | {a['val_bits_per_byte']:.4f} |")
-    best = next(a for a in prior["answers"] if a["rule"] == "best")
-    rows = {"parameters": f"{parameters:,}{each}", **facts(run, prior)}
-    return (ROOT / "tools" / "model_card.md").read_text(encoding="utf-8").format(
-        title=title, what=what, usage=usage, sequence_len=run.config.sequence_len,
-        separator=run.config.vocab_size - 1,
-        facts="\n".join(f"| {name} | {text} |" for name, text in rows.items()),
-        losses="\n".join([losses("this model", row), losses("the best member", best)]),
-        members="\n".join(f"| {t} | {c} | {w} | {of[t, c]['weights_sha256']} |"
-                          for (t, c), w in chosen.items()))
-
-
 def write_folder(folder, contents, tensors):
     """All of its files; contents: name -> text, or a value to write as JSON."""
     folder.mkdir()
@@ -170,24 +100,34 @@ def write_folder(folder, contents, tensors):
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     folder = Path(options.to).expanduser().resolve()
-    if not options.to or folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"to='{options.to}': name a folder that is new or empty, such as --to=exported")
+    new = not folder.exists() or folder.is_dir() and not any(folder.iterdir()) and folder != Path.cwd()
+    if not options.to or not new:
+        fail(f"to='{options.to}': name a folder that is new or empty, and not the one you are in, such as "
+             "--to=exported")
     if sum(map(bool, (options.K, options.member, options.student))) > 1:
         fail("--K, --member and --student each say what to export: give one of them")
+    data = loader.load(config)
+    population = run = RunDirectory(config, data.fingerprint, only_read=True)
+    whole = prior = load_prior(config.run_dir)
     if options.student:
         config, options.member = student_of(config), "0,0"
-    run = RunDirectory(config, loader.load(config).fingerprint, only_read=True)
-    prior = load_prior(config.run_dir)
+        run, prior = RunDirectory(config, data.fingerprint, only_read=True), load_prior(config.run_dir)
     label, members, weights = choose(options, prior, run)[-1]
     contents = model_files(config, weights) | ({} if options.ids else tokenizer_files(config))
+    [(best, _)] = prior_answer(whole, 1, "best")
     if options.member:
         row = next(m for m in prior["members"] if (m["trajectory"], m["cycle"]) == members[0])
     else:
         K = options.K or max(a["K"] for a in prior["answers"] if a["K"] <= 4)
         row = next(a for a in prior["answers"] if (a["K"], a["rule"]) == (K, "learned"))
+    if options.student:                     # its own prior knows no other
+        row = row | {"val_error": error_beside((run, row), (population, best), data.val_documents)}
     tensors, parameters = tensors_of(run, members)
-    contents["README.md"] = card(
-        run, prior, dict(zip(members, weights)), row, parameters, IDS if options.ids else TEXT)
+    each = f" in each of {len(members)} models" if len(members) > 1 else ""
+    rows = {"parameters": f"{parameters:,}{each}", **facts(run, population, whole)}
+    losses = {"this model": row, "the population's best member": best | {"val_error": None}}
+    contents["README.md"] = card(run, prior, dict(zip(members, weights)), losses, rows, options.ids)
+    clean_up(folder.parent)
     write_whole(folder, lambda temporary: write_folder(temporary, contents, tensors))
     print0(f"wrote {label} to '{options.to}': its README.md says how to load it")
 

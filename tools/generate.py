@@ -4,7 +4,8 @@ Samples one continuation of a prompt from the best member and one from the mixtu
 A mixture asks all K members for every token and takes the weighted mean of their probabilities: K passes
 instead of one.
 
-Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... and all; 0: 4, or all of fewer)
+Of its own: --prompt=TEXT  --K=4 (an answer of prior.json: 1, 2, 4, ... or the number of members;
+                  0: 4, or all of fewer)
             --tokens=80  --temperature=0.8  --top_k=50 (0: no limit)  --sample_seed=0
             --member=T,C (trajectory and cycle): that model alone, instead of both
             --student: the student alone

@@ -2,10 +2,14 @@
 A run on a dashboard: python -m tools.log CONFIG --to=wandb [--name=value ...]
 Sends the lines of run_dir/metrics.jsonl, and prior.json's losses for every K, to wandb, trackio or
 tensorboard: those that are there or, with --follow, all until the population is finished. Called again it
-goes on where it stopped (run_dir/log_wandb.json; without that file it begins a new run). Training knows
-nothing of it. After a kill some steps come again: the last line of a step holds, but what was sent stays.
+goes on where it stopped (run_dir/log_wandb.json; without that file it begins a new run); when it was itself
+killed, at most the last 1,000 lines are sent twice. train.py does not import it. After train.py was killed
+some steps come again: the last line of a step holds, but what was sent stays.
 
-Of its own: --to=wandb, trackio or tensorboard (each its own package)    --project=q0    --follow    --student
+Of its own: --to=wandb         its website; with WANDB_MODE=offline run_dir/wandb, for `wandb sync` later
+            --to=trackio       TRACKIO_DIR, else the cache of Hugging Face; `trackio show` opens it
+            --to=tensorboard   run_dir/tensorboard; `tensorboard --logdir=run_dir/tensorboard` opens it
+            --project=q0    --follow    --student: the student's lines instead
 """
 import contextlib
 import importlib
@@ -13,6 +17,7 @@ import itertools
 import json
 import secrets
 import time
+from pathlib import Path
 
 from infra.config import from_args, student_of
 from infra.console import ROOT, fail, print0, progress_bar, script
@@ -23,9 +28,11 @@ from infra.run_directory import RunDirectory, load_prior
 OPTIONS = dict(to="", project="q0", follow=False, student=False)
 
 POLL = 2                    # seconds
+LINES = 1000                # at most so many are sent again after a kill
 
 
 # -------------------------------------------------------------------------------------------- where it goes
+# each gives (send(values, step), flush()): what was sent before flush() outlives a kill
 
 @contextlib.contextmanager
 def to_wandb(wandb, run, project, name, lines):
@@ -35,14 +42,15 @@ def to_wandb(wandb, run, project, name, lines):
                     settings=settings) as there:
         there.define_metric("*", step_metric="step")
         count = itertools.count(lines)
-        yield lambda values, step: there.log({**values, "step": step}, step=next(count))
+        yield (lambda values, step: there.log({**values, "step": step}, step=next(count)),
+               lambda: None)            # a process of its own, which outlives ours, has it already
 
 
 @contextlib.contextmanager
 def to_trackio(trackio, run, project, name, lines):
     there = trackio.init(project=project, name=name, resume="allow", config=run.identity, auto_log_cpu=False,
                          auto_log_gpu=False)
-    yield there.log
+    yield there.log, lambda: time.sleep(1)          # its thread writes every half second
     there.finish()
 
 
@@ -52,11 +60,13 @@ def to_tensorboard(tensorboard, run, project, name, lines):
         def send(values, step):
             for key, value in values.items():
                 there.add_scalar(key, value, step)
-        yield send
+        yield send, there.flush
 
 
-BACKENDS = {"wandb": ("wandb", to_wandb), "trackio": ("trackio", to_trackio),
-            "tensorboard": ("torch.utils.tensorboard", to_tensorboard)}
+BACKENDS = {        # its package, how to begin, where the result is
+    "wandb": ("wandb", to_wandb, "online, or in '{path}/wandb'"),
+    "trackio": ("trackio", to_trackio, "trackio show --project {project}"),
+    "tensorboard": ("torch.utils.tensorboard", to_tensorboard, "tensorboard --logdir='{path}/tensorboard'")}
 
 
 # --------------------------------------------------------------------------------------------- what is sent
@@ -104,8 +114,8 @@ def unsent(records, sent):
                                  if isinstance(value, int | float)}
 
 
-def send_new(new, send, state, stop):
-    """Send what unsent() gives, and note it in state, until all is sent or it is asked to stop."""
+def send_new(new, send, save, state, stop):
+    """Send what unsent() gives, and note it in state, until all is sent or it is asked to stop; save it."""
     for series, step, values in progress_bar(new, unit="line", disable=len(new) < 1000):
         if stop.is_set():
             return
@@ -114,23 +124,28 @@ def send_new(new, send, state, stop):
         except Exception as e:              # whatever its package raises
             fail(f"the dashboard takes no more ({type(e).__name__}: {e}): run this again to go on there")
         state["sent"][series], state["lines"] = step, state["lines"] + 1
+        if state["lines"] % LINES == 0:
+            save()
 
 
-def send_all(run, send, state, state_path, follow):
+def send_all(run, send, flush, state, state_path, follow):
     """
-    Once or, to follow, until the prior is of all members. state, which is kept in a file: sent, see unsent(),
-    and how many lines that were.
+    Once or, to follow, until the prior is of all members. state, which is kept in a file: the run's name;
+    sent, see unsent(), and how many lines that were.
     """
+    def save():
+        flush()
+        write_json(state_path, state)
     with open(run.path / "metrics.jsonl", "rb") as file, stop_request() as stop:
         while True:
             there = (run.path / "prior.json").exists()      # first: then all lines before it are there, too
             prior = load_prior(run.path) if there else {"members": [], "losses": {}}
             new = list(unsent([*whole_lines(file), *prior_records(prior)], state["sent"]))
             try:
-                send_new(new, send, state, stop)
+                send_new(new, send, save, state, stop)
             finally:
                 if new:
-                    write_json(state_path, state)
+                    save()
             whole = len(prior["members"]) == run.config.trajectories * run.config.cycles
             if not follow or whole or stop.is_set():
                 return
@@ -145,26 +160,29 @@ def main(argv=None):
         fail(f"to='{options.to}': must be one of {', '.join(BACKENDS)}")
     if not (run.path / "metrics.jsonl").exists():
         fail(f"no '{run.path / 'metrics.jsonl'}': run train.py (of a student: distill.py) first")
-    module, begin = BACKENDS[options.to]
+    module, begin, where = BACKENDS[options.to]
     try:
         backend = importlib.import_module(module)
     except ImportError as e:
         fail(f"to={options.to}: the package '{e.name}' is missing: "
              f"pip install -r '{ROOT / 'requirements-export.txt'}'")
     state_path = run.path / f"log_{options.to}.json"
-    state = dict(name=f"{run.path.resolve().name}-{secrets.token_hex(4)}", sent={}, lines=0)
-    if state_path.exists():
-        state = read_json(state_path)
+    name = Path(config.run_dir).resolve().name + ("-student" if options.student else "")
+    state = dict(name=f"{name}-{secrets.token_hex(4)}", sent={}, lines=0)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(lock(run.path / f".log_{options.to}.lock", ""))
+        if state_path.exists():
+            state = read_json(state_path)
+        write_json(state_path, state)       # its name, before there is a run of this name
+        before = state["lines"]
         try:
-            stack.enter_context(lock(run.path / f".log_{options.to}.lock", ""))
-            send = stack.enter_context(begin(backend, run, options.project, state["name"], state["lines"]))
+            backend = stack.enter_context(begin(backend, run, options.project, state["name"], before))
         except Exception as e:              # whatever its package raises
             fail(f"to={options.to}: it does not start ({type(e).__name__}: {e}): log in there, or set it up")
-        before = state["lines"]
-        send_all(run, send, state, state_path, options.follow)
+        send_all(run, *backend, state, state_path, options.follow)
+    where = where.format(path=run.path, project=options.project)
     print0(f"sent {state['lines'] - before:,} lines to {options.to}, as {options.project}/{state['name']}; "
-           f"{before:,} were there")
+           f"{before:,} were there. See them: {where}")
 
 
 if __name__ == "__main__":
