@@ -47,10 +47,11 @@ def flush_to_disk(path):
 def clean_up(folder):
     """Remove what killed writers left in it; a process that is alive may still be writing."""
     for path in folder.glob(".writing-*"):
-        try:
-            os.kill(int(path.name.removeprefix(".writing-")), 0)
-        except (ProcessLookupError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(PermissionError, ValueError):          # another user's process; no number
+            try:
+                os.kill(int(path.name.removeprefix(".writing-")), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def lock(path, text, wait=False):

@@ -90,7 +90,8 @@ def learned(log_p):
 def mean_kl(run, members):
     """Mean over all ordered pairs of KL(p_i || p_j) in nats, on the first 32 validation sequences."""
     idx = torch.from_numpy(run.data.val[:32, :-1].astype(np.int64))
-    log_p = torch.stack([run.model(run.weights_of([i]))(idx).flatten(0, 1).double().log_softmax(-1) for i in members])
+    logits = [run.model(run.weights_of([i]))(idx).flatten(0, 1).double() for i in members]
+    log_p = torch.stack(logits).log_softmax(-1)                                         # members, tokens, V
     cross = torch.einsum("itv,jtv->ij", log_p.exp(), log_p) / log_p.size(1)             # E_i log p_j
     own = cross.diagonal()[:, None]
     return ((own - cross).sum() / (len(members) * (len(members) - 1))).item()
