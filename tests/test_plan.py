@@ -71,7 +71,7 @@ def test_what_is_printed(capsys):
     out = capsys.readouterr().out
     lines = {line[:15].strip(): line.replace(",", "").split() for line in out.splitlines()}
     for words in ("1,870,172,811", "25.5290", "33.7046", "2 x 64 = 128 members, 256 epochs", "0.2500 0.2499",
-                  "508 steps of 393,216", "2 groups of 4", "a teacher: from cycle 8 on", "0.0501 0.0500",
+                  "508 steps of 393,216", "2 groups of 4", "teacher: from cycle 8 on", "0.0501 0.0500",
                   "128 members of 3.74 = 478.8; 5 states of 15.2", "scores 5.184", "in micro-batches of 2",
                   "80 GB, 74.0 GiB usable: micro_batch=2",
                   "3.5 for each of its K teachers; the most that fit: K=11"):

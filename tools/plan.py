@@ -191,7 +191,7 @@ def print_cycles(config, sequences):
         print(textwrap.fill(f"noise before cycles 1, 2, ...: {scales}", 110, initial_indent="  ",
                             subsequent_indent=" " * 33))
     chain = config.distill_from < cycles
-    print(f"  a teacher: {f'from cycle {config.distill_from} on' if chain else 'none'}")
+    print(f"  teacher: {f'from cycle {config.distill_from} on' if chain else 'none'}")
 
 
 def print_cost(config, model, sequences, options):
