@@ -81,13 +81,14 @@ def text_files(paths, left_out, seen):
         kind, real = path.suffix.lower(), os.path.realpath(path)
         if real in seen:
             continue
-        seen.add(real)
         if path.is_dir():
+            seen.add(real)
             inside = sorted(path.iterdir())
             shown = [p for p in inside if not p.name.startswith(".")]
             left_out["hidden"] += len(inside) - len(shown)
             yield from text_files(shown, left_out, seen)
-        elif kind in (".txt", ".jsonl", ".parquet"):
+        elif kind in (".txt", ".jsonl", ".parquet") and not path.is_fifo():
+            seen.add(real)
             yield path
         else:
             left_out[kind or "without an ending"] += 1
@@ -177,16 +178,20 @@ def write(config, splits, about):
           f"'{config.data_dir}'; --train_tokens takes more of a longer text")
 
 
+def names_of(data):
+    return [MANUAL] if data == "manual" else [name.strip() for name in data.split(",") if name.strip()]
+
+
 def prepare(config):
     """Write the data of a config, unless it is there. Of two processes at once the first one's stays."""
     about = {name: getattr(config, name) for name in ("data", "tokenizer", "val_tokens", "train_tokens")}
     if config.data == "fineweb":
         documents, about["source"] = fineweb_documents(), FINEWEB
     else:
-        names = [MANUAL] if config.data == "manual" else config.data.split(",")
-        paths = [Path(os.path.expanduser(name.strip())) for name in names if name.strip()]
+        paths = [Path(os.path.expanduser(name)) for name in names_of(config.data)]
         gone = [path for path in paths if not path.exists()]
-        if gone and read_about(config).get("data") == config.data and holds(config, about):
+        theirs = read_about(config).get("data", "")
+        if gone and names_of(theirs) == names_of(config.data) and holds(config, about):
             return print(f"note: '{gone[0]}' is gone, its tokens in '{config.data_dir}' stand")
         documents = source_documents(paths) or fail(
             f"data={config.data!r} is empty: name .txt, .jsonl or .parquet files, or folders, with commas")

@@ -61,14 +61,15 @@ def test_which_files_of_a_folder_are_read(tmp_path, micro, capsys):
                  "b/deep/far.txt", "b/near.txt", "blob"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("" if "empty" in name else name)
-    for link, target in dict(corpus="../b", again="LOUD.TXT", named="../blob", loop="../a").items():
+    for link, target in dict(corpus="../b", again="LOUD.TXT", named="../blob", loop="../a", readme="README").items():
         (tmp_path / "a" / f"{link}.txt").symlink_to(target)
+    os.mkfifo(tmp_path / "a" / "pipe.txt")                          # would be waited for
     with pytest.raises(SystemExit):                                 # too short, but read
         prepare.main(micro(data=f" {tmp_path / 'a'} , {tmp_path / 'b'},"))
     out = capsys.readouterr().out
-    assert "left out 2 hidden, 1 without an ending, 1 .md" in out and "empty.txt' is empty" in out, out
-    text = "a/LOUD.TXT\0b/deep/far.txt\0b/near.txt\0blob"          # in the order of their paths
-    assert "4 documents" in out and hashlib.sha256(text.encode()).hexdigest() in out
+    assert "left out 2 hidden, 1 without an ending, 1 .md, 1 .txt" in out and "empty.txt' is empty" in out, out
+    text = "a/LOUD.TXT\0b/deep/far.txt\0b/near.txt\0blob\0a/README"         # in the order of their paths
+    assert "5 documents" in out and hashlib.sha256(text.encode()).hexdigest() in out
 
 
 def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, micro, monkeypatch, refused):
@@ -331,7 +332,7 @@ def test_tokens_stand_where_their_text_is_gone(tmp_path, micro, refused, capsys)
     text.write_text("\n".join(f"line {i} of the text" for i in range(400)))
     prepare.main(micro(data=text))
     text.unlink()
-    prepare.main(micro(data=text))
+    prepare.main(micro(data=f" {text} ,"))
     assert "text.txt' is gone" in capsys.readouterr().out
     assert "typo.txt" in refused(prepare.main, micro(data=tmp_path / "typo.txt"))
     assert "val_tokens is 1800 there" in refused(prepare.main, micro(data=text, val_tokens=900))

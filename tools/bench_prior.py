@@ -8,6 +8,7 @@ of all these mixtures.
 import math
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -92,5 +93,6 @@ def bench(options):
     for members in sorted({m for m in (30, 60, 120, 240, 480) if m < options.members} | {options.members}):
         bench_fit(members, options.tokens, options.rounds)
     bench_report(options.members, options.tokens)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20             # bytes there, KiB here
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(f"peak memory of the process: {peak:.1f} GiB")
