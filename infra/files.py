@@ -47,11 +47,12 @@ def flush_to_disk(path):
 def clean_up(folder):
     """Remove what killed writers left in it; a process that is alive may still be writing."""
     for path in folder.glob(".writing-*"):
-        with contextlib.suppress(PermissionError, ValueError):          # another user's process; no number
-            try:
-                os.kill(int(path.name.removeprefix(".writing-")), 0)
-            except ProcessLookupError:
-                shutil.rmtree(path, ignore_errors=True)
+        try:
+            os.kill(int(path.name.removeprefix(".writing-")), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError):
+            pass                                # another user's process; no number
 
 
 def lock(path, text, wait=False):

@@ -17,6 +17,7 @@ choices are made on the fitness set. results/claims_page.py makes tables of them
   at home K=8, all: fitted on the other text's fitness set: the loss on the other text
 """
 import csv
+import functools
 import sys
 from pathlib import Path
 
@@ -29,17 +30,16 @@ import prior                                            # noqa: E402
 from data import loader                                 # noqa: E402
 from infra.config import from_args                      # noqa: E402
 from infra.run_directory import SPLITS, RunDirectory    # noqa: E402
-from results.experiments import RESULTS, data_dir       # noqa: E402
+from results.experiments import RESULTS, arguments      # noqa: E402
 from results.plans import PLANS                         # noqa: E402
+from results.subsets import loss, scores                # noqa: E402
 
 COLUMNS = "text", "variant", "seed", "what", "n", "fit_loss", "val_loss"
 SOUPS, TRANSFER = ("q0_32", "noise_none", "lr_flat", "chain_none"), "q0_32"
 
 
 def config_of(variant, path, source):
-    argv = [str(ROOT / variant.config), *variant.flags, f"--seed={path.name.rpartition('_')[2]}",
-            f"--data={source}", f"--run_dir={path}", f"--data_dir={data_dir(variant, path.parent)}"]
-    return from_args(argv, "")[0]
+    return from_args(arguments(variant, path, source, f"--seed={path.name.rpartition('_')[2]}"), "")[0]
 
 
 class Run:
@@ -50,12 +50,15 @@ class Run:
         self.data = loader.load(self.config)
         self.run = RunDirectory(self.config, self.data.fingerprint)
         self.members = self.run.members()
-        self.scores = {split: torch.from_numpy(np.stack([
-            self.run.load_scores(split, *member)[0] for member in self.members])) for split in SPLITS}
+        self.scores = {split: scores(path, split) for split in SPLITS}
+
+    @functools.cached_property
+    def learned(self):
+        return learned(self.scores["fit"])
 
     def loss(self, members, weights):
         """[fitness, validation] loss of a mixture."""
-        return [mixture_loss(self.scores[split], members, weights) for split in SPLITS]
+        return [loss(self.scores[split], members, weights) for split in SPLITS]
 
     def weights_of(self, members):
         """The mean of these members' weights: a state dict, float32."""
@@ -70,10 +73,6 @@ class Run:
     def scored(self, state, sequences):
         """(tokens,) of these weights, float32 tensor."""
         return torch.from_numpy(loader.score(self.model(state), sequences, self.config.micro_batch))
-
-
-def mixture_loss(log_p, members, weights):
-    return -(weights.double() @ log_p[members].double().exp()).log().mean().item()
 
 
 def equal(members):
@@ -98,7 +97,7 @@ def mean_kl(run, members):
 
 
 def diversity(run):
-    members, weights = learned(run.scores["fit"])["all"]
+    members, weights = run.learned["all"]
     alone = [-(weights @ run.scores[split][members].double().mean(dim=1)).item() for split in SPLITS]
     yield "members", int((weights > 0).sum()), *alone
     late = [i for i, (_, c) in enumerate(run.members) if c >= run.config.cycles // 2]
@@ -110,9 +109,9 @@ def document_error(run, base):
     """The standard error over documents of the paired difference of the two learned mixtures of all."""
     nats = []
     for one in (run, base):
-        members, weights = learned(one.scores["fit"])["all"]
-        loss = -(weights @ one.scores["val"][members].double().exp()).log()
-        nats.append(torch.bincount(torch.from_numpy(one.data.val_documents), loss))
+        members, weights = one.learned["all"]
+        of_tokens = -(weights @ one.scores["val"][members].double().exp()).log()
+        nats.append(torch.bincount(torch.from_numpy(one.data.val_documents), of_tokens))
     lengths = torch.from_numpy(np.bincount(run.data.val_documents)).double()
     yield "documents", len(lengths), "", prior.paired_error(nats[0] - nats[1], lengths)
 
@@ -137,9 +136,9 @@ def averages(run):
     order = run.scores["fit"].double().mean(dim=1).argsort(descending=True).tolist()
     chosen, lowest = order[:1], -run.scores["fit"][order[0]].double().mean().item()
     for i in order[1:]:
-        loss = -run.scored(run.weights_of([*chosen, i]), run.data.fit).double().mean().item()
-        if loss < lowest:
-            chosen, lowest = [*chosen, i], loss
+        its = -run.scored(run.weights_of([*chosen, i]), run.data.fit).double().mean().item()
+        if its < lowest:
+            chosen, lowest = [*chosen, i], its
     yield "greedy", len(chosen), *losses(run.weights_of(chosen))
 
 
@@ -156,11 +155,11 @@ def transfer(run, other):
                                  for i in range(len(run.members))]) for split in SPLITS}
     for K, answer in learned(there["fit"]).items():
         yield f"other {K}", len(answer[0]), *run.loss(*answer)
-        yield f"at home {K}", len(answer[0]), "", mixture_loss(there["val"], *answer)
-    for K, answer in learned(run.scores["fit"]).items():
-        yield f"abroad {K}", len(answer[0]), "", mixture_loss(there["val"], *answer)
+        yield f"at home {K}", len(answer[0]), "", loss(there["val"], *answer)
+    for K, answer in run.learned.items():
+        yield f"abroad {K}", len(answer[0]), "", loss(there["val"], *answer)
     everyone = equal(list(range(len(run.members))))
-    yield "abroad uniform", len(run.members), "", mixture_loss(there["val"], *everyone)
+    yield "abroad uniform", len(run.members), "", loss(there["val"], *everyone)
 
 
 def measure(folder, text, name, seed, texts):

@@ -63,8 +63,7 @@ def difference(a, b):
 
 
 def signed(values):
-    error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):+.4f}{error} (n = {len(values)})" if values else ""
+    return f"{mean_error(values, '+.4f')} (n = {len(values)})" if values else ""
 
 
 # ----------------------------------------------------------------------------------------------- epochs

@@ -46,10 +46,15 @@ def data_dir(variant, folder):
     return folder / "".join(["data", *(f.partition("=")[2] for f in variant.flags if "train_tokens" in f)])
 
 
+def arguments(variant, folder, source, *more):
+    """Of a script, for a variant in folder."""
+    return [str(ROOT / variant.config), *variant.flags, f"--run_dir={folder}", f"--data={source}",
+            f"--data_dir={data_dir(variant, folder.parent)}", *more]
+
+
 def scripts(names, variant, folder, source, seed, *more):
     """These scripts of a variant, one after another, in one process of one thread."""
-    argv = [str(ROOT / variant.config), *variant.flags, f"--seed={seed}", f"--run_dir={folder}",
-            f"--data={source}", f"--data_dir={data_dir(variant, folder.parent)}", *more]
+    argv = arguments(variant, folder, source, f"--seed={seed}", *more)
     calls = "; ".join(f"{name}.main(sys.argv[1:])" for name in names.split())
     code = f"import sys, train, distill, prior\nfrom data import prepare\n{variant.change}\n{calls}"
     done = subprocess.run(
@@ -81,8 +86,7 @@ def run(name, variant, folder, source, seed):
 
 def cost(variant, folder, source):
     """(training epochs, training TFLOP) in all, by tools.plan, the teachers' passes included."""
-    config, _ = from_args([str(ROOT / variant.config), *variant.flags, *variant.student, f"--data={source}",
-                           f"--data_dir={data_dir(variant, folder)}", f"--run_dir={folder / 'none'}"], "")
+    config, _ = from_args(arguments(variant, folder / "none", source, *variant.student), "")
     sequences, model = loader.load(config).sequences_per_epoch, plan.meta_model(config)
     epochs = config.trajectories * config.epochs_until(config.cycles)
     flops = plan.flops_of(config, model, sequences)
@@ -138,9 +142,9 @@ def picture(folder, variants, seeds):
 
 # --------------------------------------------------------------------------------------------- the page
 
-def mean_error(values):
+def mean_error(values, form=".4f"):
     error = f" +- {np.std(values, ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{error}"
+    return f"{np.mean(values):{form}}{error}"
 
 
 def page(name):

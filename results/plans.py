@@ -102,9 +102,9 @@ PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, 
         "one_64": Variant("one model, one cosine over 64 epochs", flags=(
             *EMA_COSINE, "--epochs_per_cycle=64")),
         "fresh_16": Variant("a chain of 4 independent models of 16 epochs", flags=(
-            *STRONG, "--restart=fresh", "--cycles=4", "--epochs_per_cycle=16", *EMA_COSINE[2:])),
+            *STRONG, "--restart=fresh", "--cycles=4", "--epochs_per_cycle=16", *INDEPENDENT[1:])),
         **{f"q0_{E}": Variant(f"q0, --epochs={E}", flags=(f"--epochs={E}",)) for E in (8, 16, 32, 64, 128)},
-        "student_48": dataclasses.replace(student("q0_32", "q0, --epochs=32", Q0_32, 4)),
+        "student_48": student("q0_32", "q0, --epochs=32", Q0_32, 4),
         "two_8": Variant("2 trajectories of 8 cycles", flags=("--trajectories=2", "--cycles=8")),
         "two_16": Variant("2 trajectories of 16 cycles")},
         []),
