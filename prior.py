@@ -12,6 +12,7 @@ and weights; the loss after each cycle. All choices are made on the fitness set;
 """
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 import sys
@@ -19,6 +20,7 @@ import textwrap
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import loader
 from infra.config import from_args, student_of
@@ -33,34 +35,25 @@ BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
 # --------------------------------------------------------------------------------------------- the fit
 
-def to_float64(log_p):
-    """In float64, a probability of 0 as a very small one."""
-    return log_p.double().clamp(min=-700)
-
-
-def mean_log_p(log_p):
-    """Of every member, (members,) float64."""
-    return torch.stack([to_float64(row).mean() for row in log_p])
-
-
-class Probabilities:
+def probabilities(log_p):
     """
-    Those of log_p (members, tokens), which is only read, over the largest that any member gives to the token:
-    a factor that changes no comparison of mixtures. What is below e^-40 of it counts as e^-40, so that
-    float32 holds the squares.
+    (members, tokens) float64 of log_p, over the largest that any member gives to the token: a factor that
+    changes no comparison of mixtures. What is below e^-40 of it counts as e^-40: squares fit into float32.
     """
+    p = log_p.double().clamp(min=-700)
+    return p.sub_(p.max(dim=0).values).clamp_(min=-40).exp_()
 
-    def __init__(self, log_p):
-        self.log_p, self.largest = log_p, to_float64(log_p.max(dim=0).values)
-        self.fast = torch.stack([self.exact(i).float() for i in range(len(log_p))])    # to search by
 
-    def exact(self, members):
-        """Of these members, in float64."""
-        return to_float64(self.log_p[members]).sub_(self.largest).clamp_(min=-40).exp_()    # on the copy
+def ratios(p, mix):
+    """mean_t(p_i,t / mix_t) of every member i: above 1 where a share of it would lower the loss."""
+    return p @ (1 / mix) / len(mix)
 
-    def ratios(self, mix):
-        """mean_t(p_i,t / mix_t) of every member i: above 1 where a share of it would lower the loss."""
-        return (self.fast @ (1 / mix).float()).double() / len(mix)
+
+def hessian(P, mix):
+    """Of -mean log(w @ P), (k, k), at w @ P = mix. Its rounding costs steps, not precision."""
+    R = P.float() * (len(mix) ** -0.5 / mix).float()
+    H = (R @ R.T).double()
+    return H + 1e-6 * H.diagonal().diag()               # equal members share
 
 
 def nonnegative_qp(H, b, y):
@@ -82,55 +75,45 @@ def nonnegative_qp(H, b, y):
     return y
 
 
-def newton(P, w, tolerance=1e-10):
+def newton(P, w, target=math.inf):
     """
-    argmin of -mean log(w @ P), the loss up to P's scale, over the simplex, from w (k,) float64, for few
-    members: (loss, w, Hessian). P: (k, tokens) float64; or float32, for a tolerance of 1e-5.
+    (loss, w): argmin of -mean log(w @ P) over the simplex, from w (k,) > 0, for few members P (k, tokens); or
+    any w, once it is sure that no loss is below the target.
     """
-    def loss(w):
-        # with the constraint that w sums to 1, whose multiplier is 1, folded in: the gradient is 1 - s
-        return w.sum() - (w.to(P.dtype) @ P).log().mean().double()
-    now, rounding = loss(w), 4 * torch.finfo(P.dtype).eps
+    def loss(w, mix):                       # the same for all multiples of w, so that its gradient is 1 - s
+        return w.sum().log() - mix.log().mean()
+    mix = w @ P
+    now = loss(w, mix)
     for _ in range(100):
-        inverse = 1 / (w.to(P.dtype) @ P)
-        s = (P @ inverse).double() / len(inverse)
-        R = P.float() * (inverse / len(inverse) ** 0.5).float()
-        H = (R @ R.T).double()                  # rounding here costs steps, not precision
-        H += 1e-6 * H.diagonal().diag()         # equal members share
-        y = nonnegative_qp(H, H @ w + s - 1, w)
-        slope, t = (1 - s) @ (y - w), 1.0
-        if s.max() - 1 < tolerance or slope > -tolerance ** 2.2:        # a gain that no digit would show
+        s = ratios(P, mix)
+        if s.max() - 1 < max(1e-10, now - target):      # s.max() - 1: no loss is further below this one
             break
-        while (then := loss(w + t * (y - w))) > now + 1e-4 * t * slope + rounding and t > 1e-8:
+        H = hessian(P, mix)
+        y = nonnegative_qp(H, H @ w + s - 1, w)
+        dw, dmix, t = y - w, y @ P - mix, 1.0
+        slope = (1 - s) @ dw
+        if slope > -1e-22:                              # as s - 1, squared: no step shows in the loss
+            break
+        while (then := loss(w + t * dw, mix + t * dmix)) > now + 1e-4 * t * slope + 1e-15 and t > 1e-8:
             t /= 2
-        w, now = w + t * (y - w), then
-        w = w / w.sum()
-    return loss(w).item() - 1, w, H
+        w, mix, now = w + t * dw, mix + t * dmix, then
+        w, mix = w / w.sum(), mix / w.sum()
+    return now.item(), w
 
 
-def fit(p, w=None, among=None, tolerance=1e-7):
-    """fit_weights() of Probabilities, from weights w, over the members where among (members,) is true."""
-    among = torch.ones(len(p.fast), dtype=torch.bool) if among is None else among
-    if w is None:                                       # all weight on the best member
-        losses = torch.where(among, mean_log_p(p.log_p), -torch.inf)
-        w = (torch.arange(len(losses)) == losses.argmax()).double()
-    for attempt in range(200):
+def fit(p, w=None, tolerance=1e-7):
+    """fit_weights() of probabilities, from weights w: all weight on the best member, where there are none."""
+    w = F.one_hot(p.log().mean(dim=1).argmax(), len(p)).double() if w is None else w
+    for _ in range(200):
         support = w.nonzero()[:, 0]
-        _, w[support], _ = newton(p.fast[support], w[support] / w[support].sum(), 1e-5)
-        s = torch.where(among, p.ratios(w[support].float() @ p.fast[support]), 0)
-        better = s.topk(min(32, len(s))).indices        # those whose share would lower the loss join,
-        better = better[(s[better] > 1 + 1e-5) & (w[better] == 0)]
-        if len(better) and attempt < 100:
-            w[better] = 0.01                            # with a share: Newton starts inside
-            continue
-        near = (s > 1 - 1e-4).logical_or(w > 0).nonzero()[:, 0]         # float32 finds no more: in float64
-        P = p.exact(near)
-        _, w[near], _ = newton(P, w[near])
-        mix = w[near] @ P
-        s = torch.where(among, p.ratios(mix), 0).index_copy(0, near, P @ (1 / mix) / len(mix))
+        P = p[support]
+        _, w[support] = newton(P, w[support] / w[support].sum())
+        s = ratios(p, w[support] @ P)
         gap = s.max().item() - 1
         if gap <= tolerance:
             return w, gap
+        best = s.topk(min(32, len(s))).indices          # those whose share would lower the loss join,
+        w[best[(s[best] > 1 + tolerance) & (w[best] == 0)]] = 0.01      # with one
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
@@ -141,7 +124,7 @@ def fit_weights(log_p, tolerance=1e-7):
     (paper, eq. 8; the problem is convex); RuntimeError where it stays above. log_p: (members, tokens) float32
     log-probabilities of the targets, read only.
     """
-    return fit(Probabilities(log_p), tolerance=tolerance)
+    return fit(probabilities(log_p), tolerance=tolerance)
 
 
 # ------------------------------------------------------------------------------------ which K members
@@ -154,22 +137,34 @@ def reported(members):
     return {members, *(2 ** i for i in range(members.bit_length()))}
 
 
+lowest = functools.partial(min, key=operator.itemgetter(0))     # of (loss, members, weights)
+
+
+def inside(w):
+    """Weights near w, none of them 0: Newton starts there."""
+    w = w.clamp(min=0.01 / len(w))
+    return w / w.sum()
+
+
+def fitted(p, members, w):
+    """(loss, members, their optimal weights), from weights w."""
+    loss, w = newton(p[members], inside(w))
+    return loss, members, w
+
+
 def eliminate(p, members, w):
     """
     {K: (loss, members, weights)} down from these: the one without whom the loss rises least, to second order,
     goes, and the others are fitted again. Greedy: a start.
     """
-    P = p.exact(members)
-    loss, w, H = newton(P, w)
-    found = {len(w): (loss, members, w)}
-    while len(w) > 1:
-        inverse = torch.linalg.inv(H)
-        i = (w ** 2 / inverse.diagonal()).argmin()              # optimal brain surgeon (Hassibi, Stork 1993)
-        rest = torch.arange(len(w)) != i
-        w = (w - w[i] / inverse[i, i] * inverse[i])[rest].clamp(min=1e-3 / len(w))
-        members, P = members[rest], P[rest]
-        loss, w, H = newton(P, w / w.sum(), 1e-8)
+    P, found = p[members], {}
+    while len(w) > 0:
+        loss, w = newton(P, inside(w))
         found[len(w)] = loss, members, w
+        inverse = torch.linalg.inv(hessian(P, w @ P))
+        i = (w ** 2 / inverse.diagonal()).argmin()              # optimal brain surgeon (Hassibi, Stork 1993)
+        rest = (torch.arange(len(w)) != i).nonzero()[:, 0]
+        members, P, w = members[rest], P[rest], (w - w[i] / inverse[i, i] * inverse[i])[rest]
     return found
 
 
@@ -178,31 +173,28 @@ def exchanges(p, members, w):
     [(index in members, new member)]: the exchanges of one that can lower the loss of these fitted weights, in
     the order of the loss with the new one in the old one's share, on at most 2^13 tokens.
     """
-    mix = w @ p.exact(members)
-    ratios = p.ratios(mix).index_fill(0, members, 0)
-    others = (ratios > 1 - 1e-6).nonzero()[:, 0]        # no other lowers the loss, even beside all of these
+    mix = w @ p[members]
+    # no other lowers the loss, even beside all of these
+    others = (ratios(p, mix).index_fill(0, members, 0) > 1 - 1e-6).nonzero()[:, 0]
     some = slice(None, None, math.ceil(len(mix) / 2 ** 13))
-    new, mix, losses = p.fast[others][:, some], mix[some].float(), []
-    for member, old_share in zip(members, w):
+    old, new, mix, losses = p[members, some].float(), p[others, some].float(), mix[some].float(), []
+    for p_old, old_share in zip(old, w):
         share = max(old_share.item(), 0.5 / len(w))
-        rest = (mix - old_share * p.fast[member, some]).clamp(min=1e-30)
-        rest *= (1 - share) / (1 - old_share).clamp(min=1e-9)
+        rest = (mix - old_share * p_old).clamp(min=1e-30) * (1 - share) / (1 - old_share).clamp(min=1e-9)
         losses.append(-(rest + share * new).log().mean(dim=1))
-    order = torch.stack(losses).flatten().argsort()[:None if len(p.fast) <= EXACT else EXACT]
+    order = torch.stack(losses).flatten().argsort()[:None if len(p) <= EXACT else EXACT]
     return [(n // len(others), others[n % len(others)]) for n in order.tolist()]
 
 
 def exchange(p, loss, members, w):
     """(loss, members, weights) once none of exchanges() lowers the loss of these fitted weights any more."""
+    P, bound = p[members], loss - 1e-8
     for i, new in exchanges(p, members, w):
-        rest = torch.arange(len(w)) != i
-        chosen = torch.cat([members[rest], new[None]])
-        start = torch.cat([w[rest], w[i].clamp(min=0.5 / len(w))[None]])
-        nearly, v, _ = newton(p.fast[chosen], start / start.sum(), 1e-5)
-        if nearly < loss + 1e-6:
-            exactly, v, _ = newton(p.exact(chosen), v)
-            if exactly < loss - 1e-8:
-                return exchange(p, exactly, chosen, v)
+        P[i] = p[new]
+        loss_then, w_then = newton(P, inside(w), bound)
+        if loss_then < bound:
+            return exchange(p, loss_then, torch.where(torch.arange(len(w)) == i, new, members), w_then)
+        P[i] = p[members[i]]
     return loss, members, w
 
 
@@ -210,52 +202,40 @@ def first_of(p, order, weights):
     """[(loss, members, weights)] of the first K = 1 .. of this order, their weights renormalised."""
     mix, found = 0, []
     for K, i in enumerate(order, 1):
-        mix, chosen = mix + weights[i] * p.exact(i), weights[order[:K]]
+        mix, chosen = mix + weights[i] * p[i], weights[order[:K]]
         found.append((-(mix / chosen.sum()).log().mean().item(), order[:K], chosen / chosen.sum()))
     return found
 
 
 def best_pair(p):
     """(loss, members, weights) of the best of all pairs."""
-    pairs, half = torch.combinations(torch.arange(len(p.fast))), torch.full((2,), 0.5, dtype=torch.float64)
-    losses = [newton(p.fast[pair], half, 1e-5)[0] for pair in pairs]
-    pair = pairs[np.argmin(losses)]
-    loss, w, _ = newton(p.exact(pair), half)
-    return loss, pair, w
-
-
-def fitted(p, members, w):
-    """(loss, members, their optimal weights), from weights w."""
-    w = w.clamp(min=0.01 / len(w))                              # Newton starts inside
-    loss, w, _ = newton(p.exact(members), w / w.sum())
-    return loss, members, w
+    best, half = (math.inf, None, None), torch.full((2,), 0.5, dtype=torch.float64)
+    for pair in torch.combinations(torch.arange(len(p))):
+        loss, w = newton(p[pair], half, target=best[0])
+        best = lowest([best, (loss, pair, w)])
+    return best
 
 
 def learned(p, weights, by_loss, rules):
     """
-    [(members, weights)] for K = 1 .. all, of the lowest loss of those tried: K - 1's answer and an idle
-    member, what the elimination leaves, what the rules [[(loss, members, weights), ..], ..] have for K; and
-    what exchanges make of them where K is at most 8 or reported.
+    [(loss, members, weights)] for K = 1 .. all: the lowest of those fitted from K - 1's answer and an idle
+    member, from what the elimination leaves and from what the rules, such lists, have for K; where K is at
+    most 8 or reported, of what exchanges make of them. Beyond the fit's support idle members join.
     """
-    left = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0])
-    most, searched = max(left), reported(len(by_loss)) | set(range(2, 9))
-    lowest, found = functools.partial(min, key=operator.itemgetter(0)), [rules[0][0]]
+    left, found = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0]), [rules[0][0]]
     for K in range(2, len(by_loss) + 1):
         loss, members, w = found[-1]
         idle = by_loss[~torch.isin(by_loss, members)][:1]       # an exchange puts the best in its place
-        starts = [(loss, torch.cat([members, idle]), torch.cat([w, w.new_zeros(1)]))]
-        if K <= most:
-            starts.append(lowest([left[K], *(rule[K - 1] for rule in rules)]))
-        if K < most:
+        found.append((loss, torch.cat([members, idle]), torch.cat([w, w.new_zeros(1)])))
+        if K <= len(left):
+            starts = [found[-1], lowest([left[K], *(rule[K - 1] for rule in rules)])]
+            starts = [fitted(p, *start[1:]) for start in (starts if K <= 8 else [lowest(starts)])]
             if K == 2 and len(by_loss) <= EXACT:
-                starts = [best_pair(p)]
-            elif K > 8:
-                starts = [lowest(starts)]
-            starts = [start if start is left[K] else fitted(p, *start[1:]) for start in starts]
-            if K in searched:
+                starts.append(best_pair(p))
+            if K <= 8 or K in reported(len(by_loss)):
                 starts = [exchange(p, *start) for start in starts]
-        found.append(lowest(starts))
-    return [(members, w) for _, members, w in found]
+            found[-1] = lowest(starts)
+    return found
 
 
 def answers_for(log_p):
@@ -264,23 +244,24 @@ def answers_for(log_p):
     loss; uniform: the K lowest, equal weights; topk: the K largest weights of the one fit, renormalised (the
     paper's); learned: the lowest loss that learned() finds, at K = 1 the best member.
     """
-    p, by_loss = Probabilities(log_p), mean_log_p(log_p).argsort(descending=True, stable=True)
-    weights, gap = fit(p)
+    p = probabilities(log_p)
+    by_loss, (weights, gap) = p.log().mean(dim=1).argsort(descending=True, stable=True), fit(p)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
-    uniform = first_of(p, by_loss, torch.ones_like(weights))
-    topk = first_of(p, by_weight, weights)
+    uniform, topk = first_of(p, by_loss, torch.ones_like(weights)), first_of(p, by_weight, weights)
     rules = dict(best=uniform[:1], uniform=uniform, topk=topk)
-    rules = {rule: [(members, w) for _, members, w in answers] for rule, answers in rules.items()}
-    return {**rules, "learned": learned(p, weights, by_loss, [uniform, topk])}, gap
+    rules["learned"] = learned(p, weights, by_loss, [uniform, topk])
+    return {rule: [(members, w) for _, members, w in answers] for rule, answers in rules.items()}, gap
 
 
 def growing(members, log_p):
     """[(cycle, members, weights)]: the learned prior over the members up to each cycle."""
-    cycles, p, w, grown = torch.tensor([c for _, c in members]), Probabilities(log_p), None, []
+    cycles, order = torch.tensor([c for _, c in members]).sort(stable=True)
+    p, w, grown = probabilities(log_p[order]), torch.zeros(0, dtype=torch.float64), []
     for cycle in cycles.unique():
-        w, _ = fit(p, w, cycles <= cycle)           # on from the weights of the cycle before
-        there = (cycles <= cycle).nonzero()[:, 0]
-        grown.append((cycle.item(), there, w[there]))
+        n = int((cycles <= cycle).sum())
+        w, _ = fit(p[:n], F.pad(w, (0, n - len(w)), value=0.01))        # on from the cycle before
+        there, places = order[:n].sort()
+        grown.append((cycle.item(), there, w[places]))
     return grown
 
 
@@ -345,11 +326,12 @@ def score_members(config, data, run, ranks):
     def unscored(member):
         own = run.load_member(*member, check=False)[1]["tensors_sha256"]
         return [split for split in SPLITS if run.load_scores(split, *member, check=False)[1] != own]
-    todo = [member for member in members[ranks.rank::ranks.world_size] if unscored(member)]
+    mine = members[ranks.rank::ranks.world_size]
+    todo = [(*member, splits) for member in mine if (splits := unscored(member))]
     model = model_to_score(config).to_device(ranks.device, config.compile) if todo else None
-    for t, c in progress_bar(todo, unit="member", desc="scoring", disable=ranks.rank > 0 or not todo):
+    for t, c, splits in progress_bar(todo, unit="member", desc="scoring", disable=ranks.rank > 0 or not todo):
         sha256, losses = load_member(model, run, t, c), {}
-        for split in unscored((t, c)):
+        for split in splits:
             log_p = loader.score(model, getattr(data, split), config.micro_batch)
             run.save_scores(split, t, c, log_p, sha256)
             losses[f"{split}_loss"] = -float(log_p.mean())
@@ -399,19 +381,17 @@ def build_report(config, data, run, members):
     rules, gap = answers_for(fit)
     grown = growing(members, fit)
     alone = [(torch.tensor([i]), torch.ones(1, dtype=torch.float64)) for i in range(len(members))]
-    mixtures = [("members", m) for m in alone] + [("growing", tuple(m)) for _, *m in grown]
-    mixtures += [(rule, answer) for rule, answers in rules.items() for answer in answers]
-    losses = {kind: [] for kind, _ in mixtures}
-    best = int(mean_log_p(fit).argmax())        # its place among the mixtures, too
-    for (kind, _), row in zip(mixtures, evaluate([mixture for _, mixture in mixtures], best, log_p, data)):
-        losses[kind].append(row)
-    result = dict(text=loader.read_about(config), distill_from=config.distill_from, gap=gap)
-    result |= dict(answers=[], losses={})
-    result["members"] = [dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
-                         for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])]
-    result["growing"] = [dict(cycle=cycle, members=len(chosen),
-                              epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
-                         for (cycle, chosen, _), row in zip(grown, losses["growing"])]
+    mixtures = {"members": alone, "growing": [tuple(mixture) for _, *mixture in grown], **rules}
+    best = int(rules["best"][0][0])             # its place among the mixtures, too
+    rows = iter(evaluate(list(itertools.chain(*mixtures.values())), best, log_p, data))
+    losses = {kind: list(itertools.islice(rows, len(of))) for kind, of in mixtures.items()}
+    result = dict(
+        text=loader.read_about(config), distill_from=config.distill_from, gap=gap, answers=[], losses={},
+        members=[dict(trajectory=t, cycle=c, weights_sha256=sha256, **row)
+                 for (t, c), (_, sha256), row in zip(members, scores["fit"], losses["members"])],
+        growing=[dict(cycle=cycle, members=len(chosen),
+                      epochs=sum(config.cycle_epochs(members[i][1]) for i in chosen), **row)
+                 for (cycle, chosen, _), row in zip(grown, losses["growing"])])
     kept = reported(len(members))
     for rule, answers in rules.items():
         answers = [dict(K=len(m), rule=rule, members=m.tolist(), weights=w.tolist(), **row)

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from infra.files import read_tensors
-from prior import Probabilities, answers_for, newton
+from prior import answers_for, newton, probabilities
 
 SIZES, BEST = (1, 2, 3, 4, 6, 8, 12, 16), "best of all subsets"
 
@@ -35,8 +35,8 @@ def backward(log_p, weights):
     {K: (members, weights)}: from the optimum, the member without whom the others' mixture, not fitted again,
     loses least goes, and the others are fitted again.
     """
-    p, members = Probabilities(log_p), weights.nonzero()[:, 0]
-    P, w = p.exact(members), weights[members]
+    members = weights.nonzero()[:, 0]
+    P, w = probabilities(log_p)[members], weights[members]
     found = {len(w): (members, w)}
     while len(w) > 1:
         mix = w @ P
@@ -44,7 +44,7 @@ def backward(log_p, weights):
                    for w_i, row in zip(w, P)]
         keep = torch.arange(len(w)) != int(np.argmax(without))
         members, P = members[keep], P[keep]
-        _, w, _ = newton(P, w[keep] / w[keep].sum())
+        _, w = newton(P, w[keep] / w[keep].sum())
         found[len(w)] = members, w
     found[1] = log_p.double().mean(dim=1).argmax()[None], torch.ones(1, dtype=torch.float64)
     return found
@@ -56,7 +56,8 @@ def best_subset(log_p, K, limit):
     weights; a subset goes once its lower bound, the loss less log(max_k mean(p_k / mix)), is above the best
     loss so far.
     """
-    P = Probabilities(log_p).fast                                           # members, tokens
+    p = probabilities(log_p)
+    P = p.float()                                                           # members, tokens
     subsets = torch.tensor(list(itertools.combinations(range(len(P)), K)))
     w = torch.full(subsets.shape, 1 / K)
     for step in range(400):
@@ -73,8 +74,7 @@ def best_subset(log_p, K, limit):
         subsets, w = subsets[keep], (w * ratios)[keep]
         if len(subsets) < 20:
             break
-    p = Probabilities(log_p)
-    return min((newton(p.exact(s), v.double() / v.sum().double())[0], s.tolist()) for s, v in zip(subsets, w))
+    return min((newton(p[s], v.double() / v.sum().double())[0], s.tolist()) for s, v in zip(subsets, w))
 
 
 def population(run_dir):
@@ -83,7 +83,7 @@ def population(run_dir):
     rules, _ = answers_for(fit)
     old = backward(fit, rules_weights(rules, len(fit)))
     best = rules["best"][0]
-    offset = loss(fit, *best) - newton(Probabilities(fit).exact(best[0]), best[1])[0]
+    offset = loss(fit, *best) - newton(probabilities(fit)[best[0]], best[1])[0]
     rows, optimal = [], {}
     for K in SIZES:
         answers = {"elimination": old[min(K, max(old))], "learned": rules["learned"][K - 1]}
