@@ -51,7 +51,7 @@ def ratios(p, mix):
 
 def hessian(P, mix):
     """Of -mean log(w @ P), (k, k), at w @ P = mix. Its rounding costs steps, not precision."""
-    R = P.float() * (len(mix) ** -0.5 / mix).float()
+    R = P.float().mul_((len(mix) ** -0.5 / mix).float())        # on the copy
     H = (R @ R.T).double()
     return H + 1e-6 * H.diagonal().diag()               # equal members share
 
