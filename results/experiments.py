@@ -2,15 +2,16 @@
 Runs variants x seeds x texts and tabulates them:
 python results/experiments.py PLAN FOLDER [NAME=TEXT ...] [--seeds=42,1042,2042] [--jobs=CORES]
 PLAN is one of plans.PLANS; FOLDER holds the runs, a second call does only what is missing. The texts are the
-manual and what NAME=TEXT adds (a .txt, .jsonl or .parquet). Each job is train.py, distill.py and prior.py on
-one thread. When all are done, writes results/PLAN.csv (a row for each answer of each run) and
-results/PLAN.md, its table: mean +- standard error over the seeds, and the paired differences that the plan
-asks for.
+manual and what NAME=TEXT adds (a .txt, .jsonl or .parquet); of the plan `rates`, a further split of the
+manual alone. Each job is train.py, distill.py and prior.py on one thread. When all are done, writes
+results/PLAN.csv (a row for each answer of each run) and results/PLAN.md, its table: mean +- standard error
+over the seeds, and the paired differences that the plan asks for.
 `python results/experiments.py PLAN` writes the page anew from the .csv alone.
 """
 import argparse
 import concurrent.futures
 import csv
+import json
 import os
 import platform
 import shutil
@@ -25,13 +26,25 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import loader                                 # noqa: E402
+from data import loader, prepare                       # noqa: E402
 from infra.config import from_args, student_of          # noqa: E402
 from infra.files import read_json, write_json           # noqa: E402
-from results.plans import PLANS                         # noqa: E402
+from results.plans import PLANS, TINY                   # noqa: E402
 from tools import plan, plot                            # noqa: E402
 
 RESULTS = ROOT / "results"
+
+
+def further_text(folder):
+    """{"further": a file of the manual's documents that are in neither split of configs/tiny.py}."""
+    config, _ = from_args([str(ROOT / TINY), f"--data_dir={folder / 'manual' / 'data'}"], "")
+    prepare.prepare(config)
+    used = sum(len(loader.read_tokens(config, split)[1]) for split in ("val", "train"))
+    documents = prepare.source_documents([Path(prepare.MANUAL)])
+    order = np.random.default_rng(prepare.SHUFFLE_SEED).permutation(len(documents))
+    path = folder / "further.jsonl"
+    path.write_text("".join(json.dumps({"text": documents[i]}) + "\n" for i in order[used:]))
+    return {"further": str(path)}
 
 
 def commit():
@@ -209,8 +222,11 @@ def main(argv=None):
     if not options.folder and not (RESULTS / f"{options.plan}.csv").exists():
         parser.error(f"no results/{options.plan}.csv: name a FOLDER, to run the plan in it")
     if options.folder:
+        folder = options.folder.resolve()
         texts = {"manual": "manual", **dict(text.split("=", 1) for text in options.texts)}
-        run_all(options.plan, options.folder.resolve(), texts, options.seeds.split(","), options.jobs)
+        if options.plan == "rates":
+            texts = further_text(folder)
+        run_all(options.plan, folder, texts, options.seeds.split(","), options.jobs)
     lines = page(options.plan)
     (RESULTS / f"{options.plan}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -68,6 +68,7 @@ ABLATIONS = {
     "tau_1": ablation("32 cycles of 1 epoch", "--cycles=32", "--epochs_per_cycle=1", "--distill_from=8"),
     "tau_4": ablation("8 cycles of 4 epochs", "--cycles=8", "--epochs_per_cycle=4", "--distill_from=2"),
 }
+RATES, RATED = (0.25, 0.5, 1), ("decay_flat", "noise_none", "chain_none")
 PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, rule), to be subtracted])
     "demo": ({
         "tiny": Variant("2 x 16 cycles"),
@@ -110,11 +111,12 @@ PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, 
         []),
     "ablations": (ABLATIONS, [(name, rule, "q0_32", rule) for name in ABLATIONS if name != "q0_32"
                               for rule in ("learned", "best")]),
-    # on a text of its own, for what the rates' choice must not be reported on
-    "rates": ({f"{name}_{lr}": dataclasses.replace(v, label=f"{v.label}, lr_scale={lr}",
-                                                   flags=(*v.flags, f"--lr_scale={lr}"))
-               for name, v in ABLATIONS.items() if name in ("q0_32", "decay_flat", "noise_none", "chain_none")
-               for lr in (0.25, 0.5, 1)}, []),
+    # on a text of its own, further_text(): rates are not chosen where results are reported
+    "rates": ({f"{name}_{lr}": dataclasses.replace(ABLATIONS[name], flags=(
+        *ABLATIONS[name].flags, f"--lr_scale={lr}"), label=f"{ABLATIONS[name].label}, lr_scale={lr}")
+        for lr in RATES for name in ("q0_32", *RATED)},
+        [(f"{name}_{lr}", rule, f"q0_32_{lr}", rule) for name in RATED for lr in RATES
+         for rule in ("learned", "best")]),
     "data": ({f"data_{n}_{E}": Variant(f"{n} times the text, one model, one cosine over {E} epochs", flags=(
         *EMA_COSINE, f"--epochs_per_cycle={E}", f"--train_tokens={16_384 * (n + 1)}"))
         for n, all_E in {2: (8, 16, 32), 4: (8, 16), 8: (8, 16), 16: (4, 8)}.items() for E in all_E}, []),

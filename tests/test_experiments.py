@@ -1,6 +1,8 @@
 """The tool that runs experiments: populations, students, a replaced function; one .csv and its page."""
 import csv
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 import prior
 from data import loader
+from infra.config import from_args
 from infra.files import read_json
 from results import claims, experiments, plans
 from tests.conftest import MICRO
@@ -80,3 +83,14 @@ def test_what_the_claims_need_is_measured(tmp_path, monkeypatch):
     run.scores = dict(zip(("fit", "val"), alike))                       # members that all get weight
     w, log_p = prior.fit_weights(alike[0])[0].numpy(), alike[1].double().numpy()
     assert w.min() > 0.1 and next(claims.diversity(run))[1::2] == (3, pytest.approx(-w @ log_p.mean(1)))
+
+
+def test_the_further_split_has_the_other_documents(tmp_path):
+    text = Path(experiments.further_text(tmp_path)["further"])
+    further = [json.loads(line)["text"].encode() for line in text.open()]
+    config, _ = from_args([plans.TINY, f"--data_dir={tmp_path / 'manual' / 'data'}"], "")
+    used = [bytes(document[1:].astype(np.uint8)) for tokens, starts in (
+        loader.read_tokens(config, split) for split in ("val", "train"))
+        for document in np.split(tokens, starts[1:])]
+    assert len(further) + len(used) == 401
+    assert not any(whole.startswith(document) for whole in further for document in used)
