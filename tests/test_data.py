@@ -282,7 +282,7 @@ JSON, BYTES, TRAIN = "manual.json", "manual_bytes.safetensors", "manual_train.pt
 NO_TOKENS, OTHERS = "_train.pt' is not a readable token file", "are not what data.prepare wrote"
 
 
-@pytest.mark.parametrize("name, change, words", [
+@pytest.mark.parametrize("damage", [
     (JSON, lambda path: path.unlink(), "_train.pt"),                    # it says that the others are ours
     *((name, lambda path, junk=junk: path.write_bytes(junk), words)
       for name, words in ((JSON, JSON), (BYTES, BYTES), (TRAIN, NO_TOKENS)) for junk in (b"", b"{junk")),
@@ -294,7 +294,8 @@ NO_TOKENS, OTHERS = "_train.pt' is not a readable token file", "are not what dat
     *((TRAIN, saved(lambda file, of=of: {**file, "tokens": of(file["tokens"])}), OTHERS) for of in (
         lambda tokens: tokens.repeat(2), lambda tokens: tokens.fill_(300))),
 ])
-def test_other_data_is_never_used_nor_overwritten(name, change, words, tmp_path, ready, refused, monkeypatch):
+def test_other_data_is_never_used_nor_overwritten(damage, tmp_path, ready, refused, monkeypatch):
+    name, change, words = damage
     monkeypatch.chdir(tmp_path)
     change(tmp_path / "data" / name)
     before = files(tmp_path / "data")

@@ -189,7 +189,7 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
 
 
 @pytest.mark.usefixtures("harness")
-@pytest.mark.parametrize("args, rows, names", [
+@pytest.mark.parametrize("case", [
     (["--tasks=arc_esy"], None, ["arc_esy", "'arc_easy'"]),
     (["--tasks=mmlu"], None, ["group", "'mmlu_abstract_algebra', 'mmlu_anatomy'"]),
     (["--tasks= , "], None, ["empty"]),
@@ -207,7 +207,8 @@ def test_two_processes_share_and_a_second_call_reads_no_member(
     (["--tasks=own"], '{"q": 1}', ["package 'no_such' is missing", "own.yaml'"]),
     (["--K=x"], None, ["K=x", "1, 2, 4, 6"]), (["--limit=-1"], None, ["limit=-1"]),
 ])
-def test_bad_requests_are_refused(args, rows, names, population, tmp_path, monkeypatch, refused):
+def test_bad_requests_are_refused(case, population, tmp_path, monkeypatch, refused):
+    args, rows, names = case
     monkeypatch.setattr(evaluate, "score", None)            # before any member is read
     (tmp_path / "own.yaml").write_text(OWN)
     (tmp_path / "own.py").write_text("import no_such")
