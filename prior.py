@@ -11,7 +11,6 @@ members and their losses; for each rule the losses for every K, and for K = 1, 2
 and weights; the loss after each cycle. All choices are made on the fitness set; validation text only reports.
 """
 import dataclasses
-import functools
 import itertools
 import math
 import operator
@@ -37,8 +36,8 @@ BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
 def probabilities(log_p):
     """
-    (members, tokens) float64 of log_p, over the largest that any member gives to the token: a factor that
-    changes no comparison of mixtures. What is below e^-40 of it counts as e^-40: squares fit into float32.
+    (members, tokens) float64 of log_p, divided by the largest that any member gives to the token: a factor
+    that changes no comparison of mixtures. What is below e^-40 then counts as e^-40.
     """
     p = log_p.double().clamp(min=-700)
     return p.sub_(p.max(dim=0).values).clamp_(min=-40).exp_()
@@ -49,9 +48,9 @@ def ratios(p, mix):
     return p @ (1 / mix) / len(mix)
 
 
-def hessian(P, mix):
-    """Of -mean log(w @ P), (k, k), at w @ P = mix. Its rounding costs steps, not precision."""
-    R = P.float().mul_((len(mix) ** -0.5 / mix).float())        # on the copy
+def hessian(P, mix, dtype=torch.float32):
+    """Of -mean log(w @ P), (k, k) float64, at w @ P = mix; its sums in dtype."""
+    R = P.to(dtype) * (len(mix) ** -0.5 / mix).to(dtype)
     H = (R @ R.T).double()
     return H + 1e-6 * H.diagonal().diag()               # equal members share
 
@@ -77,23 +76,26 @@ def nonnegative_qp(H, b, y):
 
 def newton(P, w, target=math.inf):
     """
-    (loss, w): argmin of -mean log(w @ P) over the simplex, from w (k,) > 0, for few members P (k, tokens); or
-    any w, once it is sure that no loss is below the target.
+    (loss, w): argmin of -mean log(w @ P) over the simplex, from w (k,) > 0, for few members P (k, tokens).
+    Stops early, with the w at hand, once it is proven that no w has a loss below the target.
     """
-    def loss(w, mix):                       # the same for all multiples of w, so that its gradient is 1 - s
+    def loss(w, mix):                       # the same for all multiples of w; where w sums to 1,
         return w.sum().log() - mix.log().mean()
-    mix = w @ P
+    mix, dtype = w @ P, torch.float32
     now = loss(w, mix)
     for _ in range(100):
-        s = ratios(P, mix)
-        if s.max() - 1 < max(1e-10, now - target):      # s.max() - 1: no loss is further below this one
+        s = ratios(P, mix)                  # its gradient is 1 - s; no loss is lower by more than max s - 1
+        if s.max() - 1 < max(1e-10, now - target):
             break
-        H = hessian(P, mix)
+        H = hessian(P, mix, dtype)
         y = nonnegative_qp(H, H @ w + s - 1, w)
         dw, dmix, t = y - w, y @ P - mix, 1.0
         slope = (1 - s) @ dw
-        if slope > -1e-22:                              # as s - 1, squared: no step shows in the loss
-            break
+        if slope > -1e-22:                  # no digit shows the gain, or float32 hid how near-copies differ
+            if dtype == torch.float64:
+                break
+            dtype = torch.float64
+            continue
         while (then := loss(w + t * dw, mix + t * dmix)) > now + 1e-4 * t * slope + 1e-15 and t > 1e-8:
             t /= 2
         w, mix, now = w + t * dw, mix + t * dmix, then
@@ -102,7 +104,7 @@ def newton(P, w, target=math.inf):
 
 
 def fit(p, w=None, tolerance=1e-7):
-    """fit_weights() of probabilities, from weights w: all weight on the best member, where there are none."""
+    """fit_weights() of probabilities p, from weights w (None: all on the best member)."""
     w = F.one_hot(p.log().mean(dim=1).argmax(), len(p)).double() if w is None else w
     for _ in range(200):
         support = w.nonzero()[:, 0]
@@ -112,8 +114,9 @@ def fit(p, w=None, tolerance=1e-7):
         gap = s.max().item() - 1
         if gap <= tolerance:
             return w, gap
-        best = s.topk(min(32, len(s))).indices          # those whose share would lower the loss join,
-        w[best[(s[best] > 1 + tolerance) & (w[best] == 0)]] = 0.01      # with one
+        # the members whose share would lower the loss most join, with a share: Newton wants w > 0
+        best = s.topk(min(32, len(s))).indices
+        w[best[(s[best] > 1 + tolerance) & (w[best] == 0)]] = 0.01
     raise RuntimeError(f"the fit stopped at a gap of {gap}, above {tolerance}")
 
 
@@ -137,7 +140,9 @@ def reported(members):
     return {members, *(2 ** i for i in range(members.bit_length()))}
 
 
-lowest = functools.partial(min, key=operator.itemgetter(0))     # of (loss, members, weights)
+def lowest(found):
+    """The (loss, members, weights) of the lowest loss."""
+    return min(found, key=operator.itemgetter(0))
 
 
 def inside(w):
@@ -174,7 +179,7 @@ def exchanges(p, members, w):
     the order of the loss with the new one in the old one's share, on at most 2^13 tokens.
     """
     mix = w @ p[members]
-    # no other lowers the loss, even beside all of these
+    # the rest could not lower the loss even as one member more
     others = (ratios(p, mix).index_fill(0, members, 0) > 1 - 1e-6).nonzero()[:, 0]
     some = slice(None, None, math.ceil(len(mix) / 2 ** 13))
     old, new, mix, losses = p[members, some].float(), p[others, some].float(), mix[some].float(), []
@@ -193,6 +198,7 @@ def exchange(p, loss, members, w):
         P[i] = p[new]
         loss_then, w_then = newton(P, inside(w), bound)
         if loss_then < bound:
+            P = None                        # free before the next round
             return exchange(p, loss_then, torch.where(torch.arange(len(w)) == i, new, members), w_then)
         P[i] = p[members[i]]
     return loss, members, w
@@ -218,14 +224,15 @@ def best_pair(p):
 
 def learned(p, weights, by_loss, rules):
     """
-    [(loss, members, weights)] for K = 1 .. all: the lowest of those fitted from K - 1's answer and an idle
-    member, from what the elimination leaves and from what the rules, such lists, have for K; where K is at
-    most 8 or reported, of what exchanges make of them. Beyond the fit's support idle members join.
+    [(loss, members, weights)] for K = 1 .. all: the lowest of several starts, fitted: K - 1's answer with one
+    more member, what elimination leaves, and what the rules (lists like this one) have for K. Where K is at
+    most 8 or reported, exchanges improve each start first. Of the members without weight in the fit of all,
+    the best are appended.
     """
     left, found = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0]), [rules[0][0]]
     for K in range(2, len(by_loss) + 1):
         loss, members, w = found[-1]
-        idle = by_loss[~torch.isin(by_loss, members)][:1]       # an exchange puts the best in its place
+        idle = by_loss[~torch.isin(by_loss, members)][:1]       # exchanges may put a better one in its place
         found.append((loss, torch.cat([members, idle]), torch.cat([w, w.new_zeros(1)])))
         if K <= len(left):
             starts = [found[-1], lowest([left[K], *(rule[K - 1] for rule in rules)])]
@@ -245,7 +252,8 @@ def answers_for(log_p):
     paper's); learned: the lowest loss that learned() finds, at K = 1 the best member.
     """
     p = probabilities(log_p)
-    by_loss, (weights, gap) = p.log().mean(dim=1).argsort(descending=True, stable=True), fit(p)
+    losses, (weights, gap) = -log_p.double().clamp(min=-700).mean(dim=1), fit(p)
+    by_loss = losses.argsort(stable=True)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
     uniform, topk = first_of(p, by_loss, torch.ones_like(weights)), first_of(p, by_weight, weights)
     rules = dict(best=uniform[:1], uniform=uniform, topk=topk)
@@ -260,7 +268,7 @@ def growing(members, log_p):
     for cycle in cycles.unique():
         n = int((cycles <= cycle).sum())
         w, _ = fit(p[:n], F.pad(w, (0, n - len(w)), value=0.01))        # on from the cycle before
-        there, places = order[:n].sort()
+        there, places = order[:n].sort()                # back in the given order
         grown.append((cycle.item(), there, w[places]))
     return grown
 

@@ -158,6 +158,16 @@ def test_the_growing_mixture_uses_what_is_there():
         assert torch.allclose(weights, check(log_p[chosen]))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_near_copies_that_differ_by_a_constant(seed):
+    """Float32 sums would hide by how much, and Newton's steps lead nowhere."""
+    g = torch.Generator().manual_seed(seed)
+    log_p = -3 * torch.rand(20_000, generator=g) - 0.1 - 1e-3 * torch.rand(4, 1, generator=g)
+    log_p = log_p + 1e-4 * torch.randn(4, 20_000, generator=g)
+    for _, chosen, weights in growing([(0, 0), (1, 1), (2, 1), (3, 1)], log_p):
+        assert torch.allclose(weights, check(log_p[chosen]), atol=1e-4)
+
+
 def test_mixture_losses_against_the_plain_formula():
     """Over several blocks. tests/test_scripts.py holds all of prior.json, the errors too, to its formulas."""
     log_p, r = log_probabilities(5, 20_000), np.random.default_rng(0)
