@@ -36,8 +36,8 @@ BLOCK = 1 << 13         # tokens of all members held in float64 at once
 
 def probabilities(log_p):
     """
-    (members, tokens) float64 of log_p, divided by the largest that any member gives to the token: a factor
-    that changes no comparison of mixtures. What is below e^-40 then counts as e^-40.
+    (members, tokens) float64 of log_p, divided by the largest that any member gives to the token, which
+    shifts the losses of all mixtures alike; then at least e^-40, the one approximation.
     """
     p = log_p.double().clamp(min=-700)
     return p.sub_(p.max(dim=0).values).clamp_(min=-40).exp_()
@@ -52,7 +52,7 @@ def hessian(P, mix, dtype=torch.float32):
     """Of -mean log(w @ P), (k, k) float64, at w @ P = mix; its sums in dtype."""
     R = P.to(dtype) * (len(mix) ** -0.5 / mix).to(dtype)
     H = (R @ R.T).double()
-    return H + 1e-6 * H.diagonal().diag()               # equal members share
+    return H + 1e-6 * H.diagonal().diag()       # a ridge: copies of a member share its weight
 
 
 def nonnegative_qp(H, b, y):
@@ -79,19 +79,19 @@ def newton(P, w, target=math.inf):
     (loss, w): argmin of -mean log(w @ P) over the simplex, from w (k,) > 0, for few members P (k, tokens).
     Stops early, with the w at hand, once it is proven that no w has a loss below the target.
     """
-    def loss(w, mix):                       # the same for all multiples of w; where w sums to 1,
+    def loss(w, mix):                       # the same for all multiples of w
         return w.sum().log() - mix.log().mean()
     mix, dtype = w @ P, torch.float32
     now = loss(w, mix)
     for _ in range(100):
-        s = ratios(P, mix)                  # its gradient is 1 - s; no loss is lower by more than max s - 1
+        s = ratios(P, mix)                  # the gradient is 1 - s; the optimum at most max(s) - 1 lower
         if s.max() - 1 < max(1e-10, now - target):
             break
-        H = hessian(P, mix, dtype)
+        H = hessian(P, mix, dtype)          # of w.sum() - mix.log().mean(), of the same minimum
         y = nonnegative_qp(H, H @ w + s - 1, w)
         dw, dmix, t = y - w, y @ P - mix, 1.0
         slope = (1 - s) @ dw
-        if slope > -1e-22:                  # no digit shows the gain, or float32 hid how near-copies differ
+        if slope > -1e-22:                  # no gain: converged, or float32 hid how near-copies differ
             if dtype == torch.float64:
                 break
             dtype = torch.float64
@@ -132,7 +132,7 @@ def fit_weights(log_p, tolerance=1e-7):
 
 # ------------------------------------------------------------------------------------ which K members
 
-EXACT = 64      # up to so many members all pairs and exchanges are tried, of more so many exchanges
+EXACT = 64      # up to so many members all pairs and exchanges are tried, of more the likeliest so many
 
 
 def reported(members):
@@ -145,7 +145,7 @@ def lowest(found):
     return min(found, key=operator.itemgetter(0))
 
 
-def inside(w):
+def interior(w):
     """Weights near w, none of them 0: Newton starts there."""
     w = w.clamp(min=0.01 / len(w))
     return w / w.sum()
@@ -153,7 +153,7 @@ def inside(w):
 
 def fitted(p, members, w):
     """(loss, members, their optimal weights), from weights w."""
-    loss, w = newton(p[members], inside(w))
+    loss, w = newton(p[members], interior(w))
     return loss, members, w
 
 
@@ -164,7 +164,7 @@ def eliminate(p, members, w):
     """
     P, found = p[members], {}
     while len(w) > 0:
-        loss, w = newton(P, inside(w))
+        loss, w = newton(P, interior(w))
         found[len(w)] = loss, members, w
         inverse = torch.linalg.inv(hessian(P, w @ P))
         i = (w ** 2 / inverse.diagonal()).argmin()              # optimal brain surgeon (Hassibi, Stork 1993)
@@ -175,11 +175,11 @@ def eliminate(p, members, w):
 
 def exchanges(p, members, w):
     """
-    [(index in members, new member)]: the exchanges of one that can lower the loss of these fitted weights, in
-    the order of the loss with the new one in the old one's share, on at most 2^13 tokens.
+    [(index in members, new member)]: the exchanges of one that can lower the loss of these fitted weights,
+    ranked by an estimate: the new one takes the old one's weight, nothing is fitted, on at most 2^13 tokens.
     """
     mix = w @ p[members]
-    # the rest could not lower the loss even as one member more
+    # members with a ratio of at most 1 could not lower the loss even as one more: left out
     others = (ratios(p, mix).index_fill(0, members, 0) > 1 - 1e-6).nonzero()[:, 0]
     some = slice(None, None, math.ceil(len(mix) / 2 ** 13))
     old, new, mix, losses = p[members, some].float(), p[others, some].float(), mix[some].float(), []
@@ -196,7 +196,7 @@ def exchange(p, loss, members, w):
     P, bound = p[members], loss - 1e-8
     for i, new in exchanges(p, members, w):
         P[i] = p[new]
-        loss_then, w_then = newton(P, inside(w), bound)
+        loss_then, w_then = newton(P, interior(w), bound)
         if loss_then < bound:
             P = None                        # free before the next round
             return exchange(p, loss_then, torch.where(torch.arange(len(w)) == i, new, members), w_then)
@@ -224,12 +224,13 @@ def best_pair(p):
 
 def learned(p, weights, by_loss, rules):
     """
-    [(loss, members, weights)] for K = 1 .. all: the lowest of several starts, fitted: K - 1's answer with one
-    more member, what elimination leaves, and what the rules (lists like this one) have for K. Where K is at
-    most 8 or reported, exchanges improve each start first. Of the members without weight in the fit of all,
-    the best are appended.
+    [(loss, members, weights)] for K = 1 .. all, each the lowest of its starts, fitted: K - 1's answer with
+    one more member, and the best of what elimination and the rules (lists like this one) have for K. Where K
+    is at most 8 or reported, exchanges improve each start. Beyond the number of members with weight in the
+    fit of all, the best of the others are appended with weight 0.
     """
-    left, found = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0]), [rules[0][0]]
+    left = eliminate(p, weights.nonzero()[:, 0], weights[weights > 0])
+    found = [rules[0][0]]                                       # K = 1: the best member
     for K in range(2, len(by_loss) + 1):
         loss, members, w = found[-1]
         idle = by_loss[~torch.isin(by_loss, members)][:1]       # exchanges may put a better one in its place
@@ -256,9 +257,10 @@ def answers_for(log_p):
     by_loss = losses.argsort(stable=True)
     by_weight = by_loss[weights[by_loss].argsort(descending=True, stable=True)]
     uniform, topk = first_of(p, by_loss, torch.ones_like(weights)), first_of(p, by_weight, weights)
-    rules = dict(best=uniform[:1], uniform=uniform, topk=topk)
-    rules["learned"] = learned(p, weights, by_loss, [uniform, topk])
-    return {rule: [(members, w) for _, members, w in answers] for rule, answers in rules.items()}, gap
+    rules = dict(best=uniform[:1], uniform=uniform, topk=topk,
+                 learned=learned(p, weights, by_loss, [uniform, topk]))
+    answers = {rule: [(members, w) for _, members, w in found] for rule, found in rules.items()}
+    return answers, gap
 
 
 def growing(members, log_p):

@@ -76,24 +76,27 @@ def best_split(t, text, E):
 
 
 def crossing(t, text, x_of, K, target):
-    """[of each seed: where q0's curve over x_of(E), linear between points, reaches the target's loss]"""
+    """[of each seed that reaches it: where q0's curve over x_of(E) has the target's loss]"""
     found = []
     for seed, (_, loss, *_) in target.items():
         curve = [(x_of(E), t.of(text, f"q0_{E}", "learned", K)[seed][1]) for E in BUDGETS
                  if seed in t.of(text, f"q0_{E}", "learned", K)]
         if len(curve) > 1:
             reached = multiple(*zip(*curve), loss)
-            found.append(reached * curve[0][0] if reached else np.nan)
+            found += [reached * curve[0][0]] if reached else []
     return found
 
 
 def asymptote(t, text):
-    """The a of a + b E^-c through q0's mean losses, in 68 % of bootstraps over seeds; None: they rise."""
-    E, curves = BUDGETS, [t.of(text, f"q0_{E}", "learned") for E in BUDGETS]
-    seeds = set.intersection(*map(set, curves))
-    losses = np.array([[curve[seed][1] for curve in curves] for seed in sorted(seeds)])     # seeds, budgets
-    if len(seeds) < 2 or (np.diff(losses.mean(axis=0)) >= 0).any():
-        return None
+    """
+    The a of a + b E^-c through q0's mean losses at the budgets E that were run, and its 68 % range over
+    bootstraps of the seeds, as text: "not determined" where there are too few or the losses rise somewhere.
+    """
+    curves = {E: t.of(text, f"q0_{E}", "learned") for E in BUDGETS if t.of(text, f"q0_{E}", "learned")}
+    E, seeds = list(curves), set.intersection(*map(set, curves.values())) if curves else ()
+    losses = np.array([[curve[seed][1] for curve in curves.values()] for seed in sorted(seeds)])  # seeds, E
+    if len(seeds) < 2 or len(E) < 4 or (np.diff(losses.mean(axis=0)) >= 0).any():
+        return "not determined"
     def fit(y):
         fits = []
         for c in np.arange(0.05, 4, 0.01):
@@ -103,7 +106,8 @@ def asymptote(t, text):
         return min(fits)[1]
     draws = itertools.product(range(len(losses)), repeat=len(losses))
     found = [fit(losses[list(some)].mean(axis=0)) for some in draws]
-    return fit(losses.mean(axis=0)), *np.percentile(found, (16, 84))
+    low, high = np.percentile(found, (16, 84))
+    return f"{fit(losses.mean(axis=0)):.3f} ({low:.3f} to {high:.3f}), by E = {', '.join(map(str, E))}"
 
 
 def epochs(t, text, lines):
@@ -124,6 +128,9 @@ def epochs(t, text, lines):
     target, cost = best_split(t, text, 64), t.tflop.get("independent_8", np.nan)
     for K in (8, None) if len(t.of(text, "q0_64", "learned")) and target else ():
         at = crossing(t, text, lambda E: E, K, target)
+        if len(at) < len(target):
+            lines.append(f"q0 reaches the independent models in {len(at)} of {len(target)} seeds.")
+            continue
         work = crossing(t, text, lambda E: t.tflop[f"q0_{E}"], K, target)
         lines.append(f"q0 with {'K = 8' if K else 'all members'} reaches the independent models of 64 epochs "
                      f"at {mean_error(at)} epochs, {mean_error([64 / x for x in at])} times fewer; at "
@@ -139,9 +146,7 @@ def epochs(t, text, lines):
         if d := difference(a, b):
             lines.append(f"Paired, {label}: {signed(d)}.")
     if target:
-        a = asymptote(t, text)
-        lines.append(f"Asymptote of q0 with all members: {a[0]:.3f} ({a[1]:.3f} to {a[2]:.3f})." if a else
-                     "Asymptote of q0 with all members: not determined.")
+        lines.append(f"Asymptote of q0 with all members: {asymptote(t, text)}.")
 
 
 # -------------------------------------------------------------------------------------------- ablations
@@ -157,6 +162,8 @@ def pooled(differences):
 
 
 def verdict(mean, error):
+    if not error:                           # one seed says nothing of another
+        return "one seed"
     return "tie" if abs(mean) < 2 * error else "better" if mean < 0 else "worse"
 
 
@@ -185,7 +192,8 @@ def ablations(t, text, lines):
     if len(names) > 1:
         table(lines, header, rows)
     for rule, (variance, freedom) in errors.items() if len(names) > 1 else ():
-        lines.append(f"Standard error of a difference of three seeds, {rule}: {(variance / 3) ** 0.5:.4f} "
+        n = max(map(len, found[rule].values()))
+        lines.append(f"Standard error of a difference of {n} seeds, {rule}: {(variance / n) ** 0.5:.4f} "
                      f"({freedom} degrees of freedom).")
 
 
@@ -208,8 +216,8 @@ def prior(t, text, lines):
         of = [t.of(text, name, rule, K) if K <= 16 or name != "q0_32" else {} for K in sizes]
         gains = [difference(x, t.of(text, name, "uniform", K)) for x, K in zip(of, sizes)]
         rows.append([f"`{name}`", rule, *(f"{cell(x)}" for x in of)])
-        if rule == "learned":
-            rows.append(["", "learned less uniform", *map(signed, gains)])
+        if rule != "uniform":
+            rows.append(["", f"{rule} less uniform", *map(signed, gains)])
     table(lines, ["population", "rule", *(f"K = {K}" for K in sizes)], rows, labels=2)
     for K in ("K=8", "all"):
         cells = [cell(t.of(text, "q0_32", f"tokens {K}", n)) for n in (2048, 4096, 8192, None)]
@@ -249,9 +257,9 @@ def data(t, text, lines):
                          "independent models, 64 epochs": {
                              s: x[:2] for s, x in best_split(t, text, 64).items()}}.items():
         worth = [multiple(list(curve), means, val) for _, val in found.values()]
-        above = f"more than {list(curve)[-1]}" if found else "not run"
-        lines.append(f"{label}: " + (f"{mean_error(worth)} times the text."
-                                     if worth and None not in worth else f"{above} times the text."))
+        outside = "less than 1" if any(val > means[0] for _, val in found.values()) else "more than the most"
+        if found:
+            lines.append(f"{label}: {outside if None in worth else mean_error(worth)} times the text.")
 
 
 def main():
