@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import loader, prepare                       # noqa: E402
+from data import loader, prepare                        # noqa: E402
 from infra.config import from_args, student_of          # noqa: E402
 from infra.files import read_json, write_json           # noqa: E402
 from results.plans import PLANS, TINY                   # noqa: E402
@@ -223,9 +223,8 @@ def main(argv=None):
         parser.error(f"no results/{options.plan}.csv: name a FOLDER, to run the plan in it")
     if options.folder:
         folder = options.folder.resolve()
-        texts = {"manual": "manual", **dict(text.split("=", 1) for text in options.texts)}
-        if options.plan == "rates":
-            texts = further_text(folder)
+        named = dict(text.split("=", 1) for text in options.texts)
+        texts = further_text(folder) if options.plan == "rates" else {"manual": "manual", **named}
         run_all(options.plan, folder, texts, options.seeds.split(","), options.jobs)
     lines = page(options.plan)
     (RESULTS / f"{options.plan}.md").write_text("\n".join(lines) + "\n")
