@@ -51,6 +51,9 @@ CHAIN = Variant("the predecessor teaches, alpha 0.7, T 1", flags=STRONG)
 BY_BEST = Variant("the best member so far teaches, alpha 0.7, T 1", flags=STRONG, change=BEST)
 Q0_32 = Variant("q0, --epochs=32", flags=("--epochs=32",))
 EMA_COSINE = (*ONE, *INDEPENDENT)
+# record 11's models, but no teacher: the strongest independent models that we know
+WARMDOWN = (*ONE, "--restart=fresh", "--schedule=warmdown", "--momentum_warmup=300", "--ema_decay=0.95",
+            "--ema_every=5", "--ema_share=0.4")
 ABLATIONS = {
     "q0_32": Q0_32,
     "decay_flat": ablation("weight decay flat, at its mean", change=rates("lr, 0.85")),
@@ -68,7 +71,22 @@ ABLATIONS = {
     "tau_1": ablation("32 cycles of 1 epoch", "--cycles=32", "--epochs_per_cycle=1", "--distill_from=8"),
     "tau_4": ablation("8 cycles of 4 epochs", "--cycles=8", "--epochs_per_cycle=4", "--distill_from=2"),
 }
-RATES, RATED = (0.25, 0.5, 1), ("decay_flat", "noise_none", "chain_none")
+EPOCHS = {
+    **{f"independent_{n}": Variant(f"{64 // n} independent models of {n} epochs", flags=(
+        *INDEPENDENT, f"--trajectories={64 // n}", f"--epochs_per_cycle={n}")) for n in (8, 16, 32)},
+    **{f"warmdown_{n}": Variant(f"{64 // n} independent warmdown models of {n} epochs", flags=(
+        *WARMDOWN, f"--cycles={64 // n}", f"--distill_from={64 // n}", f"--epochs_per_cycle={n}"))
+       for n in (8, 16, 32)},
+    "one_64": Variant("one model, one cosine over 64 epochs", flags=(
+        *EMA_COSINE, "--epochs_per_cycle=64")),
+    "fresh_16": Variant("a chain of 4 independent models of 16 epochs", flags=(
+        *STRONG, "--restart=fresh", "--cycles=4", "--epochs_per_cycle=16", *INDEPENDENT[1:])),
+    **{f"q0_{E}": Variant(f"q0, --epochs={E}", flags=(f"--epochs={E}",)) for E in (8, 16, 32, 64, 128)},
+    "student_48": student("q0_32", "q0, --epochs=32", Q0_32, 4),
+    "two_8": Variant("2 trajectories of 8 cycles", flags=("--trajectories=2", "--cycles=8")),
+    "two_16": Variant("2 trajectories of 16 cycles"),
+}
+RATES, RATED = (0.25, 0.5, 1, 2), ("decay_flat", "noise_none", "chain_none")
 PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, rule), to be subtracted])
     "demo": ({
         "tiny": Variant("2 x 16 cycles"),
@@ -97,27 +115,17 @@ PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, 
         "baseline": (*LOOPS, "--epochs_per_cycle=2", "--ema_every=1"), "124m": ("--epochs_per_cycle=1",),
         "record11": (*LOOPS, "--cycles=3", "--first_cycle_epochs=2", "--epochs_per_cycle=4", "--ema_every=1"),
         "1p8b --epochs=4": LOOPS, "1p8b --epochs=1": LOOPS}.items()}, []),
-    "epochs": ({
-        **{f"independent_{n}": Variant(f"{64 // n} independent models of {n} epochs", flags=(
-            *INDEPENDENT, f"--trajectories={64 // n}", f"--epochs_per_cycle={n}")) for n in (8, 16, 32)},
-        "one_64": Variant("one model, one cosine over 64 epochs", flags=(
-            *EMA_COSINE, "--epochs_per_cycle=64")),
-        "fresh_16": Variant("a chain of 4 independent models of 16 epochs", flags=(
-            *STRONG, "--restart=fresh", "--cycles=4", "--epochs_per_cycle=16", *INDEPENDENT[1:])),
-        **{f"q0_{E}": Variant(f"q0, --epochs={E}", flags=(f"--epochs={E}",)) for E in (8, 16, 32, 64, 128)},
-        "student_48": student("q0_32", "q0, --epochs=32", Q0_32, 4),
-        "two_8": Variant("2 trajectories of 8 cycles", flags=("--trajectories=2", "--cycles=8")),
-        "two_16": Variant("2 trajectories of 16 cycles")},
-        []),
+    "epochs": (EPOCHS, []),
     "ablations": (ABLATIONS, [(name, rule, "q0_32", rule) for name in ABLATIONS if name != "q0_32"
                               for rule in ("learned", "best")]),
     # on a text of its own, further_text(): rates are not chosen where results are reported
-    "rates": ({f"{name}_{lr}": dataclasses.replace(ABLATIONS[name], flags=(
-        *ABLATIONS[name].flags, f"--lr_scale={lr}"), label=f"{ABLATIONS[name].label}, lr_scale={lr}")
-        for lr in RATES for name in ("q0_32", *RATED)},
+    "rates": ({f"{name}_{lr}": dataclasses.replace(of, flags=(
+        *of.flags, f"--lr_scale={lr}"), label=f"{of.label}, lr_scale={lr}")
+        for lr in RATES for name, of in {**ABLATIONS, **EPOCHS}.items()
+        if name in ("q0_32", *RATED, "independent_16", "warmdown_16")},
         [(f"{name}_{lr}", rule, f"q0_32_{lr}", rule) for name in RATED for lr in RATES
          for rule in ("learned", "best")]),
     "data": ({f"data_{n}_{E}": Variant(f"{n} times the text, one model, one cosine over {E} epochs", flags=(
         *EMA_COSINE, f"--epochs_per_cycle={E}", f"--train_tokens={16_384 * (n + 1)}"))
-        for n, all_E in {2: (8, 16, 32), 4: (8, 16), 8: (8, 16), 16: (4, 8)}.items() for E in all_E}, []),
+        for n, all_E in {2: (8, 16, 32), 4: (8, 16, 32), 8: (8, 16), 16: (4, 8)}.items() for E in all_E}, []),
 }
