@@ -10,7 +10,7 @@ Of its own: --rounds=5   --steps=train,distill,score,prior
                                alternating (on CUDA one after the other)
             --memory=1         the largest micro-batch that fits, ours and (with --slowrun) theirs; on CUDA
             --peak_tflops=989  on CUDA; on the CPU the peak is its own matrix product's, measured here
-            --members=480  --tokens=131072   (of the prior's fit)
+            --members=480  --tokens=131072   (of the prior's fit)  --stored=131072   (of its pass over disk)
 """
 import contextlib
 import functools
@@ -40,7 +40,7 @@ from tools import bench_prior, plan
 from tools.bench_slowrun import Theirs
 
 OPTIONS = dict(rounds=5, steps="train,distill,score,prior", slowrun="", memory=0, peak_tflops=989.0,
-               members=480, tokens=131072)
+               members=480, tokens=131072, stored=131072)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUDA = DEVICE.type == "cuda"
 
@@ -248,10 +248,10 @@ def bench_score(config, options, peak):
 def main(argv=None):
     config, options = from_args(argv, __doc__, **OPTIONS)
     steps = set(options.steps.split(","))
-    whole = min(options.rounds, options.members, options.tokens) >= 1
+    whole = min(options.rounds, options.members, options.tokens, options.stored) >= 1
     if not steps <= {"train", "distill", "score", "prior"} or not whole:
-        fail("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens of 1 or "
-             f"more, not {vars(options)}")
+        fail("bench wants --steps of train, distill, score, prior and --rounds, --members, --tokens, "
+             f"--stored of 1 or more, not {vars(options)}")
     if options.memory and not CUDA:
         fail("memory=1 looks for the largest micro-batch of a GPU, and there is none here; leave it out")
     ranks = join(config)

@@ -1,15 +1,18 @@
 """
 What prior.py's computations cost, on made-up scores of members that are alike along five trajectories; a step
-of tools.bench: python -m tools.bench CONFIG --steps=prior [--members=480] [--tokens=131072] [--rounds=5]
+of tools.bench: python -m tools.bench CONFIG --steps=prior [--members=480] [--tokens=131072]
+[--stored=131072] [--rounds=5]
 Prints for M = 30, 60, ... members the exact fit beside the public script's 300 AdamW steps, the answers of
-all rules for every K, the mixture after each cycle; then the pass over stored scores that reports the losses
-of all these mixtures.
+all rules for every K, the mixture after each cycle; then the pass over --stored tokens of scores on disk (4
+bytes a token and member, in the folder for temporary files) that reports the losses of all these mixtures.
 """
 import math
+import re
 import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -25,23 +28,22 @@ TRAJECTORIES = 5
 
 def log_probabilities(members, tokens):
     """
-    (members, tokens) float32, trajectory by trajectory: every token has a part common to all, one of the
-    trajectory, one that changes slowly from cycle to cycle, and one of the member alone; later members are
-    better.
+    Of each member (tokens,) float32, trajectory by trajectory: every token has a part common to all, one of
+    the trajectory, one that changes slowly from cycle to cycle, and one of the member alone; later members
+    are better.
     """
     generator = torch.Generator().manual_seed(0)
-    cycles, rows = math.ceil(members / TRAJECTORIES), []
 
     def noise(scale):
         return scale * torch.randn(tokens, generator=generator)
 
     common = noise(1.5) - 3
-    for _ in range(TRAJECTORIES):
-        own, slow = noise(0.4), noise(0.4)
-        for cycle in range(cycles):
-            slow = 0.9 * slow + noise(0.4 * (1 - 0.9 ** 2) ** 0.5)
-            rows.append((common + own + slow + noise(0.15) - 0.5 * math.exp(-cycle / 12)).clamp_(max=-1e-3))
-    return torch.stack(rows[:members])
+    for i in range(members):
+        cycle = i % math.ceil(members / TRAJECTORIES)
+        if cycle == 0:
+            own, slow = noise(0.4), noise(0.4)
+        slow = 0.9 * slow + noise(0.4 * (1 - 0.9 ** 2) ** 0.5)
+        yield (common + own + slow + noise(0.15) - 0.5 * math.exp(-cycle / 12)).clamp_(max=-1e-3)
 
 
 def timed(function):
@@ -55,7 +57,7 @@ def spread(values):
 
 
 def bench_fit(members, tokens, rounds):
-    log_p, ours, ratios = log_probabilities(members, tokens), [], []
+    log_p, ours, ratios = torch.stack([*log_probabilities(members, tokens)]), [], []
     for _ in range(rounds):
         seconds, (w, gap) = timed(lambda: prior.fit_weights(log_p))
         theirs, v = timed(lambda: adamw300(log_p.exp()))
@@ -72,6 +74,23 @@ def bench_fit(members, tokens, rounds):
           f"cycles {growing:.1f} s", flush=True)
 
 
+def peak_while(function):
+    """(its result, peak GiB of what is not mapped from disk, looked at ten times a second); nan: no /proc."""
+    peak, done, status = [math.nan], threading.Event(), Path("/proc/self/status")
+
+    def watch():
+        while status.exists():
+            peak[0] = max(int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) / 2 ** 20, peak[0])
+            if done.wait(0.1):
+                return
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = function()
+    done.set()
+    thread.join()
+    return result, peak[0]
+
+
 def bench_report(members, tokens):
     """One pass over scores on disk, in blocks: as many mixtures as prior.py reports."""
     with tempfile.TemporaryDirectory() as folder:
@@ -82,16 +101,19 @@ def bench_report(members, tokens):
         W = torch.rand(4 * members, members, dtype=torch.float64)
         mixtures = [(torch.arange(members), w / w.sum()) for w in W]
         token_bytes, documents = np.ones(tokens, np.uint8), np.arange(tokens) // 1000
-        seconds, _ = timed(lambda: prior.mixture_losses(mixtures, log_p, token_bytes, documents))
+        reading, _ = timed(lambda: sum(row[i:i + prior.BLOCK].max() for i in range(0, tokens, prior.BLOCK)
+                                       for row in log_p))
+        (seconds, _), gib = peak_while(lambda: timed(
+            lambda: prior.mixture_losses(mixtures, log_p, token_bytes, documents)))
     print(f"losses of {len(mixtures)} mixtures of {members} members on {tokens} stored tokens: {seconds:.1f} "
-          f"s, {seconds / tokens * 1e7 / 60:.1f} minutes for 10M tokens")
+          f"s, {gib:.1f} GiB beside what is mapped; reading alone {reading:.1f} s")
 
 
 def bench(options):
     print(f"\nprior: {options.tokens} tokens")
     for members in sorted({m for m in (30, 60, 120, 240, 480) if m < options.members} | {options.members}):
         bench_fit(members, options.tokens, options.rounds)
-    bench_report(options.members, options.tokens)
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20             # bytes there, KiB here
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     print(f"peak memory of the process: {peak:.1f} GiB")
+    bench_report(options.members, options.stored)
