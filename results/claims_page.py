@@ -17,6 +17,7 @@ from results.plans import ABLATIONS, PLANS              # noqa: E402
 from tools.efficiency import multiple                   # noqa: E402
 
 BUDGETS = 8, 16, 32, 64, 128
+MODELS = {"independent cosine models": "independent", "independent warmdown models": "warmdown"}
 
 
 class Table:
@@ -45,7 +46,7 @@ class Table:
 
 
 def cell(found):
-    return mean_error([val for _, val in found.values()]) if found else ""
+    return mean_error([val for _, val, *_ in found.values()]) if found else ""
 
 
 def table(lines, header, rows, labels=1):
@@ -68,11 +69,11 @@ def signed(values):
 
 # ----------------------------------------------------------------------------------------------- epochs
 
-def best_split(t, text, E):
+def best_split(t, text, E, kind="independent"):
     """{seed: (fitness, validation loss, epochs of a model)} of the independent models best on fitness."""
-    splits = [(n, t.of(text, f"independent_{n}", "first", E // n)) for n in (8, 16, 32) if n <= E <= 64]
-    seeds = set.intersection(*(set(losses) for _, losses in splits)) if splits else ()
-    return {seed: min((*losses[seed], n) for n, losses in splits) for seed in sorted(seeds)}
+    splits = {n: t.of(text, f"{kind}_{n}", "first", E // n) for n in (8, 16, 32) if n <= E <= 64}
+    return {seed: min((*losses[seed], n) for n, losses in splits.items() if seed in losses)
+            for seed in sorted(set().union(*splits.values()))}
 
 
 def crossing(t, text, x_of, K, target):
@@ -110,42 +111,51 @@ def asymptote(t, text):
     return f"{fit(losses.mean(axis=0)):.3f} ({low:.3f} to {high:.3f}), by E = {', '.join(map(str, E))}"
 
 
+def reached(t, text, target, name, lines):
+    """Lines: at how many epochs and FLOPs q0 has the loss of these independent models of 64 epochs."""
+    for K in (8, None) if t.of(text, "q0_64", "learned") and target else ():
+        at, work = (crossing(t, text, x_of, K, target) for x_of in (int, lambda E: t.tflop[f"q0_{E}"]))
+        fewer = [64 / x for x in at], [t.tflop["independent_8"] / x for x in work]
+        line = f"q0, {f'K = {K}' if K else 'all'}, reaches the {name} in {len(at)} of {len(target)} seeds"
+        if len(at) == len(target):
+            line += (f", at {mean_error(at)} epochs, {mean_error(fewer[0])} times fewer; at "
+                     f"{mean_error(fewer[1])} times fewer training FLOPs")
+        lines.append(line + ".")
+
+
 def epochs(t, text, lines):
-    rows = []
+    rows, pairs = [], []
     for E in BUDGETS:
         one = t.of(text, f"independent_{E}", "first", 1) if E < 64 else t.of(text, f"one_{E}", "first", 1)
-        split, two = best_split(t, text, E), {32: "two_8", 64: "two_16"}.get(E)
-        each = ", ".join(f"{E // n} x {n}" for n in sorted({n for *_, n in split.values()}))
-        independent = {seed: losses[:2] for seed, losses in split.items()}
-        rows.append([E, cell(one), f"{cell(independent)} ({each})" if each else "",
-                     cell(t.of(text, "fresh_16", "first", E // 16)),
+        two, models = {32: "two_8", 64: "two_16"}.get(E), []
+        for split in (best_split(t, text, E, kind) for kind in MODELS.values()):
+            each = ", ".join(f"{E // n} x {n}" for n in sorted({n for *_, n in split.values()}))
+            models.append(f"{cell(split)} ({each})" if each else "")
+        rows.append([E, cell(one), *models, cell(t.of(text, "fresh_16", "first", E // 16)),
                      *(cell(t.of(text, f"q0_{E}", "learned", K)) for K in (1, 8, None)),
                      cell(t.of(text, two, "learned", 8)), cell(t.of(text, two, "learned"))])
-    table(lines, ["epochs", "one model", "independent models, best split (which)", "chain of 16-epoch models",
-                  "q0, K = 1", "q0, K = 8", "q0, all", "2 trajectories, K = 8", "2 trajectories, all"], rows)
+    table(lines, ["epochs", "one model", *(f"{name}, best split (which)" for name in MODELS),
+                  "chain of 16-epoch models", "q0, K = 1", "q0, K = 8", "q0, all", "2 trajectories, K = 8",
+                  "2 trajectories, all"], rows)
     if student := t.of(text, "student_48", "best"):
         lines.append(f"A student of q0's K = 4 at 32 epochs, 48 epochs in all: {cell(student)}.")
-    target, cost = best_split(t, text, 64), t.tflop.get("independent_8", np.nan)
-    for K in (8, None) if len(t.of(text, "q0_64", "learned")) and target else ():
-        at = crossing(t, text, lambda E: E, K, target)
-        if len(at) < len(target):
-            lines.append(f"q0 reaches the independent models in {len(at)} of {len(target)} seeds.")
-            continue
-        work = crossing(t, text, lambda E: t.tflop[f"q0_{E}"], K, target)
-        lines.append(f"q0 with {'K = 8' if K else 'all members'} reaches the independent models of 64 epochs "
-                     f"at {mean_error(at)} epochs, {mean_error([64 / x for x in at])} times fewer; at "
-                     f"{mean_error([cost / x for x in work])} times fewer training FLOPs.")
-    independent = {seed: losses[:2] for seed, losses in target.items()}
-    q0_32, q0_64 = (t.of(text, name, "learned") for name in ("q0_32", "q0_64"))
+    q0_32, q0_64, two_16 = (t.of(text, name, "learned") for name in ("q0_32", "q0_64", "two_16"))
+    for name, kind in MODELS.items():
+        split = best_split(t, text, 64, kind)
+        reached(t, text, split, name, lines)
+        pairs += [(f"{label}, {f'K = {K}' if K else 'all'}, less the {name}",
+                   t.of(text, of, "learned", K), split)
+                  for label, of in (("q0", "q0_64"), ("two trajectories", "two_16")) for K in (4, 8, None)]
+        pairs += [(f"a chain of 16-epoch models less the {name}", t.of(text, "fresh_16", "first", 4), split)]
     for label, a, b in (
-            ("q0 at 64 epochs less the independent models' best split", q0_64, independent),
-            ("the chain of 16-epoch models less it", t.of(text, "fresh_16", "first", 4), independent),
-            ("one trajectory less two, 32 epochs", q0_32, t.of(text, "two_8", "learned")),
-            ("64 epochs", q0_64, t.of(text, "two_16", "learned")),
+            *pairs, ("one trajectory less two, 64 epochs", q0_64, two_16),
+            ("32 epochs", q0_32, t.of(text, "two_8", "learned")),
+            ("the chain, two trajectories of 64 epochs", two_16, t.of(text, "two_16_no_chain", "learned")),
+            ("q0 at 128 epochs less q0 at 64", t.of(text, "q0_128", "learned"), q0_64),
             ("the student of 48 epochs less q0 at 32, all", student, q0_32), ("at 64, all", student, q0_64)):
         if d := difference(a, b):
             lines.append(f"Paired, {label}: {signed(d)}.")
-    if target:
+    if q0_64:
         lines.append(f"Asymptote of q0 with all members: {asymptote(t, text)}.")
 
 
@@ -155,10 +165,15 @@ RULES = {"learned, all": ("learned", None), "learned, K = 8": ("learned", 8), "b
 
 
 def pooled(differences):
-    """(variance of paired differences pooled over variants, its degrees of freedom)."""
+    """
+    (variance of paired differences pooled over variants, its degrees of freedom, how many they are worth).
+    All differences share the runs of q0_32, half their variance if all runs vary alike: those of two variants
+    correlate by 1/2, the squares by 1/4.
+    """
     many = [np.array(d) for d in differences if len(d) > 1]
     freedom = sum(len(d) - 1 for d in many)
-    return sum(((d - d.mean()) ** 2).sum() for d in many) / max(1, freedom), freedom
+    variance = sum(((d - d.mean()) ** 2).sum() for d in many) / max(1, freedom)
+    return variance, freedom, freedom / (1 + (len(many) - 1) / 4)
 
 
 def verdict(mean, error):
@@ -179,31 +194,29 @@ def ablations(t, text, lines):
             if name == "q0_32":
                 cells.append(cell(t.of(text, name, *of)))
                 continue
-            d, (variance, _) = found[rule][name], errors[rule]
+            d, (variance, *_) = found[rule][name], errors[rule]
             error = (variance / max(1, len(d))) ** 0.5
             cells.append(f"{np.mean(d):+.4f}, {verdict(np.mean(d), error)}" if d else "")
         members, mixture = t.of(text, name, "members"), t.of(text, name, "learned")
-        gain = difference(members, mixture)
-        documents = [val for _, val in t.of(text, name, "documents").values()]
-        error = f"{np.mean(documents):.4f}" if documents else ""
+        gain, documents = difference(members, mixture), t.of(text, name, "documents").values()
+        error = f"{np.mean([val for _, val in documents]):.4f}" if documents else ""
         rows.append([*cells, len(t.of(text, name, "learned")), error,
                      cell(members), mean_error(gain) if gain else "", cell(t.of(text, name, "kl"))])
     header = ["variant", *RULES, "n", "error over documents", "members' mean", "mixing adds", "KL"]
     if len(names) > 1:
         table(lines, header, rows)
-    for rule, (variance, freedom) in errors.items() if len(names) > 1 else ():
+    for rule, (variance, freedom, worth) in errors.items() if len(names) > 1 else ():
         n = max(map(len, found[rule].values()))
         lines.append(f"Standard error of a difference of {n} seeds, {rule}: {(variance / n) ** 0.5:.4f} "
-                     f"({freedom} degrees of freedom).")
+                     f"({freedom} degrees of freedom, worth about {worth:.0f}: all share q0_32's runs).")
 
 
 def averages(t, text, lines):
     columns = {"best member": ("best", 1), "weights of the last 2": ("average", 2), "of 4": ("average", 4),
                "of 8": ("average", 8), "greedy": ("greedy", None), "mixture of the last 8": ("last", 8),
                "learned, K = 8": ("learned", 8)}
-    names = [name for name in ABLATIONS if t.of(text, name, "average", 2)]
     rows = [[ABLATIONS[name].label, *(cell(t.of(text, name, *of)) for of in columns.values())]
-            for name in names]
+            for name in ABLATIONS if t.of(text, name, "average", 2)]
     table(lines, ["variant", *columns], rows)
 
 
@@ -247,19 +260,22 @@ def data(t, text, lines):
     if len(curve) < 2:
         return
     table(lines, ["times the text", "one model, best epochs (which)"],
-          [[times, f"{cell({s: x[:2] for s, x in of.items()})} ({sorted({x[2] for x in of.values()})})"]
-           for times, of in curve.items()])
-    means = [np.mean([x[1] for x in of.values()]) for of in curve.values()]
+          [[times, f"{cell(of)} ({sorted({x[2] for x in of.values()})})"] for times, of in curve.items()])
+    # the curve of the population's own seed: its error is in that of the multiple, too
+    own = {seed: [(times, of[seed][1]) for times, of in curve.items() if seed in of] for seed in curve[1]}
     for label, found in {"q0, 64 epochs, all": t.of(text, "q0_64", "learned"),
                          "2 x 16 cycles, all": t.of(text, "two_16", "learned"),
                          "2 x 16 cycles, K = 8": t.of(text, "two_16", "learned", 8),
                          "the student of 48 epochs": t.of(text, "student_48", "best"),
-                         "independent models, 64 epochs": {
-                             s: x[:2] for s, x in best_split(t, text, 64).items()}}.items():
-        worth = [multiple(list(curve), means, val) for _, val in found.values()]
-        outside = "less than 1" if any(val > means[0] for _, val in found.values()) else "more than the most"
-        if found:
-            lines.append(f"{label}: {outside if None in worth else mean_error(worth)} times the text.")
+                         **{f"{name}, 64 epochs": best_split(t, text, 64, kind)
+                            for name, kind in MODELS.items()}}.items():
+        found = {seed: val for seed, (_, val, *_) in found.items() if len(own.get(seed, ())) > 1}
+        worth = [multiple(*zip(*own[seed]), val) for seed, val in found.items()]
+        if worth:
+            low = any(val > own[seed][0][1] for seed, val in found.items())
+            outside = "less than 1" if low else "more than the most"
+            lines.append(f"{label}: {outside if None in worth else mean_error(worth)} times the text "
+                         f"(n = {len(worth)}).")
 
 
 def main():

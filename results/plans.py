@@ -85,6 +85,7 @@ EPOCHS = {
     "student_48": student("q0_32", "q0, --epochs=32", Q0_32, 4),
     "two_8": Variant("2 trajectories of 8 cycles", flags=("--trajectories=2", "--cycles=8")),
     "two_16": Variant("2 trajectories of 16 cycles"),
+    "two_16_no_chain": Variant("2 trajectories of 16 cycles without the chain", flags=("--distill_from=16",)),
 }
 RATES, RATED = (0.25, 0.5, 1, 2), ("decay_flat", "noise_none", "chain_none")
 PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, rule), to be subtracted])
