@@ -1,9 +1,11 @@
 """
-How good are the answers for few members? For stored populations of up to 64 members: the fitness and
-validation loss of backward elimination alone (the rule before exchanges), of prior.py's learned answer and,
-for K <= 4, of the best of all subsets, with how often the answers are that subset:
+How good are the answers for few members? For stored populations: the fitness and validation loss of backward
+elimination alone (the rule before exchanges) and of prior.py's learned answer, with the number of single
+exchanges (one member out, one in, fitted again) that lower it, all of them tried; up to 64 members for K <= 4
+also the best of all subsets, with how often the answers are that subset:
 python results/subsets.py NAME=RUN_DIR,RUN_DIR,... [NAME=...]
-Prints a page. All choices are made on the fitness set.
+Prints a page. All choices are made on the fitness set. A number in place of RUN_DIR: so many made-up members
+that are alike (tools/bench_prior.py), on 16,384 tokens of which the first half are the fitness set.
 """
 import itertools
 import math
@@ -15,13 +17,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from infra.files import read_tensors
-from prior import answers_for, newton, probabilities
+from prior import EXACT, answers_for, interior, newton, probabilities
+from tools.bench_prior import log_probabilities
 
-SIZES, BEST = (1, 2, 3, 4, 6, 8, 12, 16), "best of all subsets"
+SIZES, BEST = range(1, 17), "best of all subsets"
 
 
 def scores(run_dir, split):
     """(members, tokens) float32."""
+    if str(run_dir).isdigit():
+        log_p = torch.stack([*log_probabilities(int(run_dir), 16_384)])
+        return log_p.chunk(2, dim=1)[split == "val"]
     paths = sorted((Path(run_dir) / "scores" / split).glob("*.safetensors"))
     return torch.stack([read_tensors(path, f"{split} scores")[0]["log_p"] for path in paths])
 
@@ -77,8 +83,22 @@ def best_subset(log_p, K, limit):
     return min((newton(p[s], v.double() / v.sum().double())[0], s.tolist()) for s, v in zip(subsets, w))
 
 
+def improving(p, members, w):
+    """How many single exchanges lower the loss of these members."""
+    P, start = p[members], interior(w)
+    bound, found = newton(P, start)[0] - 1e-8, 0
+    for i, new in itertools.product(range(len(w)), set(range(len(p))) - set(members.tolist())):
+        P[i] = p[new]
+        found += newton(P, start, bound)[0] < bound
+        P[i] = p[members[i]]
+    return found
+
+
 def population(run_dir):
-    """[(K, rule, fitness loss, validation loss)] and {K: whether (old, new) are the best of all subsets}."""
+    """
+    [(K, rule, fitness loss, validation loss, exchanges that lower it)] and {K: whether (old, new) are the
+    best of all subsets}.
+    """
     fit, val = scores(run_dir, "fit"), scores(run_dir, "val")
     rules, _ = answers_for(fit)
     old = backward(fit, rules_weights(rules, len(fit)))
@@ -88,11 +108,12 @@ def population(run_dir):
     for K in SIZES:
         answers = {"elimination": old[min(K, max(old))], "learned": rules["learned"][K - 1]}
         for rule, answer in answers.items():
-            rows.append((K, rule, loss(fit, *answer), loss(val, *answer)))
-        if K <= 4:
+            left = improving(probabilities(fit), *answer) if rule == "learned" else ""
+            rows.append((K, rule, loss(fit, *answer), loss(val, *answer), left))
+        if K <= 4 and len(fit) <= EXACT:
             best, members = best_subset(fit, K, loss(fit, *answers["learned"]) - offset)
             optimal[K] = [sorted(m.tolist()) == sorted(members) for m, _ in answers.values()]
-            rows.append((K, BEST, best + offset, math.nan))
+            rows.append((K, BEST, best + offset, math.nan, ""))
     return rows, optimal
 
 
@@ -107,19 +128,20 @@ def numbers(values):
 
 
 def main():
-    print("| text | K | rule | fitness loss | validation loss | is the best subset | missed by |")
-    print("|---|---|---|---|---|---|---|")
+    print("| text | K | rule | fitness loss | validation loss | exchanges that lower it | is the best subset "
+          "| missed by |\n" + "|---" * 8 + "|")
     for name, run_dirs in (argument.split("=", 1) for argument in sys.argv[1:]):
         found = [population(run_dir) for run_dir in run_dirs.split(",")]
         for K, rule in dict.fromkeys((K, rule) for K, rule, *_ in found[0][0]):
             def column(i, rule):
-                return np.array([next(row[i] for row in rows if row[:2] == (K, rule)) for rows, _ in found])
-            fit, val, hits, missed = column(2, rule), column(3, rule), "", ""
-            if K <= 4 and rule != BEST:
+                return [next(row[i] for row in rows if row[:2] == (K, rule)) for rows, _ in found]
+            fit, left, hits, missed = np.array(column(2, rule)), column(4, rule), "", ""
+            if all(K in optimal for _, optimal in found) and rule != BEST:
                 hits = sum(optimal[K][rule == "learned"] for _, optimal in found)
                 hits = f"{hits} of {len(found)}"
                 missed = numbers(np.maximum(0, fit - column(2, BEST)))
-            cells = name, K, rule, numbers(fit), numbers(val), hits, missed
+            left = ", ".join(map(str, left)) if rule == "learned" else ""
+            cells = name, K, rule, numbers(fit), numbers(column(3, rule)), left, hits, missed
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
