@@ -26,4 +26,4 @@ batch_tokens_ends = 393_216
 micro_batch = 2             # 4 is faster (results/performance.md), and by tools.plan wants more than 80 GB
 distill_from = 8
 compile = True
-resume_every = 250          # steps: half an hour on 8 GPUs
+resume_every = 250          # steps: about an hour on 8 GPUs

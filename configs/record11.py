@@ -1,6 +1,6 @@
 # Record 11 of the NanoGPT Slowrun, the strongest method before q0: a chain of 20 independent models on 100M tokens of FineWeb, each
 # distilled from the one before. Equal weights without the first: loss 3.0014 there, 68 hours on 32 H100; here rule uniform, K = 19 under losses
-# in prior.json, which leaves out the one of highest fitness loss. Head mixes, MTP and dropout are the later record's.
+# in prior.json, which leaves out the one of highest fitness loss. Head mixes, MTP, dropout, batch, rates and decay are the later record's.
 # Not yet run here. torchrun --nproc_per_node=8 train.py configs/record11.py, then distill.py and prior.py.
 data = "fineweb"
 tokenizer = "gpt2"

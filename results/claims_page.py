@@ -282,7 +282,7 @@ def main():
     t, lines = Table(), [
         "# The paper's claims in the laboratory: tables", "",
         "Printed by `python results/claims_page.py` from epochs.csv, ablations.csv, data.csv and claims.csv. "
-        "The demo's model (0.9M parameters), 16 KB to train on; validation loss in nats per byte, mean +- "
+        "The demo's model (1.5M parameters), 16 KB to train on; validation loss in nats per byte, mean +- "
         "standard error over seeds; what each variant is stands in epochs.md and ablations.md. All choices "
         "are made on the fitness set."]
     for text in t.texts:
