@@ -1,6 +1,8 @@
-# GPT-2 small's shape (174M parameters with the recipe's untied head, value embeddings and MTP) on one GPU of 24 GB:
-# 1 trajectory x 6 cycles of 2 epochs on 10M tokens of FineWeb. Not yet run here. ./run.sh configs/124m.py does it all, in 45 minutes by
-# python -m tools.plan configs/124m.py --ranks=1 --peak_tflops=165 --mfu=0.35 --gpu_gb=24 (an RTX 4090 at 35 % of its peak, a guess: an H200 reached 23 % of its own).
+# GPT-2 small's shape (174M parameters with the recipe's untied head, value embeddings and MTP) on one GPU of
+# 24 GB: 1 trajectory x 6 cycles of 2 epochs on 10M tokens of FineWeb. Not yet run here.
+# ./run.sh configs/124m.py does it all, in 45 minutes (an RTX 4090 at 35 % of its peak, a guess: an H200
+# reached 23 % of its own) by
+# python -m tools.plan configs/124m.py --ranks=1 --peak_tflops=165 --mfu=0.35 --gpu_gb=24
 data = "fineweb"
 tokenizer = "gpt2"
 data_dir = "data/fineweb_10m"

@@ -1,5 +1,6 @@
-# The paper's 256 epochs: 2 trajectories x 64 cycles of 2 epochs on 100M tokens of FineWeb (loss 3.0034 there).
-# Not yet run here. torchrun --nproc_per_node=8 train.py configs/1p8b.py, then distill.py and prior.py.
+# The paper's 256 epochs: 2 trajectories x 64 cycles of 2 epochs on 100M tokens of FineWeb (loss 3.0034
+# there). Not yet run here.
+# torchrun --nproc_per_node=8 train.py configs/1p8b.py, then distill.py and prior.py.
 data = "fineweb"
 tokenizer = "gpt2"
 data_dir = "data/fineweb"

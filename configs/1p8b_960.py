@@ -1,5 +1,5 @@
 # The Slowrun record: 5 trajectories x 96 cycles of 2 epochs on 100M tokens of FineWeb (loss 2.987 there).
-# Not yet run here. torchrun over 5 nodes of 8 GPUs: train.py configs/1p8b_960.py, then distill.py and prior.py.
+# Not yet run here. torchrun over 5 nodes of 8 GPUs: train.py configs/1p8b_960.py, then distill.py, prior.py.
 data = "fineweb"
 tokenizer = "gpt2"
 data_dir = "data/fineweb"

@@ -1,6 +1,8 @@
-# A rehearsal of configs/1p8b.py: its model, data and batches, with 2 x 4 cycles of a twentieth of an epoch, through all three scripts.
-# Not yet run here; about half an hour on 8 GPUs: a quarter for its FLOPs (tools.plan), the rest for checkpoints of 15 GB. To be run before days of the real one:
-# torchrun --standalone --nproc_per_node=8 train.py configs/1p8b_smoke.py, then distill.py and prior.py; tokens/s times the plan's steps is its time.
+# A rehearsal of configs/1p8b.py before days of it: its model, data and batches, with 2 x 4 cycles of a
+# twentieth of an epoch, through all three scripts. Its seconds a step times the plan's steps: the real time.
+# Not yet run here; about half an hour on 8 GPUs: a quarter for its FLOPs (tools.plan), the rest for
+# checkpoints of 15 GB.
+# torchrun --standalone --nproc_per_node=8 train.py configs/1p8b_smoke.py, then distill.py and prior.py.
 data = "fineweb"
 tokenizer = "gpt2"
 data_dir = "data/fineweb"

@@ -1,5 +1,6 @@
-# The paper's baseline: 8 independent models of 32 epochs each, mixed with equal weights (loss 3.048 there, rule uniform, K = 8).
-# Not yet run here. torchrun --nproc_per_node=8 train.py configs/baseline.py, then prior.py. results/baselines.md: on the demo's text.
+# The paper's baseline: 8 independent models of 32 epochs each, mixed with equal weights (loss 3.048 there,
+# rule uniform, K = 8). Not yet run here; results/baselines.md: on the demo's text.
+# torchrun --nproc_per_node=8 train.py configs/baseline.py, then prior.py.
 data = "fineweb"
 tokenizer = "gpt2"
 data_dir = "data/fineweb"
@@ -22,7 +23,7 @@ trajectories = 8            # of one cycle: independent models
 cycles = 1
 epochs_per_cycle = 32
 schedule = "cosine"
-ema_decay = 0.95            # the paper does not say how often; the public record before q0 averages every 10 steps
+ema_decay = 0.95            # the paper does not say how often; the record before q0 averages every 10 steps
 ema_every = 10
 lr_scale = 0.25
 batch_tokens = 524_288

@@ -1,6 +1,7 @@
-# Record 11 of the NanoGPT Slowrun, the strongest method before q0: a chain of 20 independent models on 100M tokens of FineWeb, each
-# distilled from the one before. Equal weights without the first: loss 3.0014 there, 68 hours on 32 H100; here rule uniform, K = 19 under losses
-# in prior.json, which leaves out the one of highest fitness loss. Head mixes, MTP, dropout, batch, rates and decay are the later record's.
+# Record 11 of the NanoGPT Slowrun, the strongest method before q0: a chain of 20 independent models on 100M
+# tokens of FineWeb, each distilled from the one before. Equal weights without the first: loss 3.0014 there,
+# 68 hours on 32 H100; here rule uniform, K = 19 under losses in prior.json, which leaves out the one of
+# highest fitness loss. Head mixes, MTP, dropout, batch, rates and decay are the later record's.
 # Not yet run here. torchrun --nproc_per_node=8 train.py configs/record11.py, then distill.py and prior.py.
 data = "fineweb"
 tokenizer = "gpt2"
@@ -29,7 +30,7 @@ schedule = "warmdown"
 momentum_warmup = 300
 ema_decay = 0.95
 ema_every = 10
-ema_share = 0.4             # there, where better on validation, the last weights alone: ours does not choose on validation
+ema_share = 0.4             # there the last weights alone where better on validation: never so here
 lr_scale = 0.25
 batch_tokens = 524_288
 micro_batch = 2

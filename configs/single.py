@@ -1,5 +1,7 @@
-# One model, one cosine: the demo's model, data and batch, without a population. The baseline beside configs/tiny.py.
-# Record: 2.048 +- 0.008 nats per byte (n = 3, standard error), 2 CPU cores, half a minute each; results/demo.md says how.
+# One model, one cosine: the demo's model, data and batch, without a population. The baseline beside
+# configs/tiny.py.
+# Record: 2.048 +- 0.008 nats per byte (n = 3, standard error), 2 CPU cores, half a minute each;
+# results/demo.md says how.
 data = "manual"
 tokenizer = "bytes"
 data_dir = "data/manual"

@@ -1,6 +1,7 @@
 # The demo: 2 trajectories x 16 cycles of 2 epochs on 16 KB of the Python manual, byte by byte, on a laptop.
 # Text is scarce on purpose: 16 KB to train on, 16 KB to fit the prior, 24 KB to report.
-# Record: 1.743 +- 0.002 nats per byte (n = 3, standard error), 2 CPU cores, 3 to 6 minutes; results/demo.md has it.
+# Record: 1.743 +- 0.002 nats per byte (n = 3, standard error), 2 CPU cores, 3 to 6 minutes;
+# results/demo.md has it.
 data = "manual"
 tokenizer = "bytes"
 data_dir = "data/manual"

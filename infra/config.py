@@ -163,9 +163,9 @@ def read_file(path):
 def recipe(epochs):
     """
     How the paper spends a budget of epochs: name -> value. Below 8: one trajectory, one decay (its rates are
-    ours, the paper names none), four snapshots on its last epoch. From 8 on cycles of 2 epochs in the number of
-    trajectories that the text names, ceil(log2(epochs / 64)), where eq. 3 prints the floor; past 512 epochs
-    that is an extrapolation (the record at 960 has 5).
+    ours, the paper names none), four snapshots on its last epoch. From 8 on cycles of 2 epochs, in as many
+    trajectories as the text names: ceil(log2(epochs / 64)), where eq. 3 prints the floor; extrapolated past
+    512 (the record at 960 has 5).
     """
     if epochs < 8:
         before = epochs - 1 if epochs > 1 else 0.85
