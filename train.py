@@ -217,7 +217,9 @@ class Trajectory:
         try:
             self.model.load_state_dict(model)
             self.optimizer.load_state_dict(tensors, updates)
-        except (KeyError, RuntimeError, AssertionError):
+        except (KeyError, RuntimeError, AssertionError) as e:
+            if isinstance(e, torch.AcceleratorError | torch.OutOfMemoryError):
+                raise
             fail(f"the checkpoint of trajectory {self.t} is of another model: restore it, or delete "
                  f"'{self.run.folder(self.t)}' and train it again")
         self.average = {name: w.to(self.model.device, copy=True) for name, w in average.items()}
@@ -304,6 +306,8 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
                f"{ranks.device.type}; {epochs:g} epochs in all")
         for t in ranks.trajectories:            # one after another; other groups of ranks take the others
             tensors, at = run.load_checkpoint(t)
+            if ranks.mean(at["step"]) != [at["step"]]:
+                fail(f"ranks found different checkpoints of trajectory {t}: share one disk, start again")
             if at["step"] < begin:
                 fail(f"trajectory {t} has not had its first {cycles.start} cycles: run train.py")
             done = min(at["step"], end)             # before this launch: not in the bar's speed
@@ -315,12 +319,13 @@ def run_cycles(config, cycles, loss_for_cycle, resume_command, first_weights=Non
             trajectory = Trajectory(run, t, data, ranks, first_weights)
             if tensors:
                 trajectory.resume(tensors, at["environment"], steps[:at["step"]])
+                tensors = None                  # its file is mapped, and takes room even once it is replaced
             check_room(config, run.path, sum(p.numel() for p in trajectory.model.parameters()))
             if train(trajectory, steps[trajectory.step:end], loss_for_cycle, data.fit, stop, bar):
                 print0(f"stopped after step {trajectory.step} of trajectory {t}, saved; resume with: "
                        f"{resume_command}", ranks.is_main)
                 raise SystemExit(STOPPED)
-            trajectory = tensors = None
+            trajectory = None
         try:
             ranks.barrier(everyone=True)
         except RuntimeError:                    # a group that was asked to stop has left: no barrier

@@ -30,3 +30,4 @@ batch_tokens = 524_288
 micro_batch = 2
 distill_from = 1            # = cycles: no chain
 compile = True
+resume_every = 100          # steps: about an hour, 8 models at a time

@@ -131,7 +131,8 @@ def join(config):
         nccl, gloo = dict(backend="nccl", device_id=ranks.device), dict(backend="gloo")
         dist.init_process_group(**nccl if ranks.device.type == "cuda" else gloo, timeout=JOIN_TIMEOUT)
         ranks.group, _ = dist.new_subgroups(size, timeout=GROUP_TIMEOUT)
-        ranks.world = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        ranks.world = dist.new_group(backend="gloo", timeout=JOIN_TIMEOUT)
+        dist.distributed_c10d._set_pg_timeout(timedelta(days=30), ranks.world)      # once all are connected
     return ranks
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +18,12 @@ from safetensors.torch import save_file
 from infra.console import Damaged, fail
 
 FORMAT = 3                  # of all files below; another one is refused
+WRITING = f".writing-{socket.gethostname()}-"           # and the process: its unfinished files
 
 
 def write_whole(path, save):
     """save(temporary path), flushed to disk, then renamed. OSError: what was there before still is."""
-    temporary = path.parent / f".writing-{os.getpid()}" / path.name     # torch.save writes the name, too
+    temporary = path.parent / f"{WRITING}{os.getpid()}" / path.name     # torch.save writes the name, too
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         save(temporary)
@@ -45,10 +47,10 @@ def flush_to_disk(path):
 
 
 def clean_up(folder):
-    """Remove what killed writers left in it; a process that is alive may still be writing."""
-    for path in folder.glob(".writing-*"):
+    """Remove what killed writers on this machine left in it; what is alive may still be writing."""
+    for path in folder.glob(f"{WRITING}*"):
         try:
-            os.kill(int(path.name.removeprefix(".writing-")), 0)
+            os.kill(int(path.name.removeprefix(WRITING)), 0)
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
         except (PermissionError, ValueError):

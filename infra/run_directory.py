@@ -64,7 +64,9 @@ def check_room(c, path, parameters):
     checkpoint = (14 if c.ema_decay else 10) * parameters
     need = (2 * c.trajectories + 1) * checkpoint + c.trajectories * c.cycles * (
         2 * parameters + 4 * (c.fitness_tokens + c.val_tokens))
-    need -= sum(p.stat().st_size for p in [*path.glob("trajectory_*/*"), *path.glob("scores/*/*")])
+    for there in [*path.glob("trajectory_*/*"), *path.glob("scores/*/*")]:
+        with contextlib.suppress(FileNotFoundError):            # another group has just renamed it
+            need -= there.stat().st_size
     room = shutil.disk_usage(path).free
     if need > room:
         fail(f"run_dir='{path}': {need / 1e9:,.1f} GB are still to be written, {room / 1e9:,.1f} GB are free "

@@ -99,7 +99,8 @@ not see rank 0's is refused). Without one, train a trajectory on each node as a 
 `--trajectories=1 --seed=42`, `--seed=43`, ..., copy the second's `trajectory_00` into the first's run
 directory as `trajectory_01`, and so on (its `scores/*/00_*` as `01_*`, or they are made again), and run
 `prior.py --trajectories=5 --seed=42` there. `data_dir` must be on every node (copy the files that
-data.prepare wrote). Where a rank fails, its node ends; the others finish their trajectories first, or, where
+data.prepare wrote). Where a node's own name is that of a loopback address, set GLOO_SOCKET_IFNAME to its
+network interface. Where a rank fails, its node ends; the others finish their trajectories first, or, where
 that node held the rendezvous, stop and save. Then start all nodes again (SIGTERM to each torchrun makes the
 rest save sooner). Launches of 8 ranks, five at once, were tried on one machine, stopped and with a rank
 killed ([nodes.md](nodes.md)); more than one machine is untried.

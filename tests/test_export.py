@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from data.tokenizer import get_tokenizer
 from infra.config import from_args
-from infra.files import read_json
+from infra.files import WRITING, read_json
 from model import GPT
 from tests.conftest import ROOT, population_of, read
 from tools import export, generate
@@ -88,9 +88,10 @@ def test_a_fresh_process_gives_our_logits_and_our_text(population, tmp_path, cap
 
 
 def test_the_same_bytes_twice_and_a_card_of_what_it_is(population, tmp_path):
-    (tmp_path / ".writing-99999999").mkdir()                                # left by a kill
+    for name in (f"{WRITING}99999999", ".writing-elsewhere-99999999"):       # left by a kill here, and there
+        (tmp_path / name).mkdir()
     one, two = (exported(population[1], tmp_path / name, "--K=4") for name in ("one", "two"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".writing-elsewhere-99999999", "one", "two"]
     assert sorted(p.name for p in one.iterdir()) == [
         "LICENSE", "README.md", "config.json", "generation_config.json", "model.py", "model.safetensors",
         "modeling_q0.py"]

@@ -350,6 +350,18 @@ def test_a_rank_that_sees_another_disk_is_refused(script, run, reference, tmp_pa
     assert {**tree(tmp_path), run.log: None} == {**before, run.log: None}
 
 
+def test_ranks_that_found_different_checkpoints_are_refused(run):
+    run.stop("training step", "--micro_batch=1", size=2)
+    def behind(rank):
+        of = infra.run_directory.RunDirectory.load_checkpoint
+        def earlier(self, t):
+            tensors, at = of(self, t)
+            return tensors, {**at, "step": at["step"] - rank}
+        infra.run_directory.RunDirectory.load_checkpoint = earlier
+    assert run.codes("--micro_batch=1", size=2, patch=behind)[0] == 2
+    assert "different checkpoints of trajectory 0" in error_line(run.said())
+
+
 def test_prior_runs_beside_training(run, reference):
     """Which has the lock, and brings a member while the others are scored: one for the next time."""
     shutil.copytree(reference[0] / "whole", run.folder, ignore=shutil.ignore_patterns("scores", "prior.json"))
