@@ -249,20 +249,20 @@ def prior(t, text, lines):
 
 
 def data(t, text, lines):
-    curve = {}              # times the text -> {seed: (fitness, validation loss, epochs)}, the best epochs
+    curve = {}              # times the text -> (the best epochs, {seed: (fitness, validation loss)})
     for times, runs in {1: {E: f"independent_{E}" for E in (8, 16, 32)} | {64: "one_64"},
                         **{n: {int(name.split("_")[2]): name for name in PLANS["data"][0]
                                if name.startswith(f"data_{n}_")} for n in (2, 4, 8, 16)}}.items():
         of = {E: t.of(text, name, "first" if times == 1 else "best", 1) for E, name in runs.items()}
-        seeds = set.intersection(*(set(losses) for losses in of.values()))
-        if seeds:
-            curve[times] = {seed: min((*losses[seed], E) for E, losses in of.items()) for seed in seeds}
+        if seeds := set.intersection(*([set(losses) for losses in of.values() if losses] or [set()])):
+            E = min((E for E in of if of[E]), key=lambda E: np.mean([of[E][seed][0] for seed in seeds]))
+            curve[times] = E, of[E]
     if len(curve) < 2:
         return
-    table(lines, ["times the text", "one model, best epochs (which)"],
-          [[times, f"{cell(of)} ({sorted({x[2] for x in of.values()})})"] for times, of in curve.items()])
+    table(lines, ["times the text", "one model, best epochs (which)", "n"],
+          [[times, f"{cell(losses)} ({E})", len(losses)] for times, (E, losses) in curve.items()])
     # the curve of the population's own seed: its error is in that of the multiple, too
-    own = {seed: [(times, of[seed][1]) for times, of in curve.items() if seed in of] for seed in curve[1]}
+    own = {s: [(times, of[s][1]) for times, (_, of) in curve.items() if s in of] for s in curve[1][1]}
     for label, found in {"q0, 64 epochs, all": t.of(text, "q0_64", "learned"),
                          "2 x 16 cycles, all": t.of(text, "two_16", "learned"),
                          "2 x 16 cycles, K = 8": t.of(text, "two_16", "learned", 8),
