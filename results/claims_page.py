@@ -164,16 +164,17 @@ def epochs(t, text, lines):
 RULES = {"learned, all": ("learned", None), "learned, K = 8": ("learned", 8), "best member": ("best", 1)}
 
 
-def pooled(differences):
+def pooled(runs):
     """
-    (variance of paired differences pooled over variants, its degrees of freedom, how many they are worth).
-    All differences share the runs of q0_32, half their variance if all runs vary alike: those of two variants
-    correlate by 1/2, the squares by 1/4.
+    (variance of a paired difference, degrees of freedom), pooled over all pairs of variants: twice that of
+    the residuals of loss = variant's + seed's, by least squares. runs: variant -> {seed: (fitness loss,
+    validation loss)}.
     """
-    many = [np.array(d) for d in differences if len(d) > 1]
-    freedom = sum(len(d) - 1 for d in many)
-    variance = sum(((d - d.mean()) ** 2).sum() for d in many) / max(1, freedom)
-    return variance, freedom, freedom / (1 + (len(many) - 1) / 4)
+    rows = [(name, seed, loss) for name, of in runs.items() for seed, (_, loss) in of.items()]
+    seeds, y = sorted({seed for _, seed, _ in rows}), np.array([loss for *_, loss in rows])
+    A = np.array([[name == n for n in runs] + [seed == s for s in seeds] for name, seed, _ in rows], float)
+    fit, _, rank, _ = np.linalg.lstsq(A, y, rcond=None)
+    return 2 * ((y - A @ fit) ** 2).sum() / max(1, len(y) - rank), len(y) - rank
 
 
 def verdict(mean, error):
@@ -184,18 +185,17 @@ def verdict(mean, error):
 
 def ablations(t, text, lines):
     names = [name for name in ABLATIONS if t.rows.get((text, name))]
-    found = {rule: {name: difference(t.of(text, name, *of), t.of(text, "q0_32", *of)) for name in names[1:]}
-             for rule, of in RULES.items()}
-    errors = {rule: pooled(of.values()) for rule, of in found.items()}
+    losses = {rule: {name: t.of(text, name, *of) for name in names} for rule, of in RULES.items()}
+    errors = {rule: pooled(of) for rule, of in losses.items()}
     rows = []
     for name in names:
         cells = [f"`{name}`: {ABLATIONS[name].label}"]
-        for rule, of in RULES.items():
+        for rule, of in losses.items():
             if name == "q0_32":
-                cells.append(cell(t.of(text, name, *of)))
+                cells.append(cell(of[name]))
                 continue
-            d, (variance, *_) = found[rule][name], errors[rule]
-            error = (variance / max(1, len(d))) ** 0.5
+            d = difference(of[name], of["q0_32"])
+            error = (errors[rule][0] / max(1, len(d))) ** 0.5
             cells.append(f"{np.mean(d):+.4f}, {verdict(np.mean(d), error)}" if d else "")
         members, mixture = t.of(text, name, "members"), t.of(text, name, "learned")
         gain, documents = difference(members, mixture), t.of(text, name, "documents").values()
@@ -205,10 +205,10 @@ def ablations(t, text, lines):
     header = ["variant", *RULES, "n", "error over documents", "members' mean", "mixing adds", "KL"]
     if len(names) > 1:
         table(lines, header, rows)
-    for rule, (variance, freedom, worth) in errors.items() if len(names) > 1 else ():
-        n = max(map(len, found[rule].values()))
+    for rule, (variance, freedom) in errors.items() if len(names) > 1 else ():
+        n = max(map(len, losses[rule].values()))
         lines.append(f"Standard error of a difference of {n} seeds, {rule}: {(variance / n) ** 0.5:.4f} "
-                     f"({freedom} degrees of freedom, worth about {worth:.0f}: all share q0_32's runs).")
+                     f"({freedom} degrees of freedom).")
 
 
 def averages(t, text, lines):

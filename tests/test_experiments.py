@@ -12,7 +12,7 @@ import prior
 from data import loader
 from infra.config import from_args
 from infra.files import read_json
-from results import claims, experiments, plans
+from results import claims, claims_page, experiments, plans
 from tests.conftest import MICRO
 
 
@@ -94,3 +94,10 @@ def test_the_further_split_has_the_other_documents(tmp_path):
         for document in np.split(tokens, starts[1:])]
     assert len(further) + len(used) == 401
     assert not any(whole.startswith(document) for whole in further for document in used)
+
+
+def test_the_pooled_variance_is_the_mean_of_all_pairs():
+    losses = np.random.default_rng(0).normal(size=(5, 3)) + np.arange(5)[:, None]        # variants, seeds
+    runs = {f"v{i}": {str(s): (0.0, y) for s, y in enumerate(row)} for i, row in enumerate(losses)}
+    pairs = [np.var(a - b, ddof=1) for a, b in itertools.combinations(losses, 2)]
+    assert claims_page.pooled(runs) == (pytest.approx(np.mean(pairs)), 8)
