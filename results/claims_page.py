@@ -149,10 +149,11 @@ def epochs(t, text, lines):
         pairs += [(f"a chain of 16-epoch models less the {name}", t.of(text, "fresh_16", "first", 4), split)]
     for label, a, b in (
             *pairs, ("one trajectory less two, 64 epochs", q0_64, two_16),
-            ("32 epochs", q0_32, t.of(text, "two_8", "learned")),
-            ("the chain, two trajectories of 64 epochs", two_16, t.of(text, "two_16_no_chain", "learned")),
+            ("one trajectory less two, 32 epochs", q0_32, t.of(text, "two_8", "learned")),
+            ("two trajectories, 64 epochs, less no chain", two_16, t.of(text, "two_16_no_chain", "learned")),
             ("q0 at 128 epochs less q0 at 64", t.of(text, "q0_128", "learned"), q0_64),
-            ("the student of 48 epochs less q0 at 32, all", student, q0_32), ("at 64, all", student, q0_64)):
+            ("the student of 48 epochs less q0 at 32", student, q0_32),
+            ("the student of 48 epochs less q0 at 64", student, q0_64)):
         if d := difference(a, b):
             lines.append(f"Paired, {label}: {signed(d)}.")
     if q0_64:
