@@ -168,8 +168,7 @@ RULES = {"learned, all": ("learned", None), "learned, K = 8": ("learned", 8), "b
 def pooled(runs):
     """
     (variance of a paired difference, degrees of freedom), pooled over all pairs of variants: twice that of
-    the residuals of loss = variant's + seed's, by least squares. runs: variant -> {seed: (fitness loss,
-    validation loss)}.
+    the residuals of loss = variant's + seed's, by least squares. runs: variant -> Table.of().
     """
     rows = [(name, seed, loss) for name, of in runs.items() for seed, (_, loss) in of.items()]
     seeds, y = sorted({seed for _, seed, _ in rows}), np.array([loss for *_, loss in rows])
