@@ -123,7 +123,7 @@ PLANS = {       # name -> ({variant's name: Variant}, [(variant, rule, variant, 
     "rates": ({f"{name}_{lr}": dataclasses.replace(of, flags=(
         *of.flags, f"--lr_scale={lr}"), label=f"{of.label}, lr_scale={lr}")
         for lr in RATES for name, of in {**ABLATIONS, **EPOCHS}.items()
-        if name in ("q0_32", *RATED, "independent_16", "warmdown_16")},
+        if name in ("q0_32", *RATED, "q0_64", "independent_16", "warmdown_16")},
         [(f"{name}_{lr}", rule, f"q0_32_{lr}", rule) for name in RATED for lr in RATES
          for rule in ("learned", "best")]),
     "data": ({f"data_{n}_{E}": Variant(f"{n} times the text, one model, one cosine over {E} epochs", flags=(
