@@ -90,10 +90,11 @@ def crossing(t, text, x_of, K, target):
 
 def asymptote(t, text):
     """
-    The a of a + b E^-c through q0's mean losses at the budgets E that were run, and its 68 % range over
+    The a of a + b E^-c through q0's mean losses at the budgets E of most seeds, and its 68 % range over
     bootstraps of the seeds, as text: "not determined" where there are too few or the losses rise somewhere.
     """
-    curves = {E: t.of(text, f"q0_{E}", "learned") for E in BUDGETS if t.of(text, f"q0_{E}", "learned")}
+    curves = {E: t.of(text, f"q0_{E}", "learned") for E in BUDGETS}
+    curves = {E: of for E, of in curves.items() if len(of) == max(map(len, curves.values())) > 0}
     E, seeds = list(curves), set.intersection(*map(set, curves.values())) if curves else ()
     losses = np.array([[curve[seed][1] for curve in curves.values()] for seed in sorted(seeds)])  # seeds, E
     if len(seeds) < 2 or len(E) < 4 or (np.diff(losses.mean(axis=0)) >= 0).any():
@@ -259,7 +260,7 @@ def data(t, text, lines):
             curve[times] = E, of[E]
     if len(curve) < 2:
         return
-    table(lines, ["times the text", "one model, best epochs (which)", "n"],
+    table(lines, ["times the text", "one model, best epochs (which; chosen on the seeds that have all)", "n"],
           [[times, f"{cell(losses)} ({E})", len(losses)] for times, (E, losses) in curve.items()])
     # the curve of the population's own seed: its error is in that of the multiple, too
     own = {s: [(times, of[s][1]) for times, (_, of) in curve.items() if s in of] for s in curve[1][1]}
