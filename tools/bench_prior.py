@@ -83,7 +83,7 @@ def peak_while(function):
             peak[0] = max(int(re.search(r"RssAnon:\s+(\d+)", status.read_text())[1]) / 2 ** 20, peak[0])
             if done.wait(0.1):
                 return
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     result = function()
     done.set()
