@@ -103,12 +103,13 @@ def population(run_dir):
     rules, _ = answers_for(fit)
     old = backward(fit, rules_weights(rules, len(fit)))
     best = rules["best"][0]
-    offset = loss(fit, *best) - newton(probabilities(fit)[best[0]], best[1])[0]
+    p = probabilities(fit)
+    offset = loss(fit, *best) - newton(p[best[0]], best[1])[0]
     rows, optimal = [], {}
     for K in SIZES:
         answers = {"elimination": old[min(K, max(old))], "learned": rules["learned"][K - 1]}
         for rule, answer in answers.items():
-            left = improving(probabilities(fit), *answer) if rule == "learned" else ""
+            left = improving(p, *answer) if rule == "learned" else ""
             rows.append((K, rule, loss(fit, *answer), loss(val, *answer), left))
         if K <= 4 and len(fit) <= EXACT:
             best, members = best_subset(fit, K, loss(fit, *answers["learned"]) - offset)
